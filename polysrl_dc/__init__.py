@@ -1,0 +1,61 @@
+"""PolySRL for DeepChem: composition models pretrained on polymorphic crystal structures.
+
+Importing the package puts its classes where DeepChem users look for them:
+``dc.models.PolySRLModel``, ``dc.feat.StoichiometryGraphFeaturizer``,
+``dc.feat.StructureGraphFeaturizer`` and ``dc.splits.StoichiometrySplitter``.
+"""
+
+import deepchem as dc
+
+from polysrl_dc import datasets
+from polysrl_dc.config import PolySRLConfig
+from polysrl_dc.datasets import PolymorphDataset, StoichiometrySplitter
+from polysrl_dc.errors import InvalidInputError
+from polysrl_dc.featurizers import StoichiometryGraphFeaturizer, StructureGraphFeaturizer
+from polysrl_dc.model import PolySRLModel
+
+__version__ = "0.1.0"
+
+__all__ = [
+    "InvalidInputError",
+    "PolySRLConfig",
+    "PolySRLModel",
+    "PolymorphDataset",
+    "StoichiometryGraphFeaturizer",
+    "StoichiometrySplitter",
+    "StructureGraphFeaturizer",
+    "datasets",
+    "register",
+]
+
+
+def register() -> None:
+    """Put the public classes into DeepChem's namespaces; repeating it changes nothing.
+
+    Raises
+    ------
+    RuntimeError
+        If one of the names is taken by something else, which is left as it is.
+
+    Examples
+    --------
+    >>> import deepchem as dc
+    >>> register()
+    >>> dc.models.PolySRLModel is PolySRLModel
+    True
+    """
+    places = [
+        (dc.models, PolySRLModel),
+        (dc.feat, StoichiometryGraphFeaturizer),
+        (dc.feat, StructureGraphFeaturizer),
+        (dc.splits, StoichiometrySplitter),
+    ]
+    for module, public in places:
+        name = public.__name__
+        if getattr(module, name, public) is not public:
+            raise RuntimeError(f"{module.__name__}.{name} exists and is not polysrl_dc's")
+    for module, public in places:
+        setattr(module, public.__name__, public)
+
+
+register()

@@ -1,0 +1,173 @@
+"""Weights and their manifest in one safetensors file: no pickle, written atomically, verified.
+
+The metadata of the file has the one key ``polysrl_dc`` with a JSON object of ``format``,
+``version``, ``sha256`` and ``manifest``. The digest covers the manifest and name, type, shape and
+bytes of every tensor.
+"""
+
+import hashlib
+import json
+import os
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors import SafetensorError, safe_open
+from safetensors.torch import save
+from torch import Tensor, nn
+
+FORMAT = "polysrl-dc-checkpoint"
+VERSION = 1
+_KEY = "polysrl_dc"
+_FIELDS = {"format", "version", "sha256", "manifest"}
+
+
+class CheckpointError(ValueError):
+    """A checkpoint that is damaged, foreign or of another model; the message names it.
+
+    Examples
+    --------
+    >>> issubclass(CheckpointError, ValueError)
+    True
+    """
+
+
+def save_checkpoint(
+    path: str | os.PathLike[str], tensors: Mapping[str, Tensor], manifest: Mapping[str, Any]
+) -> None:
+    """Write tensors and manifest; the file is either complete or not there.
+
+    Parameters
+    ----------
+    path : path-like
+        File to write or to replace; its folder exists.
+    tensors : mapping of str to torch.Tensor
+        As from ``Module.state_dict()``; any shapes, on any device.
+    manifest : mapping
+        What JSON can hold: configuration, units, provenance.
+
+    Raises
+    ------
+    TypeError, ValueError
+        The manifest cannot be written as JSON, or has a NaN.
+
+    Examples
+    --------
+    >>> import tempfile
+    >>> with tempfile.TemporaryDirectory() as folder:
+    ...     save_checkpoint(f"{folder}/w.safetensors", {"w": torch.ones(2)}, {"epoch": 3})
+    ...     tensors, manifest = load_checkpoint(f"{folder}/w.safetensors")
+    >>> tensors["w"].tolist(), manifest
+    ([1.0, 1.0], {'epoch': 3})
+    """
+    path = Path(path)
+    plain = json.loads(json.dumps(dict(manifest), allow_nan=False))
+    # clone: safetensors refuses tensors that share memory, as tied weights do
+    own = {name: tensor.detach().cpu().contiguous().clone() for name, tensor in tensors.items()}
+    header = {
+        "format": FORMAT,
+        "version": VERSION,
+        "sha256": _digest(own, plain),
+        "manifest": plain,
+    }
+    content = save(own, metadata={_KEY: json.dumps(header, sort_keys=True)})
+    temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
+    try:
+        with open(temporary, "wb") as file:
+            file.write(content)
+            file.flush()
+            os.fsync(file.fileno())
+        os.replace(temporary, path)
+    finally:
+        temporary.unlink(missing_ok=True)
+
+
+def load_checkpoint(path: str | os.PathLike[str]) -> tuple[dict[str, Tensor], dict[str, Any]]:
+    """Read and verify what :func:`save_checkpoint` wrote.
+
+    Parameters
+    ----------
+    path : path-like
+
+    Returns
+    -------
+    tensors : dict of str to torch.Tensor
+        On the CPU, with the types and shapes they were saved with.
+    manifest : dict
+
+    Raises
+    ------
+    CheckpointError
+        The file is truncated, altered, of another format or of another version.
+    FileNotFoundError
+        There is no file.
+    """
+    path = Path(path)
+    if not path.exists():
+        raise FileNotFoundError(f"no checkpoint at {path}")
+    try:
+        with safe_open(path, framework="pt", device="cpu") as file:
+            metadata = file.metadata() or {}
+            tensors = {name: file.get_tensor(name) for name in file.keys()}
+    except (SafetensorError, OSError, ValueError) as error:
+        raise CheckpointError(f"{path} is not a complete safetensors file: {error}") from error
+    try:
+        header = json.loads(metadata[_KEY])
+    except (KeyError, ValueError) as error:
+        raise CheckpointError(f"{path} has no readable {FORMAT} metadata") from error
+    if not isinstance(header, dict) or header.keys() != _FIELDS or header["format"] != FORMAT:
+        raise CheckpointError(f"{path} is not a {FORMAT}")
+    if header["version"] != VERSION:
+        raise CheckpointError(
+            f"{path} has version {header['version']} of {FORMAT}; this program reads {VERSION}"
+        )
+    if header["sha256"] != _digest(tensors, header["manifest"]):
+        raise CheckpointError(f"{path} is damaged: its content does not have its own sha256")
+    return tensors, header["manifest"]
+
+
+def load_into(module: nn.Module, tensors: Mapping[str, Tensor]) -> None:
+    """Copy tensors into the parameters and buffers of a module; all of them, and no others.
+
+    Parameters
+    ----------
+    module : torch.nn.Module
+    tensors : mapping of str to torch.Tensor
+
+    Raises
+    ------
+    CheckpointError
+        A tensor is missing, unexpected or of another shape. The module is then unchanged.
+
+    Examples
+    --------
+    >>> load_into(nn.Linear(2, 1), {"weight": torch.ones(1, 2)})
+    Traceback (most recent call last):
+        ...
+    polysrl_dc.checkpoints.CheckpointError: Linear: missing ['bias']
+    """
+    own = module.state_dict()
+    problems = {
+        "missing": sorted(own.keys() - tensors.keys()),
+        "unexpected": sorted(tensors.keys() - own.keys()),
+        "of another shape": [
+            f"{name}: {tuple(tensors[name].shape)}, not {tuple(own[name].shape)}"
+            for name in sorted(own.keys() & tensors.keys())
+            if own[name].shape != tensors[name].shape
+        ],
+    }
+    found = [f"{what} {names}" for what, names in problems.items() if names]
+    if found:
+        raise CheckpointError(f"{type(module).__name__}: {'; '.join(found)}")
+    module.load_state_dict(dict(tensors), strict=True)
+
+
+def _digest(tensors: Mapping[str, Tensor], manifest: Any) -> str:
+    """SHA-256 over the manifest and over name, type, shape and bytes of every tensor."""
+    digest = hashlib.sha256(json.dumps(manifest, sort_keys=True).encode())
+    for name in sorted(tensors):
+        tensor = tensors[name]
+        digest.update(json.dumps([name, str(tensor.dtype), list(tensor.shape)]).encode())
+        digest.update(tensor.reshape(-1).view(torch.uint8).numpy().tobytes())
+    return digest.hexdigest()

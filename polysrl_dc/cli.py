@@ -1,0 +1,284 @@
+"""The console command ``polysrl``: embed, train, predict and pretrain without writing Python."""
+
+import argparse
+import sys
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from typing import Any
+
+import deepchem as dc
+import numpy as np
+import pandas as pd
+from pymatgen.core import Structure
+from tqdm import tqdm
+
+from polysrl_dc.datasets import PolymorphDataset, StoichiometrySplitter, drop_skipped
+from polysrl_dc.errors import InvalidInputError
+from polysrl_dc.featurizers import StoichiometryGraphFeaturizer, StructureGraphFeaturizer
+from polysrl_dc.model import PolySRLModel
+
+EXAMPLES = """
+examples:
+  polysrl embed Fe2O3 TiO2 ZnO
+  polysrl embed --input alloys.csv --column composition --output embeddings.parquet
+  polysrl train --input gaps.csv --target gap --epochs 100 --hold-out 0.2 --output-dir gap_model
+  polysrl predict --model gap_model GaN AlN
+  polysrl predict --model gap_model --input new.csv --output predictions.csv
+  polysrl pretrain structures.parquet --epochs 20 --output-dir encoder
+  polysrl pretrain cifs/*.cif --epochs 20 --output-dir encoder
+"""
+STRUCTURES = "one .parquet table, aflow (pymatgen's prototypes), or files that pymatgen reads"
+WRITERS: dict[str, Callable[[pd.DataFrame, Any], Any]] = {
+    ".csv": lambda frame, path: frame.to_csv(path, index=False),
+    ".csv.gz": lambda frame, path: frame.to_csv(path, index=False),
+    ".parquet": lambda frame, path: frame.to_parquet(path, index=False),
+}
+
+
+def main(arguments: Sequence[str] | None = None) -> int:
+    """Run ``polysrl``.
+
+    Parameters
+    ----------
+    arguments : sequence of str, optional
+        The command line without the program's name; ``sys.argv`` by default.
+
+    Returns
+    -------
+    int
+        Exit status: 0, or 2 after a one-line message on standard error.
+
+    Examples
+    --------
+    >>> main(["embed"])
+    2
+    """
+    options = _parser().parse_args(arguments)
+    try:
+        options.command(options)
+    except (ValueError, OSError) as error:
+        lines = str(error).splitlines() or [type(error).__name__]
+        print(f"polysrl {options.name}: error: {lines[0]}", file=sys.stderr)
+        return 2
+    return 0
+
+
+def embed(options: argparse.Namespace) -> None:
+    """Formulas -> columns ``polymorphism`` and ``embedding_0`` ..."""
+    frame, dataset = _formulas(options)
+    if options.model and Path(options.model).is_dir():
+        model = PolySRLModel.from_pretrained(options.model)
+    else:
+        model = PolySRLModel(pretrained=options.model)
+    if options.model is None:
+        print("polysrl embed: no --model: the encoder has random weights", file=sys.stderr)
+    frame["polymorphism"] = model.predict_polymorphism(dataset)
+    embedding = pd.DataFrame(model.predict_embedding(dataset), frame.index)
+    _write(frame.join(embedding.add_prefix("embedding_")), options.output)
+
+
+def train(options: argparse.Namespace) -> None:
+    """Formulas and labels -> a model folder, and its score on held-out formulas."""
+    _, dataset = _formulas(options, options.target)
+    test = None
+    if options.hold_out:
+        dataset, test = StoichiometrySplitter().train_test_split(
+            dataset, frac_train=1 - options.hold_out, seed=options.seed
+        )
+    model = PolySRLModel(
+        options.task,
+        len(options.target),
+        pretrained=options.pretrained,
+        freeze_encoder=options.freeze_encoder,
+        n_ensemble=options.ensemble,
+        **_training(options),
+    )
+    _fit(model, dataset, options.epochs)
+    model.save(options.output_dir)
+    print(f"model written to {options.output_dir}", file=sys.stderr)
+    if test is not None:
+        score = dc.metrics.mae_score if options.task == "regression" else dc.metrics.roc_auc_score
+        metric = dc.metrics.Metric(score, np.mean)
+        for name, value in model.evaluate(test, [metric]).items():
+            print(f"{name} on {len(test)} held-out rows: {value:.4g}", file=sys.stderr)
+
+
+def predict(options: argparse.Namespace) -> None:
+    """Formulas -> columns ``prediction`` and ``std``, numbered where there are several targets."""
+    model = PolySRLModel.from_pretrained(options.model)
+    frame, dataset = _formulas(options)
+    for name, values in zip(("prediction", "std"), model.predict_uncertainty(dataset), strict=True):
+        for task in range(values.shape[1]):
+            suffix = f"_{task}" if values.shape[1] > 1 else ""
+            frame[name + suffix] = values[:, task]
+    _write(frame, options.output)
+
+
+def pretrain(options: argparse.Namespace) -> None:
+    """Crystal structures -> a folder with a pretrained encoder."""
+    dataset = _structures(options.structures, options.on_error)
+    model = PolySRLModel("pretraining", **_training(options))
+    _fit(model, dataset, options.epochs)
+    model.save(options.output_dir)
+    print(f"encoder written to {options.output_dir}", file=sys.stderr)
+
+
+def _formulas(
+    options: argparse.Namespace, targets: Sequence[str] = ()
+) -> tuple[pd.DataFrame, dc.data.Dataset]:
+    """The table of formulas, as given or read, and its dataset; the rows of both correspond."""
+    given = getattr(options, "formulas", [])
+    if bool(given) == bool(options.input):
+        raise InvalidInputError("give either formulas or --input FILE")
+    if options.input:
+        frame = _read(options.input, [options.column, *targets])
+    else:
+        frame = pd.DataFrame({options.column: given})
+    graphs = StoichiometryGraphFeaturizer(options.on_error).featurize(frame[options.column])
+    rows = frame.index.to_numpy()
+    if targets:
+        labels = np.column_stack([_numbers(frame[name]) for name in targets])
+        weights = (~np.isnan(labels)).astype(float)
+        dataset = dc.data.NumpyDataset(graphs, np.nan_to_num(labels), weights, rows)
+    else:
+        dataset = dc.data.NumpyDataset(graphs, ids=rows)
+    dataset = drop_skipped(dataset)
+    if len(dataset) == 0:
+        raise InvalidInputError("no usable formula is left")
+    return frame.loc[dataset.ids].copy(), dataset
+
+
+def _read(path: str, columns: Sequence[str]) -> pd.DataFrame:
+    """A CSV or Parquet table that has ``columns``; the first of them is read as text."""
+    if path.endswith(".parquet"):
+        frame = pd.read_parquet(path)
+    else:
+        # a converter keeps pandas from reading the formula NaN as a missing value
+        frame = pd.read_csv(path, converters={columns[0]: str})
+    missing = [name for name in columns if name not in frame]
+    if missing:
+        raise InvalidInputError(f"{path} has no column {missing[0]!r}, only {list(frame.columns)}")
+    return frame
+
+
+def _numbers(column: pd.Series) -> np.ndarray:
+    """Labels as floats, NaN where there is none."""
+    numbers = pd.to_numeric(column, errors="coerce")
+    bad = numbers.isna() & column.notna()
+    if bad.any():
+        row = bad.idxmax()
+        raise InvalidInputError(f"row {row}: {column.name} is {column[row]!r}, not a number")
+    return numbers.to_numpy(dtype=float)
+
+
+def _structures(paths: Sequence[str], on_error: str) -> dc.data.Dataset:
+    """Structure graphs of one source of PolymorphDataset, or of files of one structure each."""
+    if len(paths) == 1 and (paths[0] == "aflow" or paths[0].endswith(".parquet")):
+        return PolymorphDataset(paths[0], on_error=on_error)
+    structures = np.empty(len(paths), dtype=object)
+    for i, path in enumerate(tqdm(paths, unit="file", disable=None)):
+        try:
+            structures[i] = Structure.from_file(path)
+        except ValueError as error:
+            raise InvalidInputError(f"{path}: {error}") from error
+    graphs = StructureGraphFeaturizer(on_error=on_error).featurize(pd.Series(structures, paths))
+    return drop_skipped(dc.data.NumpyDataset(graphs, ids=np.array(paths, dtype=object)))
+
+
+def _training(options: argparse.Namespace) -> dict[str, Any]:
+    return {
+        "batch_size": options.batch_size,
+        "learning_rate": options.learning_rate,
+        "seed": options.seed,
+    }
+
+
+def _fit(model: PolySRLModel, dataset: dc.data.Dataset, epochs: int) -> None:
+    steps = epochs * -(-len(dataset) // model.batch_size)
+    with tqdm(total=steps, unit="step", disable=None) as bar:
+        model.fit(dataset, nb_epoch=epochs, callbacks=[lambda model, step: bar.update()])
+
+
+def _write(frame: pd.DataFrame, path: str | None) -> None:
+    if path is None:
+        WRITERS[".csv"](frame, sys.stdout)
+        return
+    writer = next(writer for suffix, writer in WRITERS.items() if path.endswith(suffix))
+    writer(frame, path)
+    print(f"{len(frame)} rows written to {path}", file=sys.stderr)
+
+
+def _output(path: str) -> str:
+    if not path.endswith(tuple(WRITERS)):
+        raise argparse.ArgumentTypeError(f"{path} does not end in one of {', '.join(WRITERS)}")
+    return path
+
+
+def _fraction(text: str) -> float:
+    value = float(text)
+    if not 0 <= value < 1:
+        raise argparse.ArgumentTypeError(f"{text} is not in [0, 1)")
+    return value
+
+
+def _positive(text: str) -> int:
+    value = int(text)
+    if value < 1:
+        raise argparse.ArgumentTypeError(f"{text} is not a positive integer")
+    return value
+
+
+def _parser() -> argparse.ArgumentParser:
+    parser = argparse.ArgumentParser(
+        prog="polysrl",
+        description="Predict properties of materials from formulas alone.",
+        epilog=EXAMPLES,
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+    )
+    commands = parser.add_subparsers(dest="name", required=True, metavar="COMMAND")
+
+    def add(command: Callable[[argparse.Namespace], None], text: str) -> argparse.ArgumentParser:
+        sub = commands.add_parser(command.__name__, help=text, description=text)
+        sub.set_defaults(command=command)
+        sub.add_argument(
+            "--on-error", choices=("raise", "skip"), default="raise", help="what a bad row does"
+        )
+        return sub
+
+    def add_table(sub: argparse.ArgumentParser, needed: bool = False) -> None:
+        if not needed:
+            sub.add_argument("formulas", nargs="*", help="formulas, instead of --input")
+        sub.add_argument("--input", required=needed, help="table of formulas: .csv or .parquet")
+        sub.add_argument("--column", default="formula", help="its column of formulas")
+
+    def add_training(sub: argparse.ArgumentParser, epochs: int, batch_size: int) -> None:
+        sub.add_argument("--epochs", type=_positive, default=epochs)
+        sub.add_argument("--batch-size", type=_positive, default=batch_size)
+        sub.add_argument("--learning-rate", type=float, default=1e-3)
+        sub.add_argument("--seed", type=int, default=0)
+        sub.add_argument("--output-dir", required=True, help="folder the model is written to")
+
+    sub = add(embed, "Write the embedding of each formula and its polymorphism uncertainty.")
+    add_table(sub)
+    sub.add_argument("--model", help="folder of a model, or name of a shipped encoder")
+    sub.add_argument("--output", type=_output, help=".csv, .csv.gz or .parquet; else CSV to stdout")
+
+    sub = add(predict, "Write the prediction of a trained model and its standard deviation.")
+    add_table(sub)
+    sub.add_argument("--model", required=True, help="folder that polysrl train has written")
+    sub.add_argument("--output", type=_output, help=".csv, .csv.gz or .parquet; else CSV to stdout")
+
+    sub = add(train, "Train a model on formulas with measured or computed values.")
+    add_table(sub, needed=True)
+    sub.add_argument("--target", nargs="+", required=True, help="columns to predict; gaps are fine")
+    sub.add_argument("--task", choices=("regression", "classification"), default="regression")
+    sub.add_argument("--pretrained", help="folder of polysrl pretrain, or name of an encoder")
+    sub.add_argument("--freeze-encoder", action="store_true", help="train the head only")
+    sub.add_argument("--ensemble", type=_positive, default=1, help="models to average")
+    sub.add_argument("--hold-out", type=_fraction, default=0.0, help="part kept to score on")
+    add_training(sub, 100, 128)
+
+    sub = add(pretrain, "Pretrain an encoder on crystal structures.")
+    sub.add_argument("structures", nargs="+", help=STRUCTURES)
+    add_training(sub, 20, 256)
+    return parser

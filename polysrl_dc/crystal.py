@@ -1,0 +1,142 @@
+"""Nearest neighbors of every site of a crystal through its periodic images; pure functions."""
+
+import numpy as np
+from numpy.typing import ArrayLike, NDArray
+from pymatgen.core import Lattice
+from pymatgen.optimization.neighbors import find_points_in_spheres
+
+from polysrl_dc.errors import InvalidInputError
+
+_FIRST_RADIUS = 5.0  # Å; holds 12 neighbors of every site in most crystals
+_RESOLUTION = 5  # decimals of a distance in Å: far below any physical meaning, above float noise
+_SELF_DISTANCE = 1e-8  # Å; a site and itself
+_COINCIDENT = 0.01  # Å; two sites closer than this are one site given twice
+_VOLUME_PER_SITE = 0.1  # Å^3; solid hydrogen at 500 GPa takes about 1
+_SKEWED = 20.0  # |a||b||c| / volume from which on the search works in a reduced cell
+_PERIODIC = np.ones(3, dtype=np.int64)
+
+
+def neighbor_list(
+    lattice: ArrayLike, frac_coords: ArrayLike, max_neighbors: int = 12, cutoff: float = 8.0
+) -> tuple[NDArray[np.int64], NDArray[np.int32], NDArray[np.float32]]:
+    """The nearest neighbors of each site, as a multi-edge graph (Section 3.2, Appendix A).
+
+    A site is no neighbor of itself, but its periodic images are. A site with fewer than
+    ``max_neighbors`` sites within the cutoff keeps those it has; nothing is padded. Distances are
+    rounded to 1e-5 Å before they are compared, and equal ones are ordered by site index, so that
+    neither floating-point noise nor the choice of the unit vectors decides which neighbor of a
+    shell is kept.
+
+    Parameters
+    ----------
+    lattice : array_like, shape (3, 3)
+        Unit vectors as rows, in Å; any handedness and skew.
+    frac_coords : array_like, shape (n_sites, 3)
+        Fractional coordinates; values outside [0, 1) are meant modulo 1.
+    max_neighbors : int
+        Neighbors per site at most.
+    cutoff : float
+        Greatest distance in Å, inclusive.
+
+    Returns
+    -------
+    indptr : numpy.ndarray, shape (n_sites + 1,), int64
+        Edges of site ``i`` are ``indptr[i]:indptr[i + 1]``.
+    neighbors : numpy.ndarray, shape (n_edges,), int32
+        Site index of each neighbor.
+    distances : numpy.ndarray, shape (n_edges,), float32
+        In Å, ascending within a site.
+
+    Raises
+    ------
+    InvalidInputError
+        A shape is wrong, a number is not finite, the cell has no volume, or two sites (or a site
+        and its own image) are less than 0.01 Å apart.
+
+    Examples
+    --------
+    >>> import numpy as np
+    >>> indptr, neighbors, distances = neighbor_list(3 * np.eye(3), [[0, 0, 0]], max_neighbors=6)
+    >>> indptr.tolist(), distances.tolist()
+    ([0, 6], [3.0, 3.0, 3.0, 3.0, 3.0, 3.0])
+    """
+    if max_neighbors < 1 or not cutoff > 0:
+        raise ValueError(
+            f"max_neighbors is {max_neighbors} and cutoff {cutoff}: both must be positive"
+        )
+    cell, coords = _checked(lattice, frac_coords)
+    n_sites = len(coords)
+    radius = min(_FIRST_RADIUS, cutoff)
+    centers, neighbors, distances = _pairs_within(cell, coords, radius)
+    if radius < cutoff and np.bincount(centers, minlength=n_sites).min() < max_neighbors:
+        centers, neighbors, distances = _pairs_within(cell, coords, cutoff)
+    order = np.lexsort((neighbors, distances, centers))
+    centers = centers[order]
+    first = np.searchsorted(centers, np.arange(n_sites))
+    kept = np.arange(len(centers)) - first[centers] < max_neighbors
+    order = order[kept]
+    indptr = np.zeros(n_sites + 1, dtype=np.int64)
+    np.cumsum(np.bincount(centers[kept], minlength=n_sites), out=indptr[1:])
+    return indptr, neighbors[order].astype(np.int32), distances[order].astype(np.float32)
+
+
+def _checked(
+    lattice: ArrayLike, frac_coords: ArrayLike
+) -> tuple[NDArray[np.float64], NDArray[np.float64]]:
+    """Unit vectors (3, 3) and Cartesian coordinates (n_sites, 3) in Å, or InvalidInputError."""
+    try:
+        cell = np.array(lattice, dtype=np.float64, order="C")
+        fractional = np.array(frac_coords, dtype=np.float64)
+    except (TypeError, ValueError) as error:
+        raise InvalidInputError(
+            f"lattice or fractional coordinates are not numbers: {error}"
+        ) from error
+    if cell.shape != (3, 3):
+        raise InvalidInputError(f"lattice has shape {cell.shape}, not (3, 3)")
+    if fractional.ndim != 2 or fractional.shape[1] != 3 or not len(fractional):
+        raise InvalidInputError(
+            f"fractional coordinates have shape {fractional.shape}, not (n_sites, 3)"
+        )
+    if not np.isfinite(cell).all():
+        raise InvalidInputError(f"lattice has values that are not finite: {cell.tolist()}")
+    finite = np.isfinite(fractional).all(axis=1)
+    if not finite.all():
+        site = int(np.argmin(finite))
+        raise InvalidInputError(
+            f"fractional coordinates of site {site} are not finite: {fractional[site].tolist()}"
+        )
+    volume = abs(np.linalg.det(cell))
+    if volume < _VOLUME_PER_SITE * len(fractional):
+        raise InvalidInputError(
+            f"cell has a volume of {volume:.3g} Å^3 for {len(fractional)} sites: {cell.tolist()}"
+        )
+    fractional -= np.floor(fractional)
+    coords = np.ascontiguousarray(fractional @ cell)
+    if np.linalg.norm(cell, axis=1).prod() > _SKEWED * volume:
+        cell = np.ascontiguousarray(Lattice(cell).get_lll_reduced_lattice().matrix)
+    shortest = np.linalg.norm(cell, axis=1).min()
+    if shortest < _COINCIDENT:
+        raise InvalidInputError(
+            f"every site and its own image are {shortest:.2g} Å apart, less than {_COINCIDENT} Å"
+        )
+    return cell, coords
+
+
+def _pairs_within(
+    cell: NDArray[np.float64], coords: NDArray[np.float64], radius: float
+) -> tuple[NDArray[np.int64], NDArray[np.int64], NDArray[np.float64]]:
+    """Centers, neighbors and rounded distances of all pairs of sites at most ``radius`` apart."""
+    centers, neighbors, _, distances = find_points_in_spheres(
+        coords, coords, r=radius, pbc=_PERIODIC, lattice=cell, tol=10.0**-_RESOLUTION
+    )
+    other = (centers != neighbors) | (distances > _SELF_DISTANCE)
+    coincident = np.flatnonzero(other & (distances < _COINCIDENT))
+    if len(coincident):
+        pair = coincident[0]
+        raise InvalidInputError(
+            f"sites {centers[pair]} and {neighbors[pair]} (or an image) are "
+            f"{distances[pair]:.2g} Å apart, less than {_COINCIDENT} Å"
+        )
+    distances = distances.round(_RESOLUTION)
+    kept = other & (distances <= radius)
+    return centers[kept], neighbors[kept], distances[kept]

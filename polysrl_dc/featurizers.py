@@ -1,0 +1,164 @@
+"""DeepChem featurizers for both kinds of graphs, and the one policy for bad input."""
+
+import logging
+from collections.abc import Mapping
+from typing import Any
+
+import numpy as np
+import pandas as pd
+from deepchem.feat import Featurizer
+from pymatgen.core import Composition, Structure
+
+from polysrl_dc.crystal import neighbor_list
+from polysrl_dc.errors import InvalidInputError
+from polysrl_dc.graphs import StoichiometryGraph, StructureGraph
+from polysrl_dc.stoichiometry import parse_formula, reduced_formula
+
+logger = logging.getLogger(__name__)
+
+
+class _GraphFeaturizer(Featurizer):
+    """Apply ``_featurize`` to one or many inputs; what a bad one does is said by ``on_error``."""
+
+    #: Types that are one input although they can be iterated over.
+    _single: tuple[type, ...] = ()
+
+    def __init__(self, on_error: str = "raise") -> None:
+        if on_error not in ("raise", "skip"):
+            raise ValueError(f"on_error is {on_error!r}: raise or skip")
+        self.on_error = on_error
+        #: (row, message) of every input skipped by the last call.
+        self.skipped: list[tuple[Any, str]] = []
+
+    def featurize(self, datapoints: Any, log_every_n: int = 1000, **kwargs: Any) -> np.ndarray:
+        """Featurize one input or many.
+
+        Parameters
+        ----------
+        datapoints : one input or an iterable of them
+            A pandas Series names rows by its index, anything else by position.
+        log_every_n : int
+            Progress is logged every so many inputs.
+
+        Returns
+        -------
+        numpy.ndarray, shape (n_inputs,), object
+            Graphs. Under ``on_error="skip"`` a bad input leaves an empty array in its place,
+            DeepChem's mark for a failed row: CSV and JSON loaders drop such rows with their label
+            and weight, ``polysrl_dc.datasets.drop_skipped`` does so for any other dataset, and
+            models refuse them.
+
+        Raises
+        ------
+        InvalidInputError
+            Under ``on_error="raise"``, naming row and value.
+        """
+        if kwargs:
+            raise TypeError(f"unknown arguments {sorted(kwargs)}")
+        if datapoints is None or np.isscalar(datapoints) or isinstance(datapoints, self._single):
+            datapoints = [datapoints]
+        rows = datapoints.index if isinstance(datapoints, pd.Series) else None
+        values = list(datapoints)
+        graphs = np.empty(len(values), dtype=object)
+        self.skipped = []
+        for i, value in enumerate(values):
+            if i % log_every_n == 0:
+                logger.info("Featurizing datapoint %d of %d", i, len(values))
+            row = i if rows is None else rows[i]
+            try:
+                graphs[i] = self._featurize(value)
+            except InvalidInputError as error:
+                if self.on_error == "raise":
+                    raise InvalidInputError(f"row {row}: {error}") from error
+                logger.warning("skipped row %s: %s", row, error)
+                self.skipped.append((row, str(error)))
+                graphs[i] = np.array([])
+        return graphs
+
+
+class StoichiometryGraphFeaturizer(_GraphFeaturizer):
+    """Formulas -> :class:`~polysrl_dc.graphs.StoichiometryGraph` (paper Section 3.1).
+
+    Parameters
+    ----------
+    on_error : {"raise", "skip"}
+        What a bad formula does; see :meth:`featurize`.
+
+    Examples
+    --------
+    >>> import deepchem as dc, polysrl_dc
+    >>> featurizer = dc.feat.StoichiometryGraphFeaturizer()
+    >>> [graph.formula for graph in featurizer(["Fe4O6", {"Na": 1, "Cl": 1}])]
+    ['Fe2O3', 'NaCl']
+    """
+
+    _single = (str, bytes, Mapping, Composition)
+
+    def _featurize(self, datapoint: Any, **kwargs: Any) -> StoichiometryGraph:
+        numbers, amounts = parse_formula(datapoint)
+        return StoichiometryGraph(
+            numbers, amounts / amounts.sum(), reduced_formula(numbers, amounts)
+        )
+
+
+class StructureGraphFeaturizer(_GraphFeaturizer):
+    """Crystal structures -> :class:`~polysrl_dc.graphs.StructureGraph` (Section 3.2, Appendix A).
+
+    Parameters
+    ----------
+    max_neighbors : int
+        Neighbors per site at most; fewer where fewer lie within the cutoff.
+    cutoff : float
+        Greatest distance in Å.
+    on_error : {"raise", "skip"}
+        What a bad structure does; see :meth:`featurize`.
+
+    Examples
+    --------
+    >>> import deepchem as dc, polysrl_dc
+    >>> from pymatgen.core import Lattice, Structure
+    >>> salt = Structure.from_spacegroup("Fm-3m", Lattice.cubic(5.69), ["Na", "Cl"],
+    ...                                  [[0, 0, 0], [0.5, 0.5, 0.5]])
+    >>> graph = dc.feat.StructureGraphFeaturizer()(salt)[0]
+    >>> len(graph.numbers), len(graph.neighbors), graph.stoichiometry.formula
+    (8, 96, 'NaCl')
+    """
+
+    _single = (str, bytes, Mapping, Structure)
+
+    def __init__(
+        self, max_neighbors: int = 12, cutoff: float = 8.0, on_error: str = "raise"
+    ) -> None:
+        super().__init__(on_error)
+        self.max_neighbors = max_neighbors
+        self.cutoff = cutoff
+
+    def _featurize(self, datapoint: Any, **kwargs: Any) -> StructureGraph:
+        structure = _as_structure(datapoint)
+        if not structure.is_ordered:
+            raise InvalidInputError(f"structure {structure.formula} has partial occupancy")
+        numbers, amounts = parse_formula(structure.composition)
+        indptr, neighbors, distances = neighbor_list(
+            structure.lattice.matrix, structure.frac_coords, self.max_neighbors, self.cutoff
+        )
+        return StructureGraph(
+            np.array([site.specie.Z for site in structure], dtype=np.uint8),
+            indptr,
+            neighbors,
+            distances,
+            StoichiometryGraph(numbers, amounts / amounts.sum(), reduced_formula(numbers, amounts)),
+        )
+
+
+def _as_structure(value: Any) -> Structure:
+    if isinstance(value, Structure):
+        return value
+    if not isinstance(value, Mapping):
+        raise InvalidInputError(
+            f"{value!r:.80} of type {type(value).__name__} is not a structure: "
+            "expected a pymatgen Structure or its dict"
+        )
+    try:
+        return Structure.from_dict(dict(value))
+    except (KeyError, ValueError, TypeError, AttributeError) as error:
+        raise InvalidInputError(f"not the dict of a structure: {error!r}") from error

@@ -1,0 +1,174 @@
+"""Prediction heads (Appendix E), and the network of encoder, head and label units."""
+
+import torch
+from torch import Tensor, nn
+from torch.nn import functional
+
+from polysrl_dc.config import PolySRLConfig
+from polysrl_dc.graphs import StoichiometryBatch
+from polysrl_dc.stoichiometry_encoder import StoichiometryEncoder
+
+
+class PredictionHead(nn.Sequential):
+    """Three-layer perceptron F -> hidden -> hidden -> outputs with LeakyReLU.
+
+    Parameters
+    ----------
+    n_features : int
+        F.
+    hidden : int
+        Width of both hidden layers.
+    n_outputs : int
+        Outputs per formula.
+
+    Examples
+    --------
+    >>> PredictionHead(200, 128, 1)(torch.zeros(5, 200)).shape
+    torch.Size([5, 1])
+    """
+
+    def __init__(self, n_features: int, hidden: int, n_outputs: int) -> None:
+        super().__init__(
+            nn.Linear(n_features, hidden),
+            nn.LeakyReLU(),
+            nn.Linear(hidden, hidden),
+            nn.LeakyReLU(),
+            nn.Linear(hidden, n_outputs),
+        )
+
+
+class PropertyNetwork(nn.Module):
+    """An ensemble of members, each an encoder with a head; predicts in label units.
+
+    Members start from the same encoder if it is pretrained or frozen and always from heads of
+    their own. A frozen encoder is one for all members.
+
+    Parameters
+    ----------
+    config : PolySRLConfig
+    n_tasks : int
+    classification : bool
+        One logit per task, trained by cross-entropy; else a location per task, trained by the
+        absolute error, and, if ``config.heteroscedastic``, the log scale of a Laplace distribution
+        around it. A joint likelihood made the location worse, so the head of the scale is apart
+        and passes no gradient to the encoder or the location.
+    n_ensemble : int
+        Number of members.
+    frozen : bool
+        Train the heads only.
+
+    Examples
+    --------
+    >>> network = PropertyNetwork(PolySRLConfig.named("default"), 1, False, 2, False)
+    >>> fractions = torch.zeros(3, 119)
+    >>> fractions[:, 26] = 1
+    >>> mean, variance = network(StoichiometryBatch(fractions))
+    >>> mean.shape, variance.shape
+    (torch.Size([3, 1]), torch.Size([3, 1]))
+    """
+
+    def __init__(
+        self,
+        config: PolySRLConfig,
+        n_tasks: int,
+        classification: bool,
+        n_ensemble: int,
+        frozen: bool,
+    ) -> None:
+        super().__init__()
+        self.config = config
+        self.classification = classification
+        self.frozen = frozen
+        self.heteroscedastic = config.heteroscedastic and not classification
+        self.encoders = nn.ModuleList(
+            StoichiometryEncoder(config) for _ in range(1 if frozen else n_ensemble)
+        ).requires_grad_(not frozen)
+        self.heads = nn.ModuleList(
+            PredictionHead(config.n_features, config.head_hidden, n_tasks)
+            for _ in range(n_ensemble)
+        )
+        self.scale_heads = nn.ModuleList(
+            PredictionHead(config.n_features, config.head_hidden, n_tasks)
+            for _ in range(n_ensemble if self.heteroscedastic else 0)
+        )
+        self.register_buffer("label_mean", torch.zeros(n_tasks))
+        self.register_buffer("label_std", torch.ones(n_tasks))
+        self.register_buffer("fitted", torch.tensor(False))
+
+    def train(self, mode: bool = True) -> "PropertyNetwork":
+        """Training mode; a frozen encoder stays in evaluation mode."""
+        super().train(mode)
+        if self.frozen:
+            self.encoders.eval()
+        return self
+
+    def member_parameters(self) -> list[list[nn.Parameter]]:
+        """Trainable parameters of each member, so that gradients are clipped per member."""
+        members = []
+        for i, head in enumerate(self.heads):
+            encoder = [] if self.frozen else list(self.encoders[i].parameters())
+            members.append([*encoder, *head.parameters()])
+        return members + [list(head.parameters()) for head in self.scale_heads]
+
+    def embed(self, batch: StoichiometryBatch) -> Tensor:
+        """What the heads read, shape (n_encoders, n_graphs, F): each encoder's mean, eq. 11."""
+        return torch.stack([encoder.mean(batch) for encoder in self.encoders])
+
+    def outputs(self, embeddings: Tensor) -> tuple[Tensor, Tensor]:
+        """Location (or logit) and log scale of every member, each (n_ensemble, n_graphs, n_tasks).
+
+        Both are in units of the normalized labels.
+        """
+        embeddings = (embeddings * self.config.head_scale).expand(len(self.heads), -1, -1)
+        location = _apply(self.heads, embeddings)
+        if not self.heteroscedastic:
+            return location, torch.zeros_like(location)
+        return location, _apply(self.scale_heads, embeddings.detach())
+
+    def loss(self, embeddings: Tensor, labels: Tensor, weights: Tensor) -> Tensor:
+        """Weighted mean loss per label, summed over the members, which do not share parameters.
+
+        Parameters
+        ----------
+        embeddings : torch.Tensor, shape (n_encoders, n_graphs, F)
+        labels : torch.Tensor, shape (n_graphs, n_tasks)
+            In label units; entries of weight 0 are not read.
+        weights : torch.Tensor, shape (n_graphs, n_tasks)
+
+        Returns
+        -------
+        torch.Tensor, scalar
+            Absolute error (eq. 14) or cross-entropy, plus, if heteroscedastic, the Laplace
+            negative log-likelihood of the scale at the error as it stands.
+        """
+        location, log_scale = self.outputs(embeddings)
+        if self.classification:
+            losses = functional.binary_cross_entropy_with_logits(
+                location, labels.expand_as(location), reduction="none"
+            )
+        else:
+            error = (location - (labels - self.label_mean) / self.label_std).abs()
+            losses = error
+            if self.heteroscedastic:
+                losses = error + error.detach() * torch.exp(-log_scale) + log_scale
+        return (losses * weights).sum() / weights.sum().clamp_min(1e-12)
+
+    def forward(self, batch: StoichiometryBatch) -> tuple[Tensor, Tensor]:
+        """Predictive mean and variance, each (n_graphs, n_tasks), in label units.
+
+        Regression: mean over members; variance = variance between members + mean over members of
+        the Laplace variance 2 b². Classification: probability of class 1 and p (1 - p).
+        """
+        location, log_scale = self.outputs(self.embed(batch))
+        if self.classification:
+            probability = torch.sigmoid(location).mean(0)
+            return probability, probability * (1 - probability)
+        variance = location.var(0, unbiased=False)
+        if self.heteroscedastic:
+            variance = variance + (2 * torch.exp(2 * log_scale)).mean(0)
+        return location.mean(0) * self.label_std + self.label_mean, variance * self.label_std**2
+
+
+def _apply(heads: nn.ModuleList, embeddings: Tensor) -> Tensor:
+    """Each head on its own embedding: (n_ensemble, n_graphs, n_tasks)."""
+    return torch.stack([head(row) for head, row in zip(heads, embeddings, strict=True)])

@@ -1,0 +1,164 @@
+"""Saving, loading and checkpointing of a DeepChem model without pickle."""
+
+import os
+from pathlib import Path
+from typing import Any
+
+import torch
+from deepchem.models import TorchModel
+
+from polysrl_dc.checkpoints import load_checkpoint, load_into
+from polysrl_dc.checkpoints import save_checkpoint as save_tensors
+from polysrl_dc.config import PolySRLConfig
+
+MODEL_FILE = "model.safetensors"
+ENCODER_FIELDS = ("n_features", "stoichiometry_layers", "set2set_steps", "feature_norm")
+
+
+class PersistentModel(TorchModel):
+    """A ``TorchModel`` whose files are safetensors with a manifest.
+
+    Subclasses set ``config``, ``settings`` (constructor arguments that fix the network) and
+    ``training`` (the others worth keeping). DeepChem's own methods pickle, leave out buffers and
+    the position in training, and load what does not match; these do not.
+    """
+
+    config: PolySRLConfig
+    settings: dict[str, Any]
+    training: dict[str, Any]
+    _epoch: int
+
+    def _manifest(self) -> dict[str, Any]:
+        return {
+            "config": self.config.to_dict(),
+            "settings": self.settings,
+            "training": self.training,
+            "step": self._global_step,
+            "epoch": self._epoch,
+        }
+
+    def save(self, path: str | Path | None = None) -> None:
+        """Write ``model.safetensors`` into the folder ``path`` (default: ``model_dir``)."""
+        self._ensure_built()
+        folder = Path(path or self.model_dir)
+        folder.mkdir(parents=True, exist_ok=True)
+        save_tensors(
+            folder / MODEL_FILE, self.model.state_dict(), self._manifest()
+        )
+
+    @classmethod
+    def from_pretrained(cls, path: str | Path, **kwargs: Any) -> "PersistentModel":
+        """Read a model written by :meth:`save`: from its folder or file.
+
+        Parameters
+        ----------
+        path : str or path
+        **kwargs
+            Constructor arguments that are not part of the network, e.g. ``device``.
+        """
+        tensors, manifest = load_checkpoint(_model_file(path))
+        fixed = {"config": PolySRLConfig.from_dict(manifest["config"]), **manifest["settings"]}
+        if fixed.keys() & kwargs.keys():
+            raise ValueError(f"{sorted(fixed.keys() & kwargs.keys())} are fixed by {path}")
+        model = cls(**fixed, **{**manifest["training"], **kwargs})
+        load_into(model.model, tensors)
+        model.model.eval()
+        return model
+
+    def reload(self) -> None:
+        """Read ``model.safetensors`` of ``model_dir`` back into this model."""
+        tensors, _ = load_checkpoint(_model_file(self.model_dir))
+        load_into(self.model, tensors)
+
+    def load_encoder(self, path: str | Path) -> None:
+        """Start every encoder of this model from the encoder of another one."""
+        tensors, manifest = load_checkpoint(_model_file(path))
+        prefix = "encoders.0."
+        encoder = {k.removeprefix(prefix): v for k, v in tensors.items() if k.startswith(prefix)}
+        for field in ENCODER_FIELDS:
+            theirs, ours = manifest["config"].get(field), getattr(self.config, field)
+            if theirs != ours:
+                raise ValueError(f"{path}: {field} is {theirs}, this configuration has {ours}")
+        for module in self.model.encoders:
+            load_into(module, encoder)
+
+    def load_from_pretrained(self, *args: Any, **kwargs: Any) -> None:
+        """Refused: DeepChem's version copies no buffers; use :meth:`load_encoder`."""
+        raise NotImplementedError("use load_encoder(path) or from_pretrained(path)")
+
+    def save_checkpoint(
+        self, max_checkpoints_to_keep: int = 5, model_dir: str | None = None
+    ) -> None:
+        """Write weights and optimizer state as ``checkpoint1.safetensors``; older ones move up."""
+        if max_checkpoints_to_keep == 0:
+            return
+        self._ensure_built()
+        folder = Path(model_dir or self.model_dir)
+        folder.mkdir(parents=True, exist_ok=True)
+        paths = [
+            folder / f"checkpoint{i + 1}.safetensors" for i in range(max_checkpoints_to_keep)
+        ]
+        new = folder / "new_checkpoint.safetensors"
+        optimizer = flatten_optimizer(self._pytorch_optimizer)
+        weights = {f"model.{name}": value for name, value in self.model.state_dict().items()}
+        save_tensors(new, {**weights, **optimizer}, self._manifest())
+        for older, newer in zip(reversed(paths), [*reversed(paths[:-1]), new], strict=True):
+            if newer.exists():
+                os.replace(newer, older)
+
+    def get_checkpoints(self, model_dir: str | None = None) -> list[str]:
+        """Checkpoint files in a folder, the latest first."""
+        files = Path(model_dir or self.model_dir).glob("checkpoint*.safetensors")
+        return [str(path) for path in sorted(files, key=lambda p: (len(p.name), p.name))]
+
+    def restore(
+        self,
+        checkpoint: str | None = None,
+        model_dir: str | None = None,
+        strict: bool = True,
+    ) -> None:
+        """Read weights, optimizer state and step of a checkpoint, the latest by default."""
+        if not strict:
+            raise ValueError("strict must be True: a partial restore is a silent change")
+        self._ensure_built()
+        if checkpoint is None:
+            available = self.get_checkpoints(model_dir)
+            if not available:
+                raise ValueError(f"no checkpoint in {model_dir or self.model_dir}")
+            checkpoint = available[0]
+        tensors, manifest = load_checkpoint(checkpoint)
+        weights = {
+            name.removeprefix("model."): value
+            for name, value in tensors.items()
+            if name.startswith("model.")
+        }
+        load_into(self.model, weights)
+        unflatten_optimizer(self._pytorch_optimizer, tensors)
+        self._global_step, self._epoch = manifest["step"], manifest["epoch"]
+
+
+def _model_file(path: str | Path) -> Path:
+    path = Path(path)
+    return path / MODEL_FILE if path.is_dir() else path
+
+
+def flatten_optimizer(optimizer: torch.optim.Optimizer) -> dict[str, torch.Tensor]:
+    """State of an optimizer as tensors named ``optimizer.<parameter>.<entry>``."""
+    state = optimizer.state_dict()["state"]
+    return {
+        f"optimizer.{index}.{name}": torch.as_tensor(value)
+        for index, entries in state.items()
+        for name, value in entries.items()
+    }
+
+
+def unflatten_optimizer(optimizer: torch.optim.Optimizer, tensors: dict[str, Any]) -> None:
+    """Inverse of :func:`flatten_optimizer`; rates and weight decay stay those of ``optimizer``."""
+    state: dict[int, dict[str, torch.Tensor]] = {}
+    for key, value in tensors.items():
+        if key.startswith("optimizer."):
+            _, index, name = key.split(".", 2)
+            state.setdefault(int(index), {})[name] = value
+    optimizer.load_state_dict(
+        {"state": state, "param_groups": optimizer.state_dict()["param_groups"]}
+    )

@@ -1,0 +1,134 @@
+"""Chemical formula -> atomic numbers and amounts; pure functions, no DeepChem and no torch."""
+
+import re
+from collections.abc import Mapping
+from math import gcd
+
+import numpy as np
+from pymatgen.core import Composition, DummySpecies, Element, Species
+
+from polysrl_dc.elements import has_embedding
+from polysrl_dc.errors import InvalidInputError
+
+_SYMBOL = re.compile(r"[A-Z][a-z]?")
+_SIGNED = re.compile(r"[+-]")
+_ISOTOPES = frozenset({"D", "T"})
+
+
+def parse_formula(value: str | Mapping) -> tuple[np.ndarray, np.ndarray]:
+    """Read a formula into atomic numbers and amounts.
+
+    Parameters
+    ----------
+    value : str, pymatgen Composition or mapping of symbol to amount
+        The formula, e.g. ``"Fe2O3"``, ``"Ca(OH)2"``, ``{"Fe": 2, "O": 3}``. Amounts need not be
+        integers nor add up to anything. Oxidation states are dropped.
+
+    Returns
+    -------
+    numbers : numpy.ndarray, shape (n_elements,), uint8
+        Atomic numbers, ascending, each once.
+    amounts : numpy.ndarray, shape (n_elements,), float64
+        Amounts as written, in atoms per formula; every one is positive and finite.
+
+    Raises
+    ------
+    InvalidInputError
+        Not a formula: empty, not a number where an amount should be, zero or negative amounts,
+        charges, isotopes (``D``), dummy species (``Xx2O3``), elements without an embedding.
+
+    Examples
+    --------
+    >>> numbers, amounts = parse_formula("Fe2O3")
+    >>> numbers.tolist(), amounts.tolist()
+    ([8, 26], [3.0, 2.0])
+    """
+    totals: dict[int, float] = {}
+    for symbol, amount in _amounts(value).items():
+        element = symbol.element if isinstance(symbol, Species) else symbol
+        if isinstance(symbol, DummySpecies) or not isinstance(element, Element):
+            raise InvalidInputError(f"formula {value!r}: {symbol} is not a chemical element")
+        if not np.isfinite(amount) or amount <= 0:
+            raise InvalidInputError(
+                f"formula {value!r}: the amount of {element.symbol} is {amount}, must be positive"
+            )
+        if element.symbol in _ISOTOPES:
+            raise InvalidInputError(
+                f"formula {value!r}: isotope {element.symbol} has no embedding; write H"
+            )
+        if not has_embedding()[element.Z]:
+            raise InvalidInputError(f"formula {value!r}: element {element.symbol} has no embedding")
+        totals[element.Z] = totals.get(element.Z, 0.0) + float(amount)
+    if not totals:
+        raise InvalidInputError(f"formula {value!r} holds no element")
+    numbers = np.array(sorted(totals), dtype=np.uint8)
+    return numbers, np.array([totals[z] for z in numbers.tolist()])
+
+
+def _amounts(value: object) -> dict:
+    """Species or element -> amount, before any check of the amounts themselves."""
+    if isinstance(value, Composition):
+        return dict(value.items())
+    try:
+        if isinstance(value, str):
+            return _amounts_of_string(value)
+        if isinstance(value, Mapping):
+            symbols = [next(iter(Composition({key: 1})), None) for key in value]
+            if len(set(symbols)) < len(value) or None in symbols:
+                raise InvalidInputError(f"formula {value!r}: an element is named twice or not at all")
+            return dict(zip(symbols, (float(amount) for amount in value.values()), strict=True))
+    except InvalidInputError:
+        raise
+    except (ValueError, TypeError, KeyError, AttributeError, OverflowError, RecursionError) as error:
+        raise InvalidInputError(f"{value!r} is not a chemical formula: {error}") from error
+    raise InvalidInputError(
+        f"{value!r} of type {type(value).__name__} is not a formula: "
+        "expected a string, a pymatgen Composition or a mapping of symbol to amount"
+    )
+
+
+def _amounts_of_string(text: str) -> dict:
+    if len(text) > 1000:
+        raise InvalidInputError(f"formula {text[:40]!r}... is {len(text)} characters long")
+    if not text.strip():
+        raise InvalidInputError("the formula is empty")
+    if _SIGNED.search(text):
+        raise InvalidInputError(f"formula {text!r}: signs and charges are not supported")
+    composition = Composition(text)
+    # pymatgen drops elements whose amount is zero; they are an error here, not a silent change
+    dropped = set(_SYMBOL.findall(text)) - {element.symbol for element in composition}
+    if dropped:
+        raise InvalidInputError(f"formula {text!r}: the amount of {sorted(dropped)[0]} is zero")
+    return dict(composition.items())
+
+
+def reduced_formula(numbers: np.ndarray, amounts: np.ndarray) -> str:
+    """Reduced formula, the key under which polymorphs and repeated measurements are grouped.
+
+    Parameters
+    ----------
+    numbers : numpy.ndarray, shape (n_elements,)
+        Atomic numbers, each once.
+    amounts : numpy.ndarray, shape (n_elements,)
+        Positive amounts; non-integers are brought to integers with a denominator up to 10,000.
+
+    Returns
+    -------
+    str
+        pymatgen's reduced formula of the integer formula.
+
+    Examples
+    --------
+    >>> reduced_formula(np.array([8, 26]), np.array([6.0, 4.0]))
+    'Fe2O3'
+    >>> reduced_formula(np.array([8, 26]), np.array([0.6, 0.4]))
+    'Fe2O3'
+    """
+    composition = Composition(
+        {Element.from_Z(z): a for z, a in zip(numbers.tolist(), amounts.tolist(), strict=True)}
+    )
+    rounded = np.rint(amounts)
+    if np.array_equal(rounded, amounts):
+        divisor = gcd(*rounded.astype(np.int64).tolist())
+        return (composition / divisor).reduced_formula
+    return composition.get_integer_formula_and_factor(max_denominator=10_000)[0]
