@@ -12,6 +12,8 @@ from torch import Tensor
 from polysrl_dc.errors import InvalidInputError
 from polysrl_dc.graphs import StoichiometryBatch, StoichiometryGraph, StructureBatch, StructureGraph
 
+_GREATEST_LABEL = 1e18  # squares of labels and errors must stay finite in single precision
+
 
 def stoichiometries(X: Sequence[Any], ids: Sequence[Any], first_row: int = 0) -> StoichiometryBatch:
     """Batch the formulas of dataset rows.
@@ -75,7 +77,7 @@ class LabeledData:
         w = np.broadcast_to(np.asarray(dataset.w, np.float64).reshape(len(dataset), -1), y.shape)
         if y.shape[1] != n_tasks:
             raise InvalidInputError(f"the labels have {y.shape[1]} columns, the model {n_tasks}")
-        bad = (w != 0) & ~np.isfinite(y)
+        bad = (w != 0) & ~(np.abs(y) <= _GREATEST_LABEL)
         problem = "mark missing labels by weight 0"
         if classification and not bad.any():
             bad, problem = (w != 0) & ~np.isin(y, (0, 1)), "classes are 0 and 1"

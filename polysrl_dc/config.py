@@ -3,6 +3,8 @@
 from dataclasses import asdict, dataclass, fields, replace
 from typing import Any
 
+_CHOICES = {"structure_pooling": ("sum", "mean"), "convolution_init": ("glorot", "linear")}
+
 
 @dataclass(frozen=True, kw_only=True)
 class PolySRLConfig:
@@ -14,6 +16,11 @@ class PolySRLConfig:
         F, width of every embedding.
     stoichiometry_layers, structure_layers : int
         L' of f^a and of f^b.
+    convolution_init : {"glorot", "linear"}
+        Start of the GCN layers: Glorot weights and zero bias as Kipf & Welling have it, or that
+        of ``torch.nn.Linear``. With a random encoder and the representation protocol the second
+        brings the MAE of the formation enthalpies from 0.682 (0.016) to 0.604 (0.022) and leaves
+        the others within noise (mean over five folds and its standard error).
     set2set_steps : int
         Processing steps of each Set2Set.
     edge_hidden : int
@@ -54,6 +61,7 @@ class PolySRLConfig:
     n_features: int = 200
     stoichiometry_layers: int = 3
     structure_layers: int = 3
+    convolution_init: str = "glorot"
     set2set_steps: int = 2
     edge_hidden: int = 400
     n_gaussians: int = 41
@@ -72,8 +80,9 @@ class PolySRLConfig:
     grad_clip: float = 2.0
 
     def __post_init__(self) -> None:
-        if self.structure_pooling not in ("sum", "mean"):
-            raise ValueError(f"structure_pooling is {self.structure_pooling!r}: sum or mean")
+        for name, choices in _CHOICES.items():
+            if getattr(self, name) not in choices:
+                raise ValueError(f"{name} is {getattr(self, name)!r}: must be one of {choices}")
         for field in fields(self):
             value = getattr(self, field.name)
             if field.type is int and (not isinstance(value, int) or value < 1):
@@ -81,7 +90,7 @@ class PolySRLConfig:
 
     @classmethod
     def named(cls, name: str) -> "PolySRLConfig":
-        """A shipped configuration: ``"paper"`` as published, ``"default"`` as measured to be better.
+        """``"paper"`` as published, or ``"default"`` as measured to be better.
 
         ``default`` normalizes the features before the L2 norm (pretraining does not collapse;
         fold-0 test MAE of matbench_dielectric 0.219 instead of 0.230 after 60 epochs), feeds the
@@ -111,5 +120,12 @@ class PolySRLConfig:
 _PAPER = PolySRLConfig()
 _NAMED = {
     "paper": _PAPER,
-    "default": replace(_PAPER, feature_norm=True, edge_hidden=200, head_scale=200**0.5, heteroscedastic=True),
+    "default": replace(
+        _PAPER,
+        convolution_init="linear",
+        feature_norm=True,
+        edge_hidden=200,
+        head_scale=200**0.5,
+        heteroscedastic=True,
+    ),
 }

@@ -1,6 +1,8 @@
 """Polymorphic structures as a DeepChem dataset, the formula-grouped splitter, skipped rows."""
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
+from functools import cache, partial
+from itertools import repeat
 from pathlib import Path
 from typing import Any
 
@@ -11,6 +13,7 @@ from deepchem.splits import Splitter
 from monty.serialization import loadfn
 from pymatgen.analysis import prototypes
 from pymatgen.core import Element, Lattice, Structure
+from pymatgen.core.structure import StructureError
 from sklearn.model_selection import GroupKFold
 from tqdm import tqdm
 
@@ -27,7 +30,7 @@ class PolymorphDataset(NumpyDataset):
     Parameters
     ----------
     source : str, path or sequence of pymatgen Structure
-        A Parquet file with the columns ``material_id``, ``cell`` (a, b, c in Å and α, β, γ in
+        A Parquet file with the columns ``material_id``, ``cell`` (a, b, c in Å and three angles in
         degrees), ``numbers`` (atomic number of each site) and ``frac_coords`` (flattened);
         ``"aflow"`` for the prototype library packaged with pymatgen; or structures.
     max_structures : int, optional
@@ -64,22 +67,23 @@ class PolymorphDataset(NumpyDataset):
         on_error: str = "raise",
         progress: bool = True,
     ) -> None:
-        featurizer = StructureGraphFeaturizer(on_error=on_error)
+        if on_error not in ("raise", "skip"):
+            raise ValueError(f"on_error is {on_error!r}: raise or skip")
+        featurizer = StructureGraphFeaturizer()
         total, structures = _open(source, max_structures, max_sites, seed)
         graphs: list[StructureGraph] = []
         ids: list[Any] = []
         self.skipped: list[tuple[Any, str]] = []
-        for row_id, structure in tqdm(
+        for row_id, read in tqdm(
             structures, total=total, desc="structures", disable=not progress
         ):
             try:
-                graph = featurizer.featurize(structure)[0]
-            except InvalidInputError as error:
-                raise InvalidInputError(f"structure {row_id}: {error}") from error
-            if featurizer.skipped:
-                self.skipped.append((row_id, featurizer.skipped[0][1]))
+                graphs.append(featurizer.featurize(read())[0])
+            except (ValueError, StructureError) as error:  # the row may make no structure
+                if on_error == "raise":
+                    raise InvalidInputError(f"structure {row_id}: {error}") from error
+                self.skipped.append((row_id, str(error)))
             else:
-                graphs.append(graph)
                 ids.append(row_id)
         X = np.empty(len(graphs), dtype=object)
         X[:] = graphs
@@ -88,8 +92,8 @@ class PolymorphDataset(NumpyDataset):
 
 def _open(
     source: Any, max_structures: int | None, max_sites: int | None, seed: int
-) -> tuple[int, Iterator[tuple[Any, Structure]]]:
-    """Number of structures, and an iterator of (id, structure)."""
+) -> tuple[int, Iterator[tuple[Any, Callable[[], Structure]]]]:
+    """Number of structures, and an iterator of (id, function that makes the structure)."""
     if isinstance(source, str | Path) and str(source) != "aflow":
         table = pq.read_table(source)
         missing = set(PARQUET_COLUMNS) - set(table.column_names)
@@ -98,13 +102,15 @@ def _open(
         sizes = table["numbers"].combine_chunks().value_lengths().to_numpy()
         rows = _choose(sizes, max_structures, max_sites, seed)
         return len(rows), _read_rows(table.select(PARQUET_COLUMNS).take(rows))
+    structures: list[Structure]
+    names: list[Any]
     if isinstance(source, str | Path):
         structures, names = _aflow_prototypes()
     else:
         structures, names = list(source), list(range(len(source)))
     sizes = np.array([len(structure) for structure in structures])
     rows = _choose(sizes, max_structures, max_sites, seed)
-    return len(rows), ((names[row], structures[row]) for row in rows)
+    return len(rows), ((names[row], partial(structures.__getitem__, row)) for row in rows)
 
 
 def _choose(
@@ -118,21 +124,24 @@ def _choose(
     return rows
 
 
-def _read_rows(table: Any) -> Iterator[tuple[str, Structure]]:
+def _read_rows(table: Any) -> Iterator[tuple[str, Callable[[], Structure]]]:
     for batch in table.to_batches(max_chunksize=1024):
         for row in batch.to_pylist():
-            species = [Element.from_Z(z) for z in row["numbers"]]
-            coordinates = np.reshape(row["frac_coords"], (-1, 3))
-            yield (
-                row["material_id"],
-                Structure(Lattice.from_parameters(*row["cell"]), species, coordinates),
-            )
+            yield row["material_id"], partial(_structure, row)
 
 
+def _structure(row: dict[str, Any]) -> Structure:
+    species = [Element.from_Z(z) for z in row["numbers"]]
+    coordinates = np.reshape(row["frac_coords"], (-1, 3))
+    return Structure(Lattice.from_parameters(*row["cell"]), species, coordinates)
+
+
+@cache
 def _aflow_prototypes() -> tuple[list[Structure], list[str]]:
     """The AFLOW Library of Crystallographic Prototypes (Mehl et al. 2017) packaged in pymatgen."""
     entries = loadfn(Path(prototypes.__file__).parent / "aflow_prototypes.json.gz")
-    return [entry["snl"].structure for entry in entries], [entry["tags"]["aflow"] for entry in entries]
+    structures = [entry["snl"].structure for entry in entries]
+    return structures, [entry["tags"]["aflow"] for entry in entries]
 
 
 def drop_skipped(dataset: Dataset) -> Dataset:
@@ -221,7 +230,7 @@ class StoichiometrySplitter(Splitter):
             raise ValueError(f"k is {k}: must be between 2 and the {groups.max() + 1} formulas")
         if directories is not None and len(directories) != 2 * k:
             raise ValueError(f"{len(directories)} directories for {2 * k} parts")
-        folders = iter(directories or [None] * (2 * k))
+        folders: Iterator[str | None] = iter(directories) if directories else repeat(None)
         random_state = 0 if seed is None else seed
         folds = GroupKFold(k, shuffle=True, random_state=random_state).split(groups, groups=groups)
         return [

@@ -8,6 +8,7 @@ import numpy as np
 import pandas as pd
 from deepchem.feat import Featurizer
 from pymatgen.core import Composition, Structure
+from pymatgen.core.structure import StructureError
 
 from polysrl_dc.crystal import neighbor_list
 from polysrl_dc.errors import InvalidInputError
@@ -36,7 +37,8 @@ class _GraphFeaturizer(Featurizer):
         Parameters
         ----------
         datapoints : one input or an iterable of them
-            A pandas Series names rows by its index, anything else by position.
+            A pandas Series names rows by its index, other iterables by position; a single input
+            has no row.
         log_every_n : int
             Progress is logged every so many inputs.
 
@@ -55,23 +57,24 @@ class _GraphFeaturizer(Featurizer):
         """
         if kwargs:
             raise TypeError(f"unknown arguments {sorted(kwargs)}")
-        if datapoints is None or np.isscalar(datapoints) or isinstance(datapoints, self._single):
-            datapoints = [datapoints]
-        rows = datapoints.index if isinstance(datapoints, pd.Series) else None
-        values = list(datapoints)
+        single = (
+            datapoints is None or np.isscalar(datapoints) or isinstance(datapoints, self._single)
+        )
+        values = [datapoints] if single else list(datapoints)
+        rows = datapoints.index if isinstance(datapoints, pd.Series) else range(len(values))
         graphs = np.empty(len(values), dtype=object)
         self.skipped = []
         for i, value in enumerate(values):
             if i % log_every_n == 0:
                 logger.info("Featurizing datapoint %d of %d", i, len(values))
-            row = i if rows is None else rows[i]
             try:
                 graphs[i] = self._featurize(value)
             except InvalidInputError as error:
+                message = str(error) if single else f"row {rows[i]}: {error}"
                 if self.on_error == "raise":
-                    raise InvalidInputError(f"row {row}: {error}") from error
-                logger.warning("skipped row %s: %s", row, error)
-                self.skipped.append((row, str(error)))
+                    raise InvalidInputError(message) from error
+                logger.warning("skipped %s", message)
+                self.skipped.append((rows[i], str(error)))
                 graphs[i] = np.array([])
         return graphs
 
@@ -160,5 +163,5 @@ def _as_structure(value: Any) -> Structure:
         )
     try:
         return Structure.from_dict(dict(value))
-    except (KeyError, ValueError, TypeError, AttributeError) as error:
+    except (LookupError, ValueError, TypeError, AttributeError, StructureError) as error:
         raise InvalidInputError(f"not the dict of a structure: {error!r}") from error

@@ -1,5 +1,7 @@
 """Prediction heads (Appendix E), and the network of encoder, head and label units."""
 
+from typing import cast
+
 import torch
 from torch import Tensor, nn
 from torch.nn import functional
@@ -67,6 +69,10 @@ class PropertyNetwork(nn.Module):
     (torch.Size([3, 1]), torch.Size([3, 1]))
     """
 
+    label_mean: Tensor
+    label_std: Tensor
+    fitted: Tensor
+
     def __init__(
         self,
         config: PolySRLConfig,
@@ -112,7 +118,8 @@ class PropertyNetwork(nn.Module):
 
     def embed(self, batch: StoichiometryBatch) -> Tensor:
         """What the heads read, shape (n_encoders, n_graphs, F): each encoder's mean, eq. 11."""
-        return torch.stack([encoder.mean(batch) for encoder in self.encoders])
+        means = [cast(StoichiometryEncoder, encoder).mean(batch) for encoder in self.encoders]
+        return torch.stack(means)
 
     def outputs(self, embeddings: Tensor) -> tuple[Tensor, Tensor]:
         """Location (or logit) and log scale of every member, each (n_ensemble, n_graphs, n_tasks).

@@ -51,23 +51,29 @@ class CompositionSet2Set(nn.Module):
         torch.Tensor, shape (n_graphs, 2 F)
             Last query and last readout.
         """
-        width = self.n_features
         lstm = self.lstm
-        bias = lstm.bias_ih_l0 + lstm.bias_hh_l0
-        from_query = lstm.weight_ih_l0[:, :width] + lstm.weight_hh_l0
-        from_readout = lstm.weight_ih_l0[:, width:]
         absent = fractions == 0
-        gates = bias.unsqueeze(0)
-        query = cell = readout = None
-        for _ in range(self.processing_steps):
-            if query is not None:
-                gates = functional.linear(readout, from_readout, bias)
-                gates = gates + functional.linear(query, from_query)
-            query, cell = _lstm_cell(gates, cell)
-            scores = fractions * (query @ elements.T + (query * graphs).sum(-1, keepdim=True))
-            attention = torch.softmax(scores.masked_fill(absent, -torch.inf), dim=-1) * fractions
-            readout = attention @ elements + attention.sum(-1, keepdim=True) * graphs
+        into_gates, recurrent, bias_into, bias_recurrent = lstm.all_weights[0]
+        bias = bias_into + bias_recurrent
+        from_query, from_readout = into_gates.split(self.n_features, dim=1)
+        from_query = from_query + recurrent  # the query is the hidden state
+
+        query, cell = _lstm_cell(bias.unsqueeze(0), None)
+        readout = self._read(query, fractions, absent, elements, graphs)
+        for _ in range(self.processing_steps - 1):
+            gates = functional.linear(readout, from_readout, bias)
+            query, cell = _lstm_cell(gates + functional.linear(query, from_query), cell)
+            readout = self._read(query, fractions, absent, elements, graphs)
         return torch.cat([query.expand_as(readout), readout], dim=-1)
+
+    @staticmethod
+    def _read(
+        query: Tensor, fractions: Tensor, absent: Tensor, elements: Tensor, graphs: Tensor
+    ) -> Tensor:
+        """Attention-weighted sum (n_graphs, F) of the set for queries (n_graphs or 1, F)."""
+        scores = fractions * (query @ elements.T + (query * graphs).sum(-1, keepdim=True))
+        attention = torch.softmax(scores.masked_fill(absent, -torch.inf), dim=-1) * fractions
+        return attention @ elements + attention.sum(-1, keepdim=True) * graphs
 
 
 def _lstm_cell(gates: Tensor, cell: Tensor | None) -> tuple[Tensor, Tensor]:

@@ -8,22 +8,19 @@ import numpy as np
 import torch
 from deepchem.data import Dataset
 from deepchem.models.optimizers import Adam, LearningRateSchedule
-from deepchem.trans import Transformer, undo_transforms
 from torch import Tensor, nn
 
-from polysrl_dc.batches import LabeledData, PolymorphData, batch_rows, stoichiometries
+from polysrl_dc.batches import LabeledData, PolymorphData, batch_rows
 from polysrl_dc.config import PolySRLConfig
-from polysrl_dc.errors import InvalidInputError
-from polysrl_dc.graphs import StoichiometryBatch
 from polysrl_dc.heads import PropertyNetwork
 from polysrl_dc.objectives import PretrainingNetwork
-from polysrl_dc.persistence import PersistentModel
+from polysrl_dc.prediction import PredictingModel
 
 TASKS = ("regression", "classification", "pretraining")
 SCHEDULES = ("one_cycle", "constant")
 
 
-class PolySRLModel(PersistentModel):
+class PolySRLModel(PredictingModel):
     """Composition model whose representation is pretrained on polymorphic crystal structures.
 
     Parameters
@@ -139,7 +136,7 @@ class PolySRLModel(PersistentModel):
     # ---------------------------------------------------------------- training
 
     def _ensure_built(self) -> None:
-        if self._built:
+        if getattr(self, "_built", False):
             return
         self._built = True
         self._global_step = 0
@@ -217,12 +214,12 @@ class PolySRLModel(PersistentModel):
         data = self._training_data(dataset)
         steps = nb_epoch * len(list(batch_rows(len(data), self.batch_size)))
         schedule = self._lr_schedule
-        if schedule is None and self.schedule == "one_cycle" and steps > 1:
+        if schedule is None and self.schedule == "one_cycle" and steps > 2:
             schedule = torch.optim.lr_scheduler.OneCycleLR(
                 self._pytorch_optimizer,
-                [group["lr"] for group in self._pytorch_optimizer.param_groups],
+                self._initial_rates,
                 total_steps=steps,
-                pct_start=0.1,
+                pct_start=max(0.1, 2 / steps),  # the rise takes one step at least
                 cycle_momentum=False,
             )
         callbacks = list(callbacks) if isinstance(callbacks, Sequence) else [callbacks]
@@ -256,10 +253,6 @@ class PolySRLModel(PersistentModel):
         for group, rate in zip(optimizer.param_groups, self._initial_rates, strict=True):
             group["lr"] = rate if self._lr_schedule is None else group["lr"]
         return average
-
-    def fit_generator(self, *args: Any, **kwargs: Any) -> float:
-        """Refused: batches of graphs are made by :meth:`fit` from a dataset."""
-        raise NotImplementedError("PolySRLModel trains on datasets: use fit(dataset)")
 
     def _training_data(self, dataset: Dataset) -> LabeledData | PolymorphData:
         """All graphs as tensors, labels checked; the first call sets the label statistics."""
@@ -296,102 +289,3 @@ class PolySRLModel(PersistentModel):
         if all_losses is not None:
             all_losses.append(average)
         return average
-
-    # -------------------------------------------------------------- prediction
-
-    def _map(self, dataset: Dataset, function: Callable[[StoichiometryBatch], Any]) -> list[Any]:
-        """Apply to batches of formulas in evaluation mode; the mode is restored afterwards."""
-        self._ensure_built()
-        training = self.model.training
-        self.model.eval()
-        results, row = [], 0
-        try:
-            with torch.no_grad():
-                for X, _, _, ids in dataset.iterbatches(4096, deterministic=True):
-                    results.append(function(stoichiometries(X, ids, row).to(self.device)))
-                    row += len(X)
-        finally:
-            self.model.train(training)
-        if not results:
-            raise InvalidInputError("the dataset has no row")
-        return results
-
-    def _mean_and_variance(self, dataset: Dataset) -> tuple[np.ndarray, np.ndarray]:
-        if self.settings["task"] == "pretraining":
-            raise ValueError("a pretraining model has no labels to predict")
-        if not self.model.fitted:
-            raise ValueError("the model is not fitted; call fit or restore first")
-        means, variances = zip(*self._map(dataset, self.model), strict=True)
-        return torch.cat(means).cpu().numpy(), torch.cat(variances).cpu().numpy()
-
-    def predict(
-        self,
-        dataset: Dataset,
-        transformers: Sequence[Transformer] = (),
-        output_types: None = None,
-    ) -> np.ndarray:
-        """Predict labels.
-
-        Parameters
-        ----------
-        dataset : dc.data.Dataset
-        transformers : list of dc.trans.Transformer
-            Undone on the predictions.
-        output_types : None
-            Not supported; see :meth:`predict_embedding`.
-
-        Returns
-        -------
-        numpy.ndarray, shape (n, n_tasks)
-            In label units; for classification the probability of class 1.
-        """
-        if output_types is not None:
-            raise ValueError("output_types must be None; see predict_embedding")
-        return undo_transforms(self._mean_and_variance(dataset)[0], list(transformers))
-
-    def predict_uncertainty(self, dataset: Dataset, masks: None = None) -> Any:
-        """Predict labels and the standard deviation of each.
-
-        The variance is that between the members of the ensemble plus, with a heteroscedastic
-        head, the mean variance of their Laplace distributions. It is not calibrated: compare it
-        with the errors on validation data. For classification it is p (1 - p).
-
-        Parameters
-        ----------
-        dataset : dc.data.Dataset
-        masks : None
-            DeepChem's dropout masks; there is no dropout here.
-
-        Returns
-        -------
-        mean, std : numpy.ndarray, each of shape (n, n_tasks)
-            In label units.
-        """
-        if masks is not None:
-            raise ValueError("masks must be None: the uncertainty does not come from dropout")
-        if not (self.model.heteroscedastic or self.model.classification) and (
-            self.settings["n_ensemble"] < 2
-        ):
-            raise ValueError("needs a heteroscedastic configuration or n_ensemble > 1")
-        mean, variance = self._mean_and_variance(dataset)
-        return mean, np.sqrt(variance)
-
-    def predict_embedding(self, dataset: Dataset) -> np.ndarray:
-        """Representation of each formula, z_mu of eq. 11, shape (n, F), of unit length.
-
-        Members of an ensemble that were trained apart are averaged and scaled to unit length.
-        """
-        means = self._map(dataset, lambda batch: self._gaussian(batch)[0])
-        return torch.cat(means).cpu().numpy()
-
-    def predict_polymorphism(self, dataset: Dataset) -> np.ndarray:
-        """Uncertainty due to polymorphism, shape (n,): geometric mean of the variances, eq. 12."""
-        variances = self._map(
-            dataset, lambda batch: torch.exp(2 * self._gaussian(batch)[1].mean(-1))
-        )
-        return torch.cat(variances).cpu().numpy()
-
-    def _gaussian(self, batch: StoichiometryBatch) -> tuple[Tensor, Tensor]:
-        pairs = [encoder(batch) for encoder in self.model.encoders]
-        means, log_sigmas = (torch.stack(part).mean(0) for part in zip(*pairs, strict=True))
-        return nn.functional.normalize(means, dim=-1), log_sigmas

@@ -27,6 +27,7 @@ class PersistentModel(TorchModel):
     settings: dict[str, Any]
     training: dict[str, Any]
     _epoch: int
+    _lr_schedule: torch.optim.lr_scheduler.LRScheduler | None
 
     def _manifest(self) -> dict[str, Any]:
         return {
@@ -35,6 +36,7 @@ class PersistentModel(TorchModel):
             "training": self.training,
             "step": self._global_step,
             "epoch": self._epoch,
+            "schedule": self._lr_schedule.state_dict() if self._lr_schedule else None,
         }
 
     def save(self, path: str | Path | None = None) -> None:
@@ -82,10 +84,6 @@ class PersistentModel(TorchModel):
         for module in self.model.encoders:
             load_into(module, encoder)
 
-    def load_from_pretrained(self, *args: Any, **kwargs: Any) -> None:
-        """Refused: DeepChem's version copies no buffers; use :meth:`load_encoder`."""
-        raise NotImplementedError("use load_encoder(path) or from_pretrained(path)")
-
     def save_checkpoint(
         self, max_checkpoints_to_keep: int = 5, model_dir: str | None = None
     ) -> None:
@@ -117,7 +115,7 @@ class PersistentModel(TorchModel):
         model_dir: str | None = None,
         strict: bool = True,
     ) -> None:
-        """Read weights, optimizer state and step of a checkpoint, the latest by default."""
+        """Read weights, optimizer, schedule and step of a checkpoint, the latest by default."""
         if not strict:
             raise ValueError("strict must be True: a partial restore is a silent change")
         self._ensure_built()
@@ -135,6 +133,11 @@ class PersistentModel(TorchModel):
         load_into(self.model, weights)
         unflatten_optimizer(self._pytorch_optimizer, tensors)
         self._global_step, self._epoch = manifest["step"], manifest["epoch"]
+        if self._lr_schedule and manifest["schedule"]:
+            self._lr_schedule.load_state_dict(manifest["schedule"])
+            rates = self._lr_schedule.get_last_lr()
+            for group, rate in zip(self._pytorch_optimizer.param_groups, rates, strict=True):
+                group["lr"] = rate
 
 
 def _model_file(path: str | Path) -> Path:

@@ -11,8 +11,10 @@ from polysrl_dc.elements import has_embedding
 from polysrl_dc.errors import InvalidInputError
 
 _SYMBOL = re.compile(r"[A-Z][a-z]?")
+_NUMBER = re.compile(r"\d+\.?\d*|\.\d+")
 _SIGNED = re.compile(r"[+-]")
-_ISOTOPES = frozenset({"D", "T"})
+_ISOTOPES = frozenset({"D", "T"})  # pymatgen reads them as elements of their own with symbol H
+_GREATEST_AMOUNT = 1e9  # atoms of one element per formula
 
 
 def parse_formula(value: str | Mapping) -> tuple[np.ndarray, np.ndarray]:
@@ -45,16 +47,17 @@ def parse_formula(value: str | Mapping) -> tuple[np.ndarray, np.ndarray]:
     """
     totals: dict[int, float] = {}
     for symbol, amount in _amounts(value).items():
+        if isinstance(symbol, DummySpecies):
+            raise InvalidInputError(f"formula {value!r}: {symbol.symbol} is not a chemical element")
         element = symbol.element if isinstance(symbol, Species) else symbol
-        if isinstance(symbol, DummySpecies) or not isinstance(element, Element):
-            raise InvalidInputError(f"formula {value!r}: {symbol} is not a chemical element")
-        if not np.isfinite(amount) or amount <= 0:
+        if element.name in _ISOTOPES:
             raise InvalidInputError(
-                f"formula {value!r}: the amount of {element.symbol} is {amount}, must be positive"
+                f"formula {value!r}: isotope {element.name} has no embedding; write H"
             )
-        if element.symbol in _ISOTOPES:
+        if not 0 < amount <= _GREATEST_AMOUNT:
             raise InvalidInputError(
-                f"formula {value!r}: isotope {element.symbol} has no embedding; write H"
+                f"formula {value!r}: the amount of {element.symbol} is {amount}, "
+                f"must be positive and at most {_GREATEST_AMOUNT:g}"
             )
         if not has_embedding()[element.Z]:
             raise InvalidInputError(f"formula {value!r}: element {element.symbol} has no embedding")
@@ -73,13 +76,13 @@ def _amounts(value: object) -> dict:
         if isinstance(value, str):
             return _amounts_of_string(value)
         if isinstance(value, Mapping):
-            symbols = [next(iter(Composition({key: 1})), None) for key in value]
-            if len(set(symbols)) < len(value) or None in symbols:
-                raise InvalidInputError(f"formula {value!r}: an element is named twice or not at all")
+            symbols = [next(iter(Composition({key: 1}))) for key in value]
+            if len(set(symbols)) < len(value):
+                raise InvalidInputError(f"formula {value!r}: an element is named twice")
             return dict(zip(symbols, (float(amount) for amount in value.values()), strict=True))
     except InvalidInputError:
         raise
-    except (ValueError, TypeError, KeyError, AttributeError, OverflowError, RecursionError) as error:
+    except (ValueError, TypeError, LookupError, AttributeError, RecursionError) as error:
         raise InvalidInputError(f"{value!r} is not a chemical formula: {error}") from error
     raise InvalidInputError(
         f"{value!r} of type {type(value).__name__} is not a formula: "
@@ -96,9 +99,12 @@ def _amounts_of_string(text: str) -> dict:
         raise InvalidInputError(f"formula {text!r}: signs and charges are not supported")
     composition = Composition(text)
     # pymatgen drops elements whose amount is zero; they are an error here, not a silent change
-    dropped = set(_SYMBOL.findall(text)) - {element.symbol for element in composition}
+    kept = {el.name if isinstance(el, Element) else el.symbol for el in composition}
+    dropped = set(_SYMBOL.findall(text)) - kept
     if dropped:
         raise InvalidInputError(f"formula {text!r}: the amount of {sorted(dropped)[0]} is zero")
+    if any(float(number) == 0 for number in _NUMBER.findall(text)):
+        raise InvalidInputError(f"formula {text!r}: an amount is zero")
     return dict(composition.items())
 
 
@@ -110,12 +116,13 @@ def reduced_formula(numbers: np.ndarray, amounts: np.ndarray) -> str:
     numbers : numpy.ndarray, shape (n_elements,)
         Atomic numbers, each once.
     amounts : numpy.ndarray, shape (n_elements,)
-        Positive amounts; non-integers are brought to integers with a denominator up to 10,000.
+        Positive amounts; non-integers are brought to integers with a denominator up to 10,000, or,
+        where that would lose an element, to fractions.
 
     Returns
     -------
     str
-        pymatgen's reduced formula of the integer formula.
+        pymatgen's reduced formula of the integer formula, or its formula of the fractions.
 
     Examples
     --------
@@ -131,4 +138,7 @@ def reduced_formula(numbers: np.ndarray, amounts: np.ndarray) -> str:
     if np.array_equal(rounded, amounts):
         divisor = gcd(*rounded.astype(np.int64).tolist())
         return (composition / divisor).reduced_formula
-    return composition.get_integer_formula_and_factor(max_denominator=10_000)[0]
+    formula = composition.get_integer_formula_and_factor(max_denominator=10_000)[0]
+    if len(Composition(formula)) < len(composition):  # a trace below the greatest denominator
+        return composition.fractional_composition.formula
+    return formula

@@ -33,6 +33,8 @@ class StoichiometryEncoder(nn.Module):
     (torch.Size([2, 200]), torch.Size([2, 200]))
     """
 
+    element_features: Tensor
+
     def __init__(self, config: PolySRLConfig) -> None:
         super().__init__()
         width = config.n_features
@@ -41,7 +43,7 @@ class StoichiometryEncoder(nn.Module):
         self.register_buffer("element_features", torch.from_numpy(element_features().copy()))
         self.input = nn.Identity() if width == N_FEATURES else nn.Linear(N_FEATURES, width)
         self.convolutions = nn.ModuleList(
-            nn.Linear(width, width) for _ in range(config.stoichiometry_layers)
+            _convolution(width, config.convolution_init) for _ in range(config.stoichiometry_layers)
         )
         self.jumping_knowledge = nn.Linear(levels * width, width)
         self.mean_pooling = CompositionSet2Set(width, config.set2set_steps)
@@ -106,3 +108,12 @@ class StoichiometryEncoder(nn.Module):
     def _mean(self, fractions: Tensor, elements: Tensor, graphs: Tensor, pooled: Tensor) -> Tensor:
         mean = self.mean_output(self.mean_pooling(fractions, elements, graphs)) + pooled
         return functional.normalize(self.mean_norm(mean), dim=-1)
+
+
+def _convolution(width: int, init: str) -> nn.Linear:
+    """The linear part of a GCN layer."""
+    linear = nn.Linear(width, width)
+    if init == "glorot":
+        nn.init.xavier_uniform_(linear.weight)
+        nn.init.zeros_(linear.bias)
+    return linear

@@ -1,0 +1,199 @@
+"""What is learned on a fold: the representation and the transfer protocol, through ``polysrl_dc``.
+
+``train_and_predict`` is the only function of the benchmarks that trains a model.
+"""
+
+from __future__ import annotations
+
+import hashlib
+from collections.abc import Sequence
+from dataclasses import asdict, dataclass
+from itertools import product
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from folds import split_validation
+from sklearn.metrics import mean_absolute_error, roc_auc_score
+
+PROTOCOLS = ("finetune", "frozen")
+DEFAULT_EPOCHS = {"finetune": (15, 30, 60), "frozen": (300,)}
+DEFAULT_LEARNING_RATES = {"finetune": (3e-3,), "frozen": (1e-3,)}
+DEFAULT_ENSEMBLE = 4
+NORMAL_95 = 1.96
+
+
+@dataclass(frozen=True)
+class Settings:
+    """Settings of a run; all but ``device`` and ``threads`` change the predictions.
+
+    ``epochs`` and ``learning_rates`` span the grid of which the validation part of the training
+    fold chooses a point; ``pretrained`` is the encoder to start from, ``None`` for random weights.
+    """
+
+    epochs: tuple[int, ...]
+    learning_rates: tuple[float, ...]
+    ensemble: int = 1
+    batch_size: int = 128
+    pretrained: str | None = None
+    seed: int = 0
+    valid_fraction: float = 0.2
+    device: str | None = None
+    threads: int | None = None
+
+    def fingerprint(self) -> dict[str, Any]:
+        """The settings that change the predictions, as plain JSON values."""
+        values = asdict(self)
+        del values["device"], values["threads"]
+        if self.pretrained is not None:
+            path = Path(self.pretrained)
+            file = path / "model.safetensors" if path.is_dir() else path
+            values["pretrained_sha256"] = hashlib.sha256(file.read_bytes()).hexdigest()
+        values["learning_rates"] = list(self.learning_rates)
+        values["epochs"] = list(self.epochs)
+        return values
+
+
+def train_and_predict(
+    task_type: str,
+    train_formulas: Sequence[str],
+    train_targets: np.ndarray,
+    test_formulas: Sequence[str],
+    protocol: str,
+    settings: Settings,
+) -> tuple[np.ndarray, np.ndarray | None, dict[str, Any]]:
+    """Choose hyperparameters on a validation part, train on the whole training fold, predict.
+
+    Parameters
+    ----------
+    task_type : {"regression", "classification"}
+    train_formulas : sequence of str, (n_train,)
+    train_targets : numpy.ndarray, (n_train,)
+        Label units, or 0 and 1.
+    test_formulas : sequence of str, (n_test,)
+    protocol : {"finetune", "frozen"}
+        Whether the encoder is trained with the head or kept as it is (paper, section 5).
+    settings : Settings
+
+    Returns
+    -------
+    predictions : numpy.ndarray, (n_test,)
+        Label units, or the probability of class 1.
+    std : numpy.ndarray, (n_test,), or None
+        Standard deviations in label units; ``None`` for classification.
+    params : dict
+        What was chosen: ``learning_rate``, ``epochs``, the ``validation_losses`` of the grid, the
+        ``std_factor`` that the standard deviations were multiplied by (validation part), and
+        ``constant_predictions``, the number of test formulas that hold an element without an
+        embedding and get the mean of the training targets.
+    """
+    import torch
+
+    if settings.threads:
+        torch.set_num_threads(settings.threads)
+    targets = np.asarray(train_targets, dtype=float).reshape(-1, 1)
+    readable = _readable(train_formulas)
+    formulas, targets = _select(train_formulas, readable), targets[readable]
+    trials = _trials(task_type, formulas, targets, protocol, settings)
+    best = min(trials, key=lambda point: trials[point][0])
+    rate, epochs = best
+    params: dict[str, Any] = {
+        "protocol": protocol,
+        "learning_rate": rate,
+        "epochs": epochs,
+        "validation_losses": {
+            f"learning_rate {rate:g}, epochs {epochs}": loss
+            for (rate, epochs), (loss, _) in trials.items()
+        },
+    }
+
+    model = _model(task_type, protocol, settings, rate, settings.ensemble)
+    model.fit(_dataset(formulas, targets), nb_epoch=epochs, checkpoint_interval=0)
+    known = _readable(test_formulas)
+    test = _dataset(_select(test_formulas, known))
+    predictions = np.full(len(test_formulas), targets.mean())
+    params["constant_predictions"] = int((~known).sum())
+    if task_type == "classification":
+        predictions[known] = np.asarray(model.predict(test)).reshape(-1)
+        return predictions, None, params
+    std = np.full(len(test_formulas), max(float(targets.std()), 1e-6))
+    mean, spread = model.predict_uncertainty(test)
+    params["std_factor"] = trials[best][1]
+    predictions[known] = np.reshape(mean, -1)
+    std[known] = np.reshape(spread, -1) * params["std_factor"]
+    return predictions, std, params
+
+
+def _trials(
+    task_type: str,
+    formulas: Sequence[str],
+    targets: np.ndarray,
+    protocol: str,
+    settings: Settings,
+) -> dict[tuple[float, int], tuple[float, float]]:
+    """Loss and uncertainty factor of each (learning rate, epochs) on a part of the training fold.
+
+    The loss is the MAE, or 1 - ROC-AUC. The factor brings 95 % of the absolute errors within 1.96
+    standard deviations; it is 1 for classification.
+    """
+    train, valid = split_validation(formulas, settings.valid_fraction, settings.seed)
+    part = _dataset([formulas[i] for i in train], targets[train])
+    rest = _dataset([formulas[i] for i in valid])
+    truth = targets[valid, 0]
+    trials = {}
+    for rate, epochs in product(settings.learning_rates, settings.epochs):
+        model = _model(task_type, protocol, settings, rate, 1)
+        model.fit(part, nb_epoch=epochs, checkpoint_interval=0)
+        if task_type == "classification":
+            predicted = np.asarray(model.predict(rest)).reshape(-1)
+            trials[rate, epochs] = float(1.0 - roc_auc_score(truth, predicted)), 1.0
+            continue
+        mean, std = (np.reshape(part, -1) for part in model.predict_uncertainty(rest))
+        factor = np.quantile(np.abs(truth - mean) / std, 0.95) / NORMAL_95
+        trials[rate, epochs] = float(mean_absolute_error(truth, mean)), float(factor)
+    return trials
+
+
+def _model(task_type: str, protocol: str, settings: Settings, rate: float, ensemble: int) -> Any:
+    from polysrl_dc.model import PolySRLModel
+
+    return PolySRLModel(
+        task=task_type,
+        n_tasks=1,
+        pretrained=settings.pretrained,
+        freeze_encoder=protocol == "frozen",
+        n_ensemble=ensemble,
+        batch_size=settings.batch_size,
+        learning_rate=rate,
+        device=settings.device,
+        seed=settings.seed,
+    )
+
+
+def _readable(formulas: Sequence[str]) -> np.ndarray:
+    """(n,) bool: whether every element of the formula has an embedding."""
+    from polysrl_dc.errors import InvalidInputError
+    from polysrl_dc.stoichiometry import parse_formula
+
+    def readable(formula: str) -> bool:
+        try:
+            parse_formula(formula)
+        except InvalidInputError:
+            return False
+        return True
+
+    return np.array([readable(formula) for formula in formulas], dtype=bool)
+
+
+def _select(formulas: Sequence[str], mask: np.ndarray) -> list[str]:
+    return [formula for formula, wanted in zip(formulas, mask, strict=True) if wanted]
+
+
+def _dataset(formulas: Sequence[str], targets: np.ndarray | None = None) -> Any:
+    import deepchem as dc
+
+    from polysrl_dc.featurizers import StoichiometryGraphFeaturizer
+
+    return dc.data.NumpyDataset(
+        X=StoichiometryGraphFeaturizer().featurize(formulas), y=targets, ids=list(formulas)
+    )

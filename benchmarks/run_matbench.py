@@ -1,0 +1,240 @@
+"""Run PolySRL on the official folds of Matbench, or on the embedded suite that needs no data.
+
+``python benchmarks/run_matbench.py --tasks jdft2d dielectric`` writes
+``<output-dir>/matbench_v0.1_PolySRL/`` (the submission), ``<output-dir>/scores.csv`` (all scores),
+and ``<output-dir>/folds/`` (finished folds, from which an interrupted run goes on).
+"""
+
+from __future__ import annotations
+
+import argparse
+import logging
+import sys
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import submission
+from folds import FoldStore
+from joblib import Parallel, delayed
+from matbench.task import MatbenchTask
+from protocols import (
+    DEFAULT_ENSEMBLE,
+    DEFAULT_EPOCHS,
+    DEFAULT_LEARNING_RATES,
+    PROTOCOLS,
+    Settings,
+    train_and_predict,
+)
+from scores import merge_scores, score_rows, summary
+from tasks import (
+    EMBEDDED_FORMULAS,
+    EMBEDDED_TARGETS,
+    DataNotFoundError,
+    benchmark_of,
+    default_tasks,
+    embedded_note,
+    full_name,
+    load_task,
+    task_inputs,
+)
+from tqdm import tqdm
+
+MODEL = "PolySRL"
+EMBEDDED_EPOCHS = (20,)
+EMBEDDED_ENSEMBLE = 2
+Learner = Callable[..., tuple[Any, Any, dict[str, Any]]]
+
+
+def parse_arguments(argv: list[str] | None = None) -> argparse.Namespace:
+    """Command line; unknown tasks, folds and settings end it with one line."""
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    add = parser.add_argument
+    add("--suite", choices=("matbench", "embedded"), default="matbench")
+    add("--tasks", nargs="+", help="names with or without matbench_ (default: the paper's seven)")
+    add("--protocol", choices=PROTOCOLS, default="finetune")
+    add("--folds", nargs="+", type=int, choices=range(5), default=list(range(5)), metavar="0-4")
+    add("--epochs", nargs="+", type=_positive(int), help="grid, chosen by validation")
+    add("--ensemble", type=_positive(int), help=f"models averaged; default: {DEFAULT_ENSEMBLE}")
+    add("--pretrained", help="folder or file of a saved encoder (default: random weights)")
+    add("--jobs", type=_positive(int), default=1, help="folds trained at once, a process each")
+    add("--learning-rates", nargs="+", type=_positive(float), help="grid, chosen by validation")
+    add("--batch-size", type=_positive(int), default=128)
+    add("--data-dir", help="folder with matbench/*.csv.gz (default: POLYSRL_DATA)")
+    add("--output-dir", type=Path, default=Path("benchmarks"))
+    add("--seed", type=int, default=0)
+    add("--device", help="cpu, cuda, ... (default: the model's own choice)")
+    add("--threads", type=_positive(int), default=1, help="threads of one process")
+    add("--dry-run", action="store_true", help="show what would run; train and write nothing")
+    arguments = parser.parse_args(argv)
+    try:
+        names = [full_name(name) for name in arguments.tasks or default_tasks(arguments.suite)]
+    except ValueError as error:
+        parser.error(str(error))
+    for name in names:
+        if (name in EMBEDDED_TARGETS) != (arguments.suite == "embedded"):
+            parser.error(f"the task {name} is not of the suite {arguments.suite}")
+    arguments.tasks = list(dict.fromkeys(names))
+    arguments.folds = sorted(set(arguments.folds))
+    return arguments
+
+
+def _positive(kind: type) -> Callable[[str], Any]:
+    def parse(text: str) -> Any:
+        value = kind(text)
+        if not 0 < value < float("inf"):
+            raise argparse.ArgumentTypeError(f"{text} is not positive")
+        return value
+
+    parse.__name__ = f"positive {kind.__name__}"
+    return parse
+
+
+def settings_of(arguments: argparse.Namespace) -> Settings:
+    """Settings of the learner from the command line, with the protocol's defaults."""
+    fast = arguments.suite == "embedded" and arguments.protocol == "finetune"
+    epochs = EMBEDDED_EPOCHS if fast else DEFAULT_EPOCHS[arguments.protocol]
+    ensemble = EMBEDDED_ENSEMBLE if fast else DEFAULT_ENSEMBLE
+    return Settings(
+        epochs=tuple(arguments.epochs or epochs),
+        learning_rates=tuple(
+            arguments.learning_rates or DEFAULT_LEARNING_RATES[arguments.protocol]
+        ),
+        ensemble=arguments.ensemble or ensemble,
+        pretrained=arguments.pretrained,
+        batch_size=arguments.batch_size,
+        seed=arguments.seed,
+        device=arguments.device,
+        threads=arguments.threads,
+    )
+
+
+def store_of(arguments: argparse.Namespace, settings: Settings, task: MatbenchTask) -> FoldStore:
+    """The store of a task's finished folds, whose key holds everything that changes them."""
+    key = {"model": MODEL, "protocol": arguments.protocol, **settings.fingerprint()}
+    key |= {"benchmark": task.benchmark_name, "n_samples": int(task.metadata.n_samples)}
+    return FoldStore(arguments.output_dir / "folds", task.dataset_name, key)
+
+
+def restore(task: MatbenchTask, store: FoldStore) -> None:
+    """Record every fold of the task that its store holds."""
+    for fold in task.folds:
+        kept = store.load(fold, task.validation[task.folds_map[fold]].test)
+        if kept is not None:
+            submission.record_fold(task, fold, kept["predictions"], kept["std"], kept["params"])
+
+
+def run_task(
+    task: MatbenchTask,
+    store: FoldStore,
+    arguments: argparse.Namespace,
+    settings: Settings,
+    learner: Learner,
+    bar: tqdm,
+) -> None:
+    """Train and record the folds that are asked for and not yet recorded."""
+    restore(task, store)
+    for fold in arguments.folds:
+        if task.is_recorded[fold]:
+            bar.update()
+    missing = [fold for fold in arguments.folds if not task.is_recorded[fold]]
+    calls = (
+        delayed(_learn)(
+            fold,
+            learner,
+            task.metadata.task_type,
+            *task_inputs(task, fold),
+            arguments.protocol,
+            settings,
+        )
+        for fold in missing
+    )
+    bar.set_postfix_str(f"{task.dataset_name}: folds {missing or 'all recorded'}")
+    for fold, result in Parallel(n_jobs=arguments.jobs, return_as="generator_unordered")(calls):
+        submission.record_fold(task, fold, *result)
+        store.save(fold, *submission.recorded_fold(task, fold))
+        bar.update()
+
+
+def _learn(fold: int, learner: Learner, *args: Any) -> tuple[int, tuple[Any, Any, dict[str, Any]]]:
+    """Run the learner, in a process of its own if there are several; keep the fold's number."""
+    return fold, learner(*args)
+
+
+def write_results(
+    task: MatbenchTask, arguments: argparse.Namespace, settings: Settings, store: FoldStore
+) -> Path | None:
+    """Add a task to the score table and, when all its folds are there, to the submission."""
+    fresh = score_rows(task, arguments.suite, arguments.protocol, MODEL, settings.seed)
+    merge_scores(arguments.output_dir / "scores.csv", fresh)
+    folder = submission.record_folder(
+        arguments.output_dir, task.benchmark_name, arguments.protocol
+    )
+    description = {
+        "arguments": repeat_arguments(arguments, settings, task.dataset_name),
+        "settings_key": store.key,
+        **store.settings,
+    }
+    notes = embedded_note() if arguments.suite == "embedded" else ""
+    return submission.write_record(
+        folder, [task], {task.dataset_name: description}, arguments.protocol, notes
+    )
+
+
+def repeat_arguments(arguments: argparse.Namespace, settings: Settings, task: str) -> list[str]:
+    """The command line that repeats one task of this run."""
+    rates = [f"{rate:g}" for rate in settings.learning_rates]
+    pretrained = f" --pretrained {settings.pretrained}" if settings.pretrained else ""
+    return (
+        f"--suite {arguments.suite} --tasks {task} --protocol {arguments.protocol} "
+        f"--epochs {' '.join(map(str, settings.epochs))} --ensemble {settings.ensemble} "
+        f"--learning-rates {' '.join(rates)} --batch-size {settings.batch_size} "
+        f"--seed {settings.seed}{pretrained}"
+    ).split()
+
+
+def main(argv: list[str] | None = None, learner: Learner = train_and_predict) -> int:
+    """Run the command; ``learner`` stands in for the model in tests."""
+    arguments = parse_arguments(argv)
+    settings = settings_of(arguments)
+    logging.getLogger("matbench").setLevel(logging.ERROR)
+    try:
+        tasks = [load_task(name, arguments.data_dir) for name in arguments.tasks]
+    except DataNotFoundError as error:
+        print(f"error: {error}", file=sys.stderr)
+        return 2
+    stores = [store_of(arguments, settings, task) for task in tasks]
+    if arguments.suite == "embedded":
+        print(f"embedded suite ({EMBEDDED_FORMULAS:,} formulas): {embedded_note()}")
+    if arguments.dry_run:
+        _print_plan(tasks, stores, arguments)
+        return 0
+    written: Path | None = None
+    with tqdm(total=len(tasks) * len(arguments.folds), unit="fold") as bar:
+        for task, store in zip(tasks, stores, strict=True):
+            run_task(task, store, arguments, settings, learner, bar)
+            written = write_results(task, arguments, settings, store) or written
+    print(f"{benchmark_of(arguments.suite)}, {arguments.protocol}, seed {settings.seed}")
+    print(summary(tasks, arguments.data_dir))
+    print(f"scores: {arguments.output_dir / 'scores.csv'}")
+    print(f"record: {written or 'none, as no task has all its folds'}")
+    return 0
+
+
+def _print_plan(
+    tasks: list[MatbenchTask], stores: list[FoldStore], arguments: argparse.Namespace
+) -> None:
+    print("DRY RUN: nothing is trained and nothing is written")
+    for task, store in zip(tasks, stores, strict=True):
+        restore(task, store)
+        missing = [fold for fold in arguments.folds if not task.is_recorded[fold]]
+        print(
+            f"{task.dataset_name}: {len(task.df):,} rows, {task.metadata.task_type}, "
+            f"folds to train: {missing or 'none'}, settings {store.key}"
+        )
+
+
+if __name__ == "__main__":
+    raise SystemExit(main())

@@ -1,0 +1,241 @@
+"""Prediction and evaluation of a fitted model, with and without uncertainty."""
+
+from collections.abc import Callable, Sequence
+from typing import Any
+
+import numpy as np
+import torch
+from deepchem.data import Dataset
+from deepchem.metrics import Metric
+from deepchem.trans import Transformer, undo_transforms
+from torch import Tensor, nn
+
+from polysrl_dc.batches import stoichiometries
+from polysrl_dc.errors import InvalidInputError
+from polysrl_dc.graphs import StoichiometryBatch
+from polysrl_dc.persistence import PersistentModel
+
+
+def _refuse(name: str, instead: str) -> Callable[..., Any]:
+    """A method of ``TorchModel`` that cannot do what it says here and says what can."""
+
+    def refused(self: Any, *args: Any, **kwargs: Any) -> Any:
+        raise NotImplementedError(f"{name} is not supported: use {instead}")
+
+    refused.__doc__ = f"Refused: use {instead}."
+    return refused
+
+
+class PredictingModel(PersistentModel):
+    """What a :class:`~polysrl_dc.model.PolySRLModel` answers; nothing here changes it."""
+
+    fit_generator = _refuse("fit_generator", "fit(dataset)")
+    predict_on_generator = _refuse("predict_on_generator", "predict(dataset)")
+    evaluate_generator = _refuse("evaluate_generator", "evaluate(dataset, metrics)")
+    predict_uncertainty_on_batch = _refuse(
+        "predict_uncertainty_on_batch", "predict_uncertainty(dataset)"
+    )
+    compute_saliency = _refuse("compute_saliency", "predict(dataset)")
+    load_from_pretrained = _refuse("load_from_pretrained", "load_encoder or from_pretrained")
+
+    def _map(self, dataset: Dataset, function: Callable[[StoichiometryBatch], Any]) -> list[Any]:
+        """Apply to batches of formulas in evaluation mode; the mode is restored afterwards."""
+        self._ensure_built()
+        training = self.model.training
+        self.model.eval()
+        results, row = [], 0
+        try:
+            with torch.no_grad():
+                for X, _, _, ids in dataset.iterbatches(4096, deterministic=True):
+                    results.append(function(stoichiometries(X, ids, row).to(self.device)))
+                    row += len(X)
+        finally:
+            self.model.train(training)
+        if not results:
+            raise InvalidInputError("the dataset has no row")
+        return results
+
+    def _mean_and_variance(self, dataset: Dataset) -> tuple[np.ndarray, np.ndarray]:
+        if self.settings["task"] == "pretraining":
+            raise ValueError("a pretraining model has no labels to predict")
+        if not self.model.fitted:
+            raise ValueError("the model is not fitted; call fit or restore first")
+        means, variances = zip(*self._map(dataset, self.model), strict=True)
+        return torch.cat(means).cpu().numpy(), torch.cat(variances).cpu().numpy()
+
+    def predict(
+        self,
+        dataset: Dataset,
+        transformers: Sequence[Transformer] = (),
+        output_types: None = None,
+    ) -> np.ndarray:
+        """Predict labels.
+
+        Parameters
+        ----------
+        dataset : dc.data.Dataset
+        transformers : list of dc.trans.Transformer
+            Undone on the predictions.
+        output_types : None
+            Not supported; see :meth:`predict_embedding`.
+
+        Returns
+        -------
+        numpy.ndarray, shape (n, n_tasks)
+            In label units; for classification the probability of class 1.
+        """
+        if output_types is not None:
+            raise ValueError("output_types must be None; see predict_embedding")
+        return undo_transforms(self._mean_and_variance(dataset)[0], list(transformers))
+
+    def predict_uncertainty(self, dataset: Dataset, masks: None = None) -> Any:
+        """Predict labels and the standard deviation of each.
+
+        The variance is that between the members of the ensemble plus, with a heteroscedastic
+        head, the mean variance of their Laplace distributions. It is not calibrated: compare it
+        with the errors on validation data. For classification it is p (1 - p).
+
+        Parameters
+        ----------
+        dataset : dc.data.Dataset
+        masks : None
+            DeepChem's dropout masks; there is no dropout here.
+
+        Returns
+        -------
+        mean, std : numpy.ndarray, each of shape (n, n_tasks)
+            In label units.
+        """
+        if masks is not None:
+            raise ValueError("masks must be None: the uncertainty does not come from dropout")
+        if not (self.model.heteroscedastic or self.model.classification) and (
+            self.settings["n_ensemble"] < 2
+        ):
+            raise ValueError("needs a heteroscedastic configuration or n_ensemble > 1")
+        mean, variance = self._mean_and_variance(dataset)
+        return mean, np.sqrt(variance)
+
+    def predict_embedding(self, dataset: Dataset) -> np.ndarray:
+        """Representation of each formula, z_mu of eq. 11, shape (n, F), of unit length.
+
+        Members of an ensemble that were trained apart are averaged and scaled to unit length.
+        """
+        means = self._map(dataset, lambda batch: self._gaussian(batch)[0])
+        return torch.cat(means).cpu().numpy()
+
+    def predict_polymorphism(self, dataset: Dataset) -> np.ndarray:
+        """Uncertainty due to polymorphism, shape (n,): geometric mean of the variances, eq. 12."""
+        variances = self._map(
+            dataset, lambda batch: torch.exp(2 * self._gaussian(batch)[1].mean(-1))
+        )
+        return torch.cat(variances).cpu().numpy()
+
+    def _gaussian(self, batch: StoichiometryBatch) -> tuple[Tensor, Tensor]:
+        pairs = [encoder(batch) for encoder in self.model.encoders]
+        means, log_sigmas = (torch.stack(part).mean(0) for part in zip(*pairs, strict=True))
+        return nn.functional.normalize(means, dim=-1), log_sigmas
+
+    def evaluate(
+        self,
+        dataset: Dataset,
+        metrics: Any,
+        transformers: Sequence[Transformer] = (),
+        per_task_metrics: bool = False,
+        use_sample_weights: bool = False,
+        n_classes: int = 2,
+    ) -> Any:
+        """Score predictions; labels of weight 0 are missing and not scored.
+
+        Parameters
+        ----------
+        dataset : dc.data.Dataset
+        metrics : dc.metrics.Metric, metric function or list of them
+        transformers : list of dc.trans.Transformer
+            Undone on labels and predictions.
+        per_task_metrics : bool
+            Also return the scores of each task.
+        use_sample_weights : bool
+            Pass the weights to the metrics; only where no label is missing.
+        n_classes : int
+            Of classification metrics.
+
+        Returns
+        -------
+        dict, or a pair of dicts with ``per_task_metrics``
+            Name of the metric -> score.
+        """
+        weights = np.asarray(dataset.w).reshape(len(dataset), -1)
+        if weights.all():
+            return super().evaluate(
+                dataset,
+                metrics,
+                list(transformers),
+                per_task_metrics=per_task_metrics,
+                use_sample_weights=use_sample_weights,
+                n_classes=n_classes,
+            )
+        if use_sample_weights:
+            raise ValueError("use_sample_weights needs a dataset without missing labels")
+        predictions = self.predict(dataset, transformers)
+        labels = undo_transforms(np.asarray(dataset.y, float), list(transformers))
+        given = metrics if isinstance(metrics, list) else [metrics]
+        scores, per_task = masked_scores(
+            labels.reshape(predictions.shape),
+            predictions,
+            np.broadcast_to(weights, predictions.shape),
+            [metric if isinstance(metric, Metric) else Metric(metric) for metric in given],
+            n_classes,
+        )
+        return (scores, per_task) if per_task_metrics else scores
+
+
+def masked_scores(
+    labels: np.ndarray,
+    predictions: np.ndarray,
+    weights: np.ndarray,
+    metrics: Sequence[Metric],
+    n_classes: int = 2,
+) -> tuple[dict[str, float], dict[str, list[float]]]:
+    """Score each task on the rows that have its label.
+
+    DeepChem's metrics count a missing label as a true zero; these leave it out.
+
+    Parameters
+    ----------
+    labels, predictions, weights : numpy.ndarray, each of shape (n, n_tasks)
+        A label of weight 0 is missing. Other weights do not matter.
+    metrics : sequence of dc.metrics.Metric
+    n_classes : int
+        Of classification metrics.
+
+    Returns
+    -------
+    scores : dict
+        Name of the metric -> mean over the tasks, by the metric's own task averager.
+    per_task : dict
+        Name of the metric -> score of each task.
+
+    Raises
+    ------
+    InvalidInputError
+        If a task has no label at all.
+
+    Examples
+    --------
+    >>> import deepchem as dc
+    >>> y, p, w = np.array([[1.0], [0.0]]), np.array([[1.5], [9.0]]), np.array([[1.0], [0.0]])
+    >>> scores, _ = masked_scores(y, p, w, [dc.metrics.Metric(dc.metrics.mae_score)])
+    >>> float(scores["mae_score"])
+    0.5
+    """
+    per_task: dict[str, list[float]] = {metric.name: [] for metric in metrics}
+    for task in range(labels.shape[1]):
+        labeled = weights[:, task] != 0
+        if not labeled.any():
+            raise InvalidInputError(f"task {task} has no label to be scored on")
+        pair = (labels[labeled, task : task + 1], predictions[labeled, task : task + 1])
+        for metric in metrics:
+            score: Any = metric.compute_metric(*pair, n_tasks=1, n_classes=n_classes)
+            per_task[metric.name].append(float(score))
+    scores = {metric.name: metric.task_averager(per_task[metric.name]) for metric in metrics}
+    return scores, per_task

@@ -1,0 +1,175 @@
+"""The console command, run in this process on small tables."""
+
+from pathlib import Path
+
+import numpy as np
+import pandas as pd
+import pytest
+from pymatgen.core import Lattice, Structure
+
+from polysrl_dc.cli import main
+
+FORMULAS = ["NaCl", "KCl", "LiF", "NaF", "KBr", "MgO", "CaO", "ZnO", "GaN", "AlN", "TiO2", "SiO2"]
+
+
+@pytest.fixture
+def table(tmp_path: Path) -> Path:
+    path = tmp_path / "data.csv"
+    frame = pd.DataFrame({"name": FORMULAS, "gap": np.linspace(1.0, 9.0, len(FORMULAS))})
+    frame["oxide"] = [int("O" in formula) for formula in FORMULAS]
+    frame.to_csv(path, index=False)
+    return path
+
+
+@pytest.fixture(scope="module")
+def trained(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    folder = tmp_path_factory.mktemp("trained")
+    frame = pd.DataFrame({"formula": FORMULAS, "gap": np.linspace(1.0, 9.0, len(FORMULAS))})
+    frame.loc[3, "gap"] = np.nan
+    frame.to_csv(folder / "data.csv", index=False)
+    command = ["train", "--input", f"{folder}/data.csv", "--target", "gap", "--epochs", "2"]
+    assert main([*command, "--output-dir", f"{folder}/model"]) == 0
+    return folder / "model"
+
+
+def error_of(arguments: list[str], capsys: pytest.CaptureFixture[str]) -> str:
+    """The last line on standard error of a command that must fail with status 2."""
+    capsys.readouterr()
+    try:
+        status = main(arguments)
+    except SystemExit as usage:
+        status = usage.code
+    assert status == 2
+    captured = capsys.readouterr()
+    assert captured.out == ""
+    assert "Traceback" not in captured.err
+    return captured.err.strip().splitlines()[-1]
+
+
+def test_embed_writes_embedding_and_polymorphism(tmp_path: Path, table: Path) -> None:
+    for suffix, read in ((".csv", pd.read_csv), (".parquet", pd.read_parquet)):
+        output = f"{tmp_path}/out{suffix}"
+        assert main(["embed", "--input", str(table), "--column", "name", "--output", output]) == 0
+        frame = read(output)
+        assert frame["name"].tolist() == FORMULAS
+        vectors = frame.filter(like="embedding_").to_numpy()
+        assert vectors.shape == (len(FORMULAS), 200)
+        np.testing.assert_allclose(np.linalg.norm(vectors, axis=1), 1, atol=1e-4)
+        assert len(np.unique(vectors.round(6), axis=0)) == len(FORMULAS)
+        assert (frame["polymorphism"] > 0).all()
+
+
+def test_embed_prints_csv_without_output(capsys: pytest.CaptureFixture[str]) -> None:
+    assert main(["embed", "Fe2O3", "Fe4O6"]) == 0
+    lines = capsys.readouterr().out.strip().splitlines()
+    assert lines[0].startswith("formula,polymorphism,embedding_0,")
+    first, second = (np.array(line.split(",")[1:], dtype=float) for line in lines[1:])
+    np.testing.assert_allclose(first, second, atol=1e-5)
+
+
+def test_embed_with_a_trained_model(trained: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    assert main(["embed", "NaCl", "--model", str(trained)]) == 0
+    with_model = capsys.readouterr().out
+    assert main(["embed", "NaCl", "--model", str(trained)]) == 0
+    assert capsys.readouterr().out == with_model
+
+
+def test_predict_gives_prediction_and_std(trained: Path, tmp_path: Path) -> None:
+    output = tmp_path / "out.csv"
+    command = ["predict", "--model", str(trained), "NaCl", "RbI", "--output", str(output)]
+    assert main(command) == 0
+    frame = pd.read_csv(output)
+    assert frame.columns.tolist() == ["formula", "prediction", "std"]
+    assert np.isfinite(frame["prediction"]).all()
+    assert (frame["std"] > 0).all()
+
+
+def test_train_scores_on_held_out_formulas(
+    table: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    command = ["train", "--input", str(table), "--column", "name", "--target", "gap", "oxide"]
+    folder = str(tmp_path / "two")
+    assert main([*command, "--epochs", "1", "--hold-out", "0.25", "--output-dir", folder]) == 0
+    assert "on 3 held-out rows" in capsys.readouterr().err
+    assert main(["predict", "--model", folder, "NaCl"]) == 0
+    header = capsys.readouterr().out.splitlines()[0]
+    assert header == "formula,prediction_0,prediction_1,std_0,std_1"
+
+
+def test_classification_gives_probabilities(
+    table: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    folder, output = str(tmp_path / "model"), str(tmp_path / "out.csv")
+    command = ["train", "--input", str(table), "--column", "name", "--target", "oxide"]
+    options = ["--task", "classification", "--epochs", "1", "--output-dir", folder]
+    assert main([*command, *options]) == 0
+    assert main(["predict", "--model", folder, "NaCl", "MgO", "--output", output]) == 0
+    assert pd.read_csv(output)["prediction"].between(0, 1).all()
+
+
+def test_pretrain_on_structure_files(tmp_path: Path) -> None:
+    files = []
+    for i, (anion, length) in enumerate([("Cl", 5.6), ("F", 4.6), ("Br", 6.0), ("I", 6.5)]):
+        structure = Structure.from_spacegroup(
+            "Fm-3m", Lattice.cubic(length), ["Na", anion], [[0, 0, 0], [0.5, 0.5, 0.5]]
+        )
+        files.append(str(tmp_path / f"{i}.cif"))
+        structure.to(files[-1])
+    encoder = str(tmp_path / "encoder")
+    assert main(["pretrain", *files, "--epochs", "1", "--output-dir", encoder]) == 0
+    assert main(["embed", "NaCl", "--model", encoder, "--output", str(tmp_path / "e.csv")]) == 0
+
+
+def test_a_bad_row_is_named_or_skipped(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    path, output = tmp_path / "bad.csv", tmp_path / "out.csv"
+    path.write_text("formula,note\nNaCl,a\nXx2O3,b\nNaN,c\n")
+    command = ["embed", "--input", str(path), "--output", str(output)]
+    message = error_of(command, capsys)
+    assert "row 1" in message and "Xx2O3" in message
+    assert not output.exists()
+    assert main([*command, "--on-error", "skip"]) == 0
+    frame = pd.read_csv(output, keep_default_na=False)
+    assert frame["formula"].tolist() == ["NaCl", "NaN"]
+    assert frame["note"].tolist() == ["a", "c"]
+
+
+def test_a_bad_label_is_named(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    path = tmp_path / "bad.csv"
+    path.write_text("formula,gap\nNaCl,8.5\nKCl,large\n")
+    command = ["train", "--input", str(path), "--target", "gap", "--output-dir", str(tmp_path)]
+    message = error_of(command, capsys)
+    assert "row 1" in message and "large" in message
+
+
+@pytest.mark.parametrize(
+    ("arguments", "part"),
+    [
+        (["embed"], "give either formulas or --input"),
+        (["embed", "NaCl", "--input", "x.csv"], "give either formulas or --input"),
+        (["embed", "--input", "nowhere.csv"], "nowhere.csv"),
+        (["embed", "Qq"], "Qq"),
+        (["embed", "NaCl", "--model", "no_such_encoder"], "no_such_encoder"),
+        (["embed", "NaCl", "--output", "out.xlsx"], ".parquet"),
+        (["predict", "--model", "no_such_model", "NaCl"], "no_such_model"),
+        (["pretrain", "no_such.cif", "--output-dir", "x"], "no_such.cif"),
+        (["train", "--input", "x.csv", "--target", "y"], "--output-dir"),
+    ],
+)
+def test_errors_are_one_clear_line(
+    arguments: list[str], part: str, capsys: pytest.CaptureFixture[str]
+) -> None:
+    assert part in error_of(arguments, capsys)
+
+
+def test_a_missing_column_is_named(table: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    message = error_of(["embed", "--input", str(table)], capsys)
+    assert "'formula'" in message and "name" in message
+
+
+def test_help_shows_examples(capsys: pytest.CaptureFixture[str]) -> None:
+    with pytest.raises(SystemExit) as stop:
+        main(["--help"])
+    assert stop.value.code == 0
+    text = capsys.readouterr().out
+    for command in ("embed", "predict", "train", "pretrain"):
+        assert f"polysrl {command} " in text

@@ -1,0 +1,317 @@
+"""``PolySRLModel`` as a user meets it: arguments, units, weights, uncertainty, batches."""
+
+
+import deepchem as dc
+import numpy as np
+import pytest
+import torch
+from models import FORMULAS, MAE, PLAIN, SIGNAL, N, assert_same_state, data, fitted, make, state
+from sklearn.metrics import roc_auc_score
+
+from polysrl_dc.batches import LabeledData
+from polysrl_dc.errors import InvalidInputError
+
+# ------------------------------------------------------------------ arguments
+
+
+@pytest.mark.parametrize(
+    "kwargs",
+    [
+        {"task": "regresion"},
+        {"n_tasks": 0},
+        {"n_ensemble": 0},
+        {"batch_size": 1},
+        {"schedule": "cosine"},
+        {"config": "papre"},
+        {"task": "pretraining", "objective": "none"},
+    ],
+    ids=str,
+)
+def test_values_that_mean_nothing_are_refused(kwargs):
+    with pytest.raises(ValueError, match=str(next(reversed(kwargs.values())))):
+        make(**kwargs)
+
+
+def test_unknown_arguments_are_refused():
+    for kwargs in ({"dropout": 0.1}, {"n_task": 2}, {"tensorboard": True}, {"wandb": True}):
+        with pytest.raises(TypeError, match=next(iter(kwargs))):
+            make(**kwargs)
+    model = make()
+    with pytest.raises(TypeError, match="epochs"):
+        model.fit(data(), epochs=3)
+    with pytest.raises(ValueError, match="freeze_encoder"):
+        model.fit(data(), variables=list(model.model.parameters()))
+    with pytest.raises(NotImplementedError, match="fit"):
+        model.fit_generator(iter([]))
+    with pytest.raises(NotImplementedError, match="load_encoder"):
+        model.load_from_pretrained(model)
+
+
+def test_predicting_before_fitting_is_refused():
+    with pytest.raises(ValueError, match="not fitted"):
+        make().predict(data())
+    with pytest.raises(ValueError, match="no labels"):
+        make("pretraining").predict(data())
+
+
+# ------------------------------------------------------------ labels and units
+
+
+def test_predictions_are_in_label_units():
+    y = 1000 + 5 * SIGNAL
+    dataset = data(y)
+    model = fitted(dataset=dataset, nb_epoch=1, learning_rate=1e-4)
+    assert np.abs(model.predict(dataset) - 1000).max() < 50
+    model.fit(dataset, nb_epoch=1)
+    trained = fitted(dataset=dataset, nb_epoch=30)
+    assert trained.evaluate(dataset, [MAE])["mae_score"] < 2  # the spread of the labels is 4
+
+
+def test_shift_and_scale_of_the_labels_shift_and_scale_the_predictions():
+    one = fitted(nb_epoch=3)
+    other = fitted(nb_epoch=3, dataset=data(1000 + 64 * SIGNAL))
+    np.testing.assert_allclose(other.predict(data()), 1000 + 64 * one.predict(data()), atol=0.2)
+    np.testing.assert_allclose(
+        other.predict_uncertainty(data())[1], 64 * one.predict_uncertainty(data())[1], rtol=0.02
+    )
+
+
+@pytest.mark.parametrize("constant", [0.0, 1234.5])
+def test_constant_labels_are_predicted(constant):
+    dataset = data(np.full(N, constant))
+    prediction = fitted(dataset=dataset, nb_epoch=20).predict(dataset)
+    np.testing.assert_allclose(prediction, constant, atol=0.5)
+
+
+@pytest.mark.parametrize("value", [np.nan, np.inf, 1e30, -5.0])
+def test_a_missing_label_does_not_matter_whatever_stands_there(value):
+    w = np.ones(N)
+    w[[3, 20]] = 0
+    predictions = []
+    for filler in (0.0, value):
+        y = SIGNAL.copy()
+        y[[3, 20]] = filler
+        predictions.append(fitted(dataset=data(y, w)).predict(data()))
+    np.testing.assert_array_equal(*predictions)
+    assert np.isfinite(predictions[0]).all()
+
+
+def test_weights_are_used():
+    w = np.where(SIGNAL > 0.5, 1.0, 1e-6)
+    model = fitted(dataset=data(w=w), nb_epoch=30)
+    assert model.predict(data()).mean() > 0.5
+
+
+@pytest.mark.parametrize("value", [np.nan, np.inf, -np.inf, 1e39])
+def test_a_label_that_is_no_number_is_refused_by_row_and_id(value):
+    y = SIGNAL.copy()
+    y[5] = value
+    dataset = dc.data.NumpyDataset(data().X, y, ids=[f"mp-{i}" for i in range(N)])
+    with pytest.raises(InvalidInputError, match=r"row 5 \(id mp-5\).*weight 0"):
+        make().fit(dataset)
+
+
+def test_other_bad_labels_and_weights_are_refused():
+    for dataset, words in [
+        (data(np.ones((N, 2))), "2 columns"),
+        (data(w=np.zeros(N)), "weights"),
+        (data(w=np.full(N, -1.0)), "weights"),
+        (data(w=np.full(N, np.nan)), "weights"),
+        (data(y=None), "weights"),
+        (data().select([]), "no row"),
+        (dc.data.NumpyDataset(np.zeros((3, 5)), np.zeros(3)), "row 0"),
+        (dc.data.NumpyDataset(np.array(["NaCl"], dtype=object), np.zeros(1)), "featurize"),
+    ]:
+        with pytest.raises(InvalidInputError, match=words):
+            make().fit(dataset)
+    with pytest.raises(InvalidInputError, match="no row"):
+        fitted().predict(data().select([]))
+
+
+def test_several_tasks_with_missing_labels():
+    y = np.stack([SIGNAL, 100 * SIGNAL, 7 - SIGNAL], axis=1)
+    w = np.ones((N, 3))
+    w[::4, 1] = 0
+    y[::4, 1] = np.nan
+    dataset = data(y, w)
+    model = fitted(n_tasks=3, dataset=dataset, nb_epoch=30)
+    prediction = model.predict(dataset)
+    assert prediction.shape == (N, 3) and np.isfinite(prediction).all()
+    assert [part.shape for part in model.predict_uncertainty(dataset)] == [(N, 3)] * 2
+    for task in range(3):
+        assert np.corrcoef(prediction[:, task], (SIGNAL, SIGNAL, -SIGNAL)[task])[0, 1] > 0.5
+    errors = np.abs(prediction - y)
+    mean, scores = model.evaluate(dataset, [MAE], per_task_metrics=True)
+    assert scores["mae_score"] == pytest.approx(np.nanmean(errors, axis=0), rel=1e-4)
+    assert mean["mae_score"] == pytest.approx(np.nanmean(errors, axis=0).mean(), rel=1e-4)
+    known = np.flatnonzero(w[:, 1])
+    scores = model.evaluate(dataset.select(known), [MAE], per_task_metrics=True)[1]["mae_score"]
+    assert scores == pytest.approx(errors[known].mean(0), rel=1e-4)
+    with pytest.raises(ValueError, match="missing labels"):
+        model.evaluate(dataset, [MAE], use_sample_weights=True)
+
+
+def test_inherited_methods_that_would_fail_say_what_to_use():
+    model = make()
+    for name in ("fit_generator", "predict_on_generator", "predict_uncertainty_on_batch"):
+        with pytest.raises(NotImplementedError, match="use "):
+            getattr(model, name)([])
+
+
+def test_label_statistics_are_weighted_and_of_the_first_fit():
+    w = np.arange(N) % 3 + 0.5
+    mean, std = LabeledData.from_dataset(data(w=w), 1, False).label_statistics()
+    expected = np.average(SIGNAL, weights=w)
+    assert mean.item() == pytest.approx(expected, abs=1e-5)
+    variance = np.average((SIGNAL - expected) ** 2, weights=w)
+    assert std.item() == pytest.approx(variance**0.5, rel=1e-5)
+    model = fitted()
+    before = state(model, "label_")
+    model.fit(data(SIGNAL + 50), nb_epoch=1)
+    assert_same_state(before, state(model, "label_"))
+
+
+def test_transformers_are_undone():
+    plain = data(1000 + 5 * SIGNAL)
+    transformer = dc.trans.NormalizationTransformer(transform_y=True, dataset=plain)
+    model = fitted(dataset=transformer.transform(plain), nb_epoch=5)
+    prediction = model.predict(plain, [transformer])
+    np.testing.assert_allclose(
+        prediction, model.predict(plain) * plain.y.std() + plain.y.mean(), rtol=1e-5
+    )
+    scores = model.evaluate(transformer.transform(plain), [MAE], [transformer])
+    expected = np.abs(prediction.ravel() - plain.y.ravel()).mean()
+    assert scores["mae_score"] == pytest.approx(expected, rel=1e-4)
+
+
+# ------------------------------------------------------------- classification
+
+
+def test_classification_gives_probabilities_and_their_roc_auc():
+    y = (SIGNAL > 0.5).astype(float)
+    dataset = data(y)
+    model = fitted("classification", dataset=dataset, nb_epoch=10)
+    probability = model.predict(dataset)
+    assert probability.shape == (N, 1) and ((probability > 0) & (probability < 1)).all()
+    scores = model.evaluate(dataset, [dc.metrics.Metric(dc.metrics.roc_auc_score)])
+    assert scores["roc_auc_score"] == pytest.approx(roc_auc_score(y, probability.ravel()))
+    assert scores["roc_auc_score"] > 0.8
+    mean, std = model.predict_uncertainty(dataset)
+    np.testing.assert_allclose(std, np.sqrt(mean * (1 - mean)), rtol=1e-5)
+
+
+@pytest.mark.parametrize("wrong", [2.0, -1.0, 0.5, np.nan])
+def test_classes_other_than_0_and_1_are_refused(wrong):
+    y = (SIGNAL > 0).astype(float)
+    y[4] = wrong
+    with pytest.raises(InvalidInputError, match=r"row 4 \(id 4\)"):
+        make("classification").fit(data(y))
+    w = np.ones(N)
+    w[4] = 0
+    fitted("classification", dataset=data(y, w), nb_epoch=1)
+
+
+def test_several_classification_tasks():
+    y = np.stack([SIGNAL > 0.5, SIGNAL < 0], axis=1).astype(float)
+    model = fitted("classification", n_tasks=2, dataset=data(y), nb_epoch=10)
+    metric = dc.metrics.Metric(dc.metrics.roc_auc_score, np.mean)
+    expected = np.mean([roc_auc_score(y[:, i], model.predict(data())[:, i]) for i in (0, 1)])
+    score = model.evaluate(data(y), [metric])["mean-roc_auc_score"]
+    assert score == pytest.approx(expected)
+
+
+# ---------------------------------------------------------------- uncertainty
+
+
+@pytest.mark.parametrize("kwargs", [{}, {"n_ensemble": 2}, {"n_ensemble": 2, "config": PLAIN}])
+def test_uncertainty_is_positive_and_its_mean_is_the_prediction(kwargs):
+    model = fitted(**kwargs)
+    mean, std = model.predict_uncertainty(data())
+    assert mean.shape == std.shape == (N, 1)
+    assert (std > 0).all() and np.isfinite(std).all() and np.ptp(std) > 0
+    np.testing.assert_array_equal(mean, model.predict(data()))
+
+
+def test_uncertainty_without_a_source_is_refused():
+    model = fitted(config=PLAIN)
+    with pytest.raises(ValueError, match="n_ensemble"):
+        model.predict_uncertainty(data())
+    with pytest.raises(ValueError, match="dropout"):
+        fitted().predict_uncertainty(data(), masks=50)
+
+
+def test_uncertainty_is_greater_where_labels_are_noisy():
+    noise = np.random.default_rng(0).normal(size=(20, N))
+    noisy = np.array(["Cl2" in formula for formula in FORMULAS])
+    y = np.where(noisy, noise, 0.01 * noise).ravel()
+    dataset = data(y, formulas=FORMULAS * 20)
+    model = fitted(dataset=dataset, nb_epoch=10, batch_size=32)
+    _, std = model.predict_uncertainty(data())
+    assert std[noisy].mean() > 2 * std[~noisy].mean()
+
+
+# ------------------------------------------------------ encoder, seed, batches
+
+
+def test_a_frozen_encoder_stays_as_it_is():
+    model = make(freeze_encoder=True, n_ensemble=2)
+    before, embedding = state(model, "encoders."), model.predict_embedding(data())
+    heads = state(model, "heads.")
+    model.fit(data(), nb_epoch=3)
+    assert_same_state(before, state(model, "encoders."))
+    np.testing.assert_array_equal(embedding, model.predict_embedding(data()))
+    assert not torch.equal(heads["heads.1.0.weight"], model.model.heads[1][0].weight)
+    free = make()
+    before = state(free, "encoders.")
+    free.fit(data(), nb_epoch=1)
+    assert not torch.equal(
+        before["encoders.0.mean_output.weight"], free.model.encoders[0].mean_output.weight
+    )
+
+
+def test_embeddings_have_unit_length_and_polymorphism_is_positive():
+    model = fitted(n_ensemble=2)
+    embedding = model.predict_embedding(data())
+    assert embedding.shape == (N, 16)
+    np.testing.assert_allclose(np.linalg.norm(embedding, axis=1), 1, rtol=1e-5)
+    polymorphism = model.predict_polymorphism(data())
+    assert polymorphism.shape == (N,) and (polymorphism > 0).all()
+
+
+def test_the_seed_decides_the_result_and_the_global_generators_do_not():
+    one = fitted(seed=5)
+    torch.manual_seed(77)
+    np.random.seed(77)  # noqa: NPY002
+    same, other = fitted(seed=5), fitted(seed=6)
+    assert_same_state(state(one), state(same))
+    assert not np.allclose(one.predict(data()), other.predict(data()))
+
+
+@pytest.mark.parametrize("n", [17, 20, 9, 5])
+def test_the_last_batch_is_never_padded(n, monkeypatch):
+    seen = []
+    loss = LabeledData.loss
+
+    def spy(self, network, rows, generator):
+        seen.append(rows.tolist())
+        return loss(self, network, rows, generator)
+
+    monkeypatch.setattr(LabeledData, "loss", spy)
+    make().fit(data().select(range(n)), nb_epoch=1)
+    assert sorted(row for rows in seen for row in rows) == list(range(n))
+    seen.clear()
+    make().fit(data().select(range(n)), nb_epoch=1, deterministic=True)
+    assert [row for rows in seen for row in rows] == list(range(n))
+
+
+def test_one_row_can_be_fitted_and_predicted():
+    one = data().select([0])
+    assert np.isfinite(fitted(dataset=one).predict(one)).all()
+
+
+def test_prediction_does_not_depend_on_the_batch():
+    model = fitted()
+    whole = model.predict(data())
+    parts = [model.predict(data().select([i])) for i in range(4)]
+    np.testing.assert_allclose(np.concatenate(parts), whole[:4], rtol=1e-4, atol=1e-5)
+    np.testing.assert_allclose(model.predict_on_batch(data().X), whole)

@@ -1,0 +1,280 @@
+"""``PolySRLModel`` on disk and over time: files, checkpoints, callbacks, pretraining."""
+
+import io
+import subprocess
+import sys
+from dataclasses import replace
+from pathlib import Path
+
+import deepchem as dc
+import numpy as np
+import pytest
+from models import CONFIG, FORMULAS, MAE, SIGNAL, N, assert_same_state, data, fitted, make, state
+
+import polysrl_dc
+from polysrl_dc.checkpoints import CheckpointError
+from polysrl_dc.errors import InvalidInputError
+
+# ---------------------------------------------------------------------- files
+
+RELOAD = """
+import sys, numpy as np, deepchem as dc, polysrl_dc
+model = dc.models.PolySRLModel.from_pretrained(sys.argv[1])
+formulas = sys.argv[3].split()
+dataset = dc.data.NumpyDataset(dc.feat.StoichiometryGraphFeaturizer()(formulas))
+mean, std = model.predict_uncertainty(dataset)
+restored = dc.models.PolySRLModel(
+    config=model.config, n_ensemble=2, batch_size=8, learning_rate=1e-2, model_dir=sys.argv[1]
+)
+restored.restore()
+assert restored.get_global_step() == 10, restored.get_global_step()
+np.savez(sys.argv[2], mean=mean, std=std, restored=restored.predict(dataset),
+         polymorphism=model.predict_polymorphism(dataset))
+"""
+
+
+def test_a_new_process_reads_the_same_model(tmp_path):
+    model = make(n_ensemble=2, model_dir=str(tmp_path / "m"))
+    model.fit(data(3 + SIGNAL), nb_epoch=2)
+    model.save()
+    mean, std = model.predict_uncertainty(data())
+    subprocess.run(
+        [sys.executable, "-c", RELOAD, tmp_path / "m", tmp_path / "o.npz", " ".join(FORMULAS)],
+        check=True,
+        cwd=Path(__file__).parents[1],
+        capture_output=True,
+    )
+    with np.load(tmp_path / "o.npz") as read:
+        np.testing.assert_array_equal(read["mean"], mean)
+        np.testing.assert_array_equal(read["std"], std)
+        np.testing.assert_array_equal(read["restored"], mean)
+        np.testing.assert_array_equal(read["polymorphism"], model.predict_polymorphism(data()))
+
+
+@pytest.mark.parametrize("kwargs", [{}, {"task": "classification"}, {"freeze_encoder": True}])
+def test_save_and_from_pretrained(kwargs, tmp_path):
+    labels = (SIGNAL > 0).astype(float)
+    model = fitted(dataset=data(labels), **kwargs)
+    model.save(tmp_path)
+    again = dc.models.PolySRLModel.from_pretrained(tmp_path)
+    assert_same_state(state(model), state(again))
+    assert again.config == model.config and again.settings == model.settings
+    np.testing.assert_array_equal(model.predict(data()), again.predict(data()))
+    again.fit(data(labels), nb_epoch=1)
+    with pytest.raises(ValueError, match="n_tasks"):
+        dc.models.PolySRLModel.from_pretrained(tmp_path, n_tasks=2)
+    with pytest.raises(TypeError, match="dropout"):
+        dc.models.PolySRLModel.from_pretrained(tmp_path, dropout=2)
+
+
+def test_reload_reads_the_saved_model_back(tmp_path):
+    model = fitted(model_dir=str(tmp_path))
+    model.save()
+    saved = state(model)
+    model.fit(data(), nb_epoch=1, checkpoint_interval=0)
+    model.reload()
+    assert_same_state(saved, state(model))
+
+
+def test_restore_brings_back_weights_buffers_and_step(tmp_path):
+    model = make(model_dir=str(tmp_path))
+    model.fit(data(9 + SIGNAL), nb_epoch=2)
+    saved, step = state(model), model.get_global_step()
+    model.fit(data(), nb_epoch=1, checkpoint_interval=0)
+    model.restore()
+    assert_same_state(saved, state(model))
+    assert model.get_global_step() == step == 10
+    other = make(model_dir=str(tmp_path), seed=9)
+    other.restore()
+    assert_same_state(saved, state(other))
+    np.testing.assert_array_equal(model.predict(data()), other.predict(data()))
+
+
+def test_an_interrupted_fit_continues_as_if_nothing_had_happened(tmp_path):
+    whole = make(schedule="constant")
+    whole.fit(data(), nb_epoch=4)
+    first = make(schedule="constant", model_dir=str(tmp_path))
+    first.fit(data(), nb_epoch=2)
+    second = make(schedule="constant", model_dir=str(tmp_path))
+    second.fit(data(), nb_epoch=2, restore=True)
+    assert second.get_global_step() == whole.get_global_step() == 20
+    assert_same_state(state(whole), state(second))
+
+
+def test_a_deepchem_learning_rate_schedule_continues_after_restore(tmp_path):
+    def decay():
+        return dc.models.optimizers.ExponentialDecay(1e-2, 0.5, 4, staircase=False)
+
+    whole = make(learning_rate=decay())
+    whole.fit(data(), nb_epoch=4)
+    make(learning_rate=decay(), model_dir=str(tmp_path)).fit(data(), nb_epoch=2)
+    second = make(learning_rate=decay(), model_dir=str(tmp_path))
+    second.fit(data(), nb_epoch=2, restore=True)
+    assert second._pytorch_optimizer.param_groups[0]["lr"] == pytest.approx(1e-2 * 0.5**5)
+    assert_same_state(state(whole), state(second))
+
+
+def test_an_interruption_does_not_change_the_learning_rate_of_the_next_fit(tmp_path):
+    def interrupt(model, step):
+        raise KeyboardInterrupt
+
+    def peak(model):
+        rates = []
+        model.fit(data(), nb_epoch=4, callbacks=lambda m, _: rates.append(
+            m._pytorch_optimizer.param_groups[0]["lr"]))  # fmt: skip
+        return max(rates)
+
+    model = make(model_dir=str(tmp_path))
+    with pytest.raises(KeyboardInterrupt):
+        model.fit(data(), nb_epoch=4, callbacks=interrupt)
+    assert peak(model) == pytest.approx(peak(make())) == pytest.approx(1e-2, rel=0.2)
+
+
+def test_restoring_without_a_checkpoint_is_refused(tmp_path):
+    model = make(model_dir=str(tmp_path / "empty"))
+    for use in (model.restore, lambda: model.fit(data(), restore=True)):
+        with pytest.raises(ValueError, match="no checkpoint"):
+            use()
+    with pytest.raises(ValueError, match="strict"):
+        model.restore(strict=False)
+
+
+def test_checkpoints_rotate(tmp_path):
+    model = make(model_dir=str(tmp_path))
+    states = []
+    for _ in range(4):
+        model.fit(data(), nb_epoch=1, max_checkpoints_to_keep=3)
+        states.append(state(model))
+    paths = model.get_checkpoints()
+    assert [path[len(str(tmp_path)) + 1 :] for path in paths] == [
+        f"checkpoint{i}.safetensors" for i in (1, 2, 3)
+    ]
+    for path, expected in zip(paths, reversed(states), strict=False):
+        model.restore(path)
+        assert_same_state(state(model), expected)
+    make(model_dir=str(tmp_path / "none")).fit(data(), nb_epoch=1, checkpoint_interval=0)
+    assert not (tmp_path / "none").exists() or not list((tmp_path / "none").iterdir())
+
+
+def test_checkpoints_are_written_every_so_many_steps(tmp_path):
+    steps = []
+    model = make(model_dir=str(tmp_path))
+
+    def note(model, step):
+        steps.append((step, len(model.get_checkpoints())))
+
+    model.fit(data(), nb_epoch=2, checkpoint_interval=4, callbacks=note)
+    assert dict(steps)[3] == 0 and dict(steps)[4] == 1 and dict(steps)[10] == 2
+
+
+def test_damaged_and_foreign_checkpoints_are_refused(tmp_path):
+    model = make(model_dir=str(tmp_path))
+    model.fit(data(), nb_epoch=1)
+    model.save()
+    for name, use in (
+        ("checkpoint1.safetensors", model.restore),
+        ("model.safetensors", lambda: dc.models.PolySRLModel.from_pretrained(tmp_path)),
+    ):
+        content = bytearray((tmp_path / name).read_bytes())
+        content[-7] ^= 0xFF
+        (tmp_path / name).write_bytes(content)
+        with pytest.raises(CheckpointError, match=name):
+            use()
+    before = state(model)
+    wider = make(config=replace(CONFIG, head_hidden=9), model_dir=str(tmp_path / "other"))
+    wider.fit(data(), nb_epoch=1)
+    with pytest.raises(ValueError, match="shape"):
+        model.restore(model_dir=str(tmp_path / "other"))
+    assert_same_state(before, state(model))
+
+
+def test_validation_callback_keeps_the_best_model_and_training_goes_on(tmp_path):
+    model = make(learning_rate=0.05, schedule="constant")
+    valid = data().select(range(0, N, 3))
+    log, modes = io.StringIO(), []
+    validate = dc.models.ValidationCallback(
+        valid, 2, [MAE], output_file=log, save_dir=str(tmp_path / "best")
+    )
+    model.fit(data(), nb_epoch=8, callbacks=[validate, lambda m, _: modes.append(m.model.training)])
+    assert all(modes) and len(modes) == 40
+    scores = [float(line.split("=")[1]) for line in log.getvalue().splitlines()]
+    assert len(scores) == 20 and min(scores) < scores[-1]  # else the test shows nothing
+    assert model.evaluate(valid, [MAE])["mae_score"] == pytest.approx(scores[-1], rel=1e-4)
+    model.restore(model_dir=str(tmp_path / "best"))
+    assert model.evaluate(valid, [MAE])["mae_score"] == pytest.approx(min(scores), rel=1e-4)
+    assert validate.get_best_score() == pytest.approx(min(scores), rel=1e-4)
+
+
+def test_evaluating_in_a_callback_does_not_change_the_training():
+    quiet = fitted()
+    watched = make()
+    watched.fit(data(), nb_epoch=2, callbacks=lambda m, _: m.evaluate(data(), [MAE]))
+    assert_same_state(state(quiet), state(watched))
+
+
+# ---------------------------------------------------------------- pretraining
+
+
+@pytest.fixture(scope="module")
+def crystals():
+    return polysrl_dc.PolymorphDataset("aflow", max_structures=40, max_sites=12, progress=False)
+
+
+def pretrain(dataset, nb_epoch=4, **kwargs):
+    losses: list[float] = []
+    model = make("pretraining", learning_rate=3e-3, log_frequency=5, batch_size=8, **kwargs)
+    model.fit(dataset, nb_epoch=nb_epoch, all_losses=losses, checkpoint_interval=0)
+    return model, losses
+
+
+@pytest.mark.parametrize("objective", ["polysrl", "without_sampling", "infomax3d"])
+def test_pretraining_lowers_the_loss(objective, crystals):
+    model, losses = pretrain(crystals, objective=objective)
+    assert np.isfinite(losses).all() and losses[-1] < losses[0]
+    assert (model.predict_polymorphism(crystals) > 0).all()
+    assert model.predict_embedding(data()).shape == (N, 16)
+
+
+def test_a_property_model_starts_from_exactly_the_pretrained_encoder(crystals, tmp_path):
+    model, _ = pretrain(crystals, nb_epoch=1)
+    model.save(tmp_path)
+    trained = state(model, "encoders.0.")
+    for kwargs in ({"freeze_encoder": True}, {"n_ensemble": 2}):
+        start = make(pretrained=tmp_path, **kwargs)
+        assert_same_state(trained, state(start, "encoders.0."))
+        np.testing.assert_allclose(
+            start.predict_embedding(data()), model.predict_embedding(data()), atol=1e-6
+        )
+    assert_same_state(
+        {k.replace("s.0.", "s.1.", 1): v for k, v in trained.items()}, state(start, "encoders.1.")
+    )
+    assert start.fit(data(), nb_epoch=1) > 0
+    again = dc.models.PolySRLModel.from_pretrained(tmp_path)
+    assert_same_state(state(model), state(again))
+    for change in ({"n_features": 8}, {"set2set_steps": 3}, {"feature_norm": False}):
+        with pytest.raises(ValueError, match=next(iter(change))):
+            make(pretrained=tmp_path, config=replace(CONFIG, **change))
+    with pytest.raises((OSError, ValueError)):
+        make(pretrained=tmp_path / "missing")
+
+
+def test_pretraining_is_seeded_and_resumable(crystals, tmp_path):
+    small = crystals.select(range(12))
+    whole = make("pretraining", schedule="constant")
+    whole.fit(small, nb_epoch=2)
+    make("pretraining", schedule="constant", model_dir=str(tmp_path)).fit(small, nb_epoch=1)
+    second = make("pretraining", schedule="constant", model_dir=str(tmp_path))
+    second.fit(small, nb_epoch=1, restore=True)
+    assert_same_state(state(whole), state(second))
+
+
+def test_pretraining_refuses_what_it_cannot_contrast(crystals):
+    with pytest.raises(InvalidInputError, match="StructureGraphFeaturizer"):
+        make("pretraining").fit(data())
+    with pytest.raises(InvalidInputError, match="at least two"):
+        make("pretraining").fit(crystals.select([0]))
+
+
+def test_structure_graphs_can_be_used_for_properties(crystals):
+    dataset = dc.data.NumpyDataset(crystals.X, np.arange(len(crystals), dtype=float))
+    assert fitted(dataset=dataset).predict(dataset).shape == (len(crystals), 1)
