@@ -17,8 +17,9 @@ from folds import split_validation
 from sklearn.metrics import mean_absolute_error, roc_auc_score
 
 PROTOCOLS = ("finetune", "frozen")
-DEFAULT_EPOCHS = {"finetune": (15, 30, 60), "frozen": (300,)}
+DEFAULT_EPOCHS = {"finetune": (15, 60, 150), "frozen": (300,)}
 DEFAULT_LEARNING_RATES = {"finetune": (3e-3,), "frozen": (1e-3,)}
+DEFAULT_WEIGHT_DECAY = {"finetune": 0.3, "frozen": 0.0}
 DEFAULT_ENSEMBLE = 4
 NORMAL_95 = 1.96
 
@@ -35,6 +36,7 @@ class Settings:
     learning_rates: tuple[float, ...]
     ensemble: int = 1
     batch_size: int = 128
+    weight_decay: float = 0.0
     pretrained: str | None = None
     seed: int = 0
     valid_fraction: float = 0.2
@@ -165,6 +167,7 @@ def _model(task_type: str, protocol: str, settings: Settings, rate: float, ensem
         n_ensemble=ensemble,
         batch_size=settings.batch_size,
         learning_rate=rate,
+        weight_decay=settings.weight_decay,
         device=settings.device,
         seed=settings.seed,
     )

@@ -22,6 +22,7 @@ from protocols import (
     DEFAULT_ENSEMBLE,
     DEFAULT_EPOCHS,
     DEFAULT_LEARNING_RATES,
+    DEFAULT_WEIGHT_DECAY,
     PROTOCOLS,
     Settings,
     train_and_predict,
@@ -62,6 +63,7 @@ def parse_arguments(argv: list[str] | None = None) -> argparse.Namespace:
     add("--jobs", type=_positive(int), default=1, help="folds trained at once, a process each")
     add("--learning-rates", nargs="+", type=_positive(float), help="grid, chosen by validation")
     add("--batch-size", type=_positive(int), default=128)
+    add("--weight-decay", type=float, help=f"default: {DEFAULT_WEIGHT_DECAY}")
     add("--data-dir", help="folder with matbench/*.csv.gz (default: POLYSRL_DATA)")
     add("--output-dir", type=Path, default=Path("benchmarks"))
     add("--seed", type=int, default=0)
@@ -103,6 +105,11 @@ def settings_of(arguments: argparse.Namespace) -> Settings:
             arguments.learning_rates or DEFAULT_LEARNING_RATES[arguments.protocol]
         ),
         ensemble=arguments.ensemble or ensemble,
+        weight_decay=(
+            DEFAULT_WEIGHT_DECAY[arguments.protocol]
+            if arguments.weight_decay is None
+            else arguments.weight_decay
+        ),
         pretrained=arguments.pretrained,
         batch_size=arguments.batch_size,
         seed=arguments.seed,
@@ -191,6 +198,7 @@ def repeat_arguments(arguments: argparse.Namespace, settings: Settings, task: st
         f"--suite {arguments.suite} --tasks {task} --protocol {arguments.protocol} "
         f"--epochs {' '.join(map(str, settings.epochs))} --ensemble {settings.ensemble} "
         f"--learning-rates {' '.join(rates)} --batch-size {settings.batch_size} "
+        f"--weight-decay {settings.weight_decay:g} "
         f"--seed {settings.seed}{pretrained}"
     ).split()
 

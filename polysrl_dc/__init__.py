@@ -8,6 +8,7 @@ Importing the package puts its classes where DeepChem users look for them:
 import deepchem as dc
 
 from polysrl_dc import datasets
+from polysrl_dc.callbacks import EarlyStopping
 from polysrl_dc.config import PolySRLConfig
 from polysrl_dc.datasets import PolymorphDataset, StoichiometrySplitter
 from polysrl_dc.errors import InvalidInputError
@@ -17,6 +18,7 @@ from polysrl_dc.model import PolySRLModel
 __version__ = "0.1.0"
 
 __all__ = [
+    "EarlyStopping",
     "InvalidInputError",
     "PolySRLConfig",
     "PolySRLModel",

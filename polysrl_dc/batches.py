@@ -60,7 +60,7 @@ class LabeledData:
     inputs : StoichiometryBatch
     labels, weights : torch.Tensor, shape (n_graphs, n_tasks), float32
         Labels of weight 0 are missing and stored as 0.
-    embeddings : torch.Tensor, shape (n_encoders, n_graphs, F), optional
+    embeddings : torch.Tensor, shape (1, n_graphs, F), optional
     """
 
     inputs: StoichiometryBatch
@@ -117,12 +117,12 @@ class LabeledData:
         return replace(self, embeddings=embeddings)
 
     def loss(self, network: Any, rows: np.ndarray, generator: torch.Generator) -> Tensor:
-        """Loss of the batch of these rows, scalar; nothing in it is random."""
+        """Loss of one batch per member, rows (n_ensemble, b), scalar; nothing in it is random."""
         index = torch.as_tensor(rows, device=self.labels.device)
         if self.embeddings is None:
-            embeddings = network.embed(self.inputs[index])
+            embeddings = network.embed_each([self.inputs[member] for member in index])
         else:
-            embeddings = self.embeddings[:, index]
+            embeddings = self.embeddings[0, index]  # of the one frozen encoder
         return network.loss(embeddings, self.labels[index], self.weights[index])
 
 
@@ -163,7 +163,8 @@ class PolymorphData:
         return self
 
     def loss(self, network: Any, rows: np.ndarray, generator: torch.Generator) -> Tensor:
-        """Loss of the batch of these rows, scalar."""
+        """Loss of the batch of these rows, (1, b), scalar."""
+        (rows,) = rows
         device = next(network.parameters()).device
         graphs = [self.graphs[row] for row in rows]
         return network.loss(
@@ -174,15 +175,14 @@ class PolymorphData:
         )
 
 
-def batch_rows(n: int, batch_size: int, order: np.ndarray | None = None) -> Iterator[np.ndarray]:
+def batch_rows(n: int, batch_size: int) -> Iterator[np.ndarray]:
     """Row numbers of one epoch in batches; the last one is smaller, never padded by duplicates.
 
     A last batch of a single row joins the one before it, because one row has neither negatives
     nor a variance.
     """
-    rows = np.arange(n) if order is None else order
     starts = list(range(0, n, batch_size))
     if len(starts) > 1 and n - starts[-1] == 1:
         starts.pop()
     for start, end in zip(starts, [*starts[1:], n], strict=True):
-        yield rows[start:end]
+        yield np.arange(start, end)

@@ -1,5 +1,6 @@
 """Prediction heads (Appendix E), and the network of encoder, head and label units."""
 
+from collections.abc import Sequence
 from typing import cast
 
 import torch
@@ -118,8 +119,12 @@ class PropertyNetwork(nn.Module):
 
     def embed(self, batch: StoichiometryBatch) -> Tensor:
         """What the heads read, shape (n_encoders, n_graphs, F): each encoder's mean, eq. 11."""
-        means = [cast(StoichiometryEncoder, encoder).mean(batch) for encoder in self.encoders]
-        return torch.stack(means)
+        return self.embed_each([batch] * len(self.encoders))
+
+    def embed_each(self, batches: Sequence[StoichiometryBatch]) -> Tensor:
+        """The same with a batch of its own for each encoder."""
+        pairs = zip(self.encoders, batches, strict=True)
+        return torch.stack([cast(StoichiometryEncoder, enc).mean(batch) for enc, batch in pairs])
 
     def outputs(self, embeddings: Tensor) -> tuple[Tensor, Tensor]:
         """Location (or logit) and log scale of every member, each (n_ensemble, n_graphs, n_tasks).
@@ -137,10 +142,10 @@ class PropertyNetwork(nn.Module):
 
         Parameters
         ----------
-        embeddings : torch.Tensor, shape (n_encoders, n_graphs, F)
-        labels : torch.Tensor, shape (n_graphs, n_tasks)
+        embeddings : torch.Tensor, shape (n_ensemble, n_graphs, F)
+        labels : torch.Tensor, shape (n_ensemble, n_graphs, n_tasks)
             In label units; entries of weight 0 are not read.
-        weights : torch.Tensor, shape (n_graphs, n_tasks)
+        weights : torch.Tensor, shape (n_ensemble, n_graphs, n_tasks)
 
         Returns
         -------
@@ -151,14 +156,15 @@ class PropertyNetwork(nn.Module):
         location, log_scale = self.outputs(embeddings)
         if self.classification:
             losses = functional.binary_cross_entropy_with_logits(
-                location, labels.expand_as(location), reduction="none"
+                location, labels, reduction="none"
             )
         else:
             error = (location - (labels - self.label_mean) / self.label_std).abs()
             losses = error
             if self.heteroscedastic:
                 losses = error + error.detach() * torch.exp(-log_scale) + log_scale
-        return (losses * weights).sum() / weights.sum().clamp_min(1e-12)
+        per_member = (losses * weights).sum((1, 2)) / weights.sum((1, 2)).clamp_min(1e-12)
+        return per_member.sum()
 
     def forward(self, batch: StoichiometryBatch) -> tuple[Tensor, Tensor]:
         """Predictive mean and variance, each (n_graphs, n_tasks), in label units.

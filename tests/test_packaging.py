@@ -30,6 +30,7 @@ ORDER = [
     "checkpoints",
     "persistence",
     "prediction",
+    "callbacks",
     "model",
     "cli",
     "__init__",
