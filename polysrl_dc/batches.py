@@ -1,5 +1,6 @@
 """DeepChem datasets -> tensors, with every row checked; the last stop before the networks."""
 
+import hashlib
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, replace
 from typing import Any
@@ -9,8 +10,10 @@ import torch
 from deepchem.data import Dataset
 from torch import Tensor
 
+from polysrl_dc.datasets import PolymorphDataset
+from polysrl_dc.distributed import process_count, process_rank
 from polysrl_dc.errors import InvalidInputError
-from polysrl_dc.graphs import StoichiometryBatch, StoichiometryGraph, StructureBatch, StructureGraph
+from polysrl_dc.graphs import StoichiometryBatch, StoichiometryGraph, StructureGraph
 
 _GREATEST_LABEL = 1e18  # squares of labels and errors must stay finite in single precision
 
@@ -63,6 +66,9 @@ class LabeledData:
     embeddings : torch.Tensor, shape (1, n_graphs, F), optional
     """
 
+    #: Whether all epochs have the same number of batches.
+    equal_epochs = True
+
     inputs: StoichiometryBatch
     labels: Tensor
     weights: Tensor
@@ -98,6 +104,13 @@ class LabeledData:
     def __len__(self) -> int:
         return len(self.labels)
 
+    def fingerprint(self) -> str:
+        """Hash of formulas, labels and weights: what a checkpoint remembers of its data."""
+        digest = hashlib.sha256()
+        for tensor in (self.inputs.fractions, self.labels, self.weights):
+            digest.update(tensor.cpu().numpy().tobytes())
+        return digest.hexdigest()
+
     def label_statistics(self) -> tuple[Tensor, Tensor]:
         """Weighted mean and standard deviation per task, each (n_tasks,); 1 where it is 0."""
         labels, weights = self.labels.double(), self.weights.double()
@@ -116,8 +129,22 @@ class LabeledData:
         """With the output of a frozen encoder, which is then not run again."""
         return replace(self, embeddings=embeddings)
 
+    def epoch(
+        self, batch_size: int, members: int, random: np.random.Generator | None
+    ) -> Iterator[np.ndarray]:
+        """Row numbers of each batch of an epoch, (members, b); in order where ``random`` is None.
+
+        Members meet the rows in orders of their own. With one order for all, their errors resemble
+        one another more: an ensemble of four had 0.359 eV on matbench_expt_gap, fold 0, against
+        0.354 with an order each.
+        """
+        orders = np.tile(np.arange(len(self)), (members, 1))
+        if random is not None:
+            orders = random.permuted(orders, axis=1)
+        return (orders[:, columns] for columns in batch_rows(len(self), batch_size))
+
     def loss(self, network: Any, rows: np.ndarray, generator: torch.Generator) -> Tensor:
-        """Loss of one batch per member, rows (n_ensemble, b), scalar; nothing in it is random."""
+        """Loss of one batch per member, rows (members, b), scalar; nothing in it is random."""
         index = torch.as_tensor(rows, device=self.labels.device)
         if self.embeddings is None:
             embeddings = network.embed_each([self.inputs[member] for member in index])
@@ -128,51 +155,135 @@ class LabeledData:
 
 @dataclass(frozen=True)
 class PolymorphData:
-    """Structure graphs of a dataset and the group (reduced formula) of each.
+    """Structures to pretrain on, and how they are put into batches.
 
     Attributes
     ----------
-    graphs : sequence of StructureGraph
-    groups : numpy.ndarray, shape (n_graphs,), int64
-        Equal for polymorphs.
+    dataset : PolymorphDataset
+    polymorphs_per_batch : int
+        Polymorphs of a formula that are kept together in a batch, at most; 1 leaves it to chance.
+    max_edges : int, optional
+        Edges of a batch at most; a batch is cut short where the next structure would exceed it.
+        A structure that is then alone is left out of the epoch: it has nothing to be told from.
     """
 
-    graphs: Sequence[StructureGraph]
-    groups: np.ndarray
+    dataset: PolymorphDataset
+    polymorphs_per_batch: int = 1
+    max_edges: int | None = None
 
     @classmethod
-    def from_dataset(cls, dataset: Dataset) -> "PolymorphData":
-        """Read and check a whole dataset; errors name row and id."""
-        graphs = list(dataset.X)
-        for row, graph in enumerate(graphs):
-            if not isinstance(graph, StructureGraph):
-                raise InvalidInputError(
-                    f"row {row} (id {dataset.ids[row]}) is {_what(graph)}: pretraining needs the "
-                    "graphs of StructureGraphFeaturizer"
-                )
-        if len(graphs) < 2:
+    def from_dataset(cls, dataset: Dataset, **sampling: Any) -> "PolymorphData":
+        """Check a dataset; one that is no PolymorphDataset is packed; errors name row and id."""
+        if not isinstance(dataset, PolymorphDataset):
+            for row, graph in enumerate(dataset.X):
+                if not isinstance(graph, StructureGraph):
+                    raise InvalidInputError(
+                        f"row {row} (id {dataset.ids[row]}) is {_what(graph)}: pretraining needs "
+                        "the graphs of StructureGraphFeaturizer"
+                    )
+            dataset = PolymorphDataset.from_graphs(dataset.X, dataset.ids)
+        if len(dataset) < 2:
             raise InvalidInputError("pretraining contrasts structures and needs at least two")
-        formulas = [graph.stoichiometry.formula for graph in graphs]
-        return cls(graphs, np.unique(formulas, return_inverse=True)[1])
+        return cls(dataset, **sampling)
 
     def __len__(self) -> int:
-        return len(self.graphs)
+        return len(self.dataset)
+
+    @property
+    def equal_epochs(self) -> bool:
+        """Whether all epochs have the same number of batches."""
+        return self.max_edges is None
+
+    def fingerprint(self) -> str:
+        """What a checkpoint remembers of its data: the ids of the structures."""
+        return self.dataset.fingerprint()
 
     def to(self, device: torch.device) -> "PolymorphData":
         """Itself: batches are moved one at a time."""
         return self
 
+    def epoch(
+        self, batch_size: int, members: int, random: np.random.Generator | None
+    ) -> Iterator[np.ndarray]:
+        """Row numbers of each batch of an epoch, (1, b).
+
+        Batches differ in size by one row at most: with full batches and a small rest, the one step
+        on the rest, few rows with the same learning rate, undid much of an epoch (retrieval@1 of
+        0.47 in its middle and 0.09 at its end).
+        """
+        order = np.arange(len(self))
+        if random is not None:
+            order = polymorphs_together(self.dataset.groups, self.polymorphs_per_batch, random)
+        if self.max_edges is None:
+            n_batches = -(-len(self) // batch_size)
+            batches = iter(np.array_split(np.arange(len(self)), n_batches))
+        else:
+            batches = capped_rows(self.dataset.n_edges[order], batch_size, self.max_edges)
+        return (order[np.newaxis, columns] for columns in batches if len(columns) > 1)
+
     def loss(self, network: Any, rows: np.ndarray, generator: torch.Generator) -> Tensor:
-        """Loss of the batch of these rows, (1, b), scalar."""
-        (rows,) = rows
+        """Loss of the batch of these rows, (1, b), scalar; over processes each embeds its part."""
+        parts = np.array_split(rows[0], process_count())
+        formulas, structures, groups = self.dataset.batch(parts[process_rank()])
         device = next(network.parameters()).device
-        graphs = [self.graphs[row] for row in rows]
-        return network.loss(
-            StoichiometryBatch.from_graphs([graph.stoichiometry for graph in graphs]).to(device),
-            StructureBatch.from_graphs(graphs).to(device),
-            torch.as_tensor(self.groups[rows], device=device),
-            generator,
-        )
+        return network(formulas.to(device), structures.to(device), groups.to(device), generator)
+
+
+def polymorphs_together(
+    groups: np.ndarray, together: int, random: np.random.Generator
+) -> np.ndarray:
+    """Random order of rows in which up to ``together`` rows of a group follow one another.
+
+    Parameters
+    ----------
+    groups : numpy.ndarray, shape (n,), integer
+    together : int
+        1 for an order that does not look at the groups.
+    random : numpy.random.Generator
+
+    Returns
+    -------
+    numpy.ndarray, shape (n,), int64
+
+    Examples
+    --------
+    >>> order = polymorphs_together(np.array([0, 1, 0, 1]), 2, np.random.default_rng(0))
+    >>> np.array([0, 1, 0, 1])[order].tolist()
+    [1, 1, 0, 0]
+    """
+    order = random.permutation(len(groups))
+    if together == 1:
+        return order
+    order = order[np.argsort(groups[order], kind="stable")]
+    ordered = groups[order]
+    first = np.flatnonzero(np.r_[True, ordered[1:] != ordered[:-1]])
+    place = np.arange(len(order)) - np.repeat(first, np.diff(np.append(first, len(order))))
+    run = np.cumsum(place % together == 0) - 1  # at most `together` rows of one group
+    key = random.permutation(run[-1] + 1)[run]
+    return order[np.argsort(key, kind="stable")]
+
+
+def capped_rows(n_edges: np.ndarray, batch_size: int, max_edges: int) -> Iterator[np.ndarray]:
+    """Consecutive rows in batches of at most ``batch_size`` rows and ``max_edges`` edges.
+
+    Raises
+    ------
+    InvalidInputError
+        A single row exceeds the cap.
+    """
+    too_large = np.flatnonzero(n_edges > max_edges)
+    if len(too_large):
+        row = too_large[0]
+        raise InvalidInputError(f"a structure has {n_edges[row]} edges, more than {max_edges}")
+    ends = np.cumsum(n_edges, dtype=np.int64)
+    start = 0
+    while start < len(ends):
+        limit = max_edges + (ends[start - 1] if start else 0)
+        end = min(start + batch_size, int(np.searchsorted(ends, limit, side="right")))
+        if len(ends) - end == 1 and end - start > 2:
+            end -= 1  # the last row alone would have no negatives
+        yield np.arange(start, end)
+        start = end
 
 
 def batch_rows(n: int, batch_size: int) -> Iterator[np.ndarray]:

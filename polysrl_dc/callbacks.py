@@ -1,10 +1,22 @@
-"""Early stopping on a validation set, with the best weights restored."""
+"""Early stopping on a validation set, and the log of a pretraining run."""
 
+import resource
+import sys
+import time
+from pathlib import Path
 from typing import Any
 
+import numpy as np
+import pandas as pd
+import torch
 from deepchem.data import Dataset
 from deepchem.metrics import Metric
 from deepchem.models import ValidationCallback
+
+from polysrl_dc.datasets import PolymorphDataset
+from polysrl_dc.distributed import process_count, process_rank
+from polysrl_dc.losses import effective_rank, retrieval_at_k
+from polysrl_dc.objectives import PretrainingNetwork
 
 
 class StopTraining(Exception):
@@ -69,3 +81,158 @@ class EarlyStopping(ValidationCallback):
         """Put the best weights back; called by ``fit`` when it ends, early or not."""
         if self._best_state is not None:
             model.model.load_state_dict(self._best_state)
+
+
+class PretrainingLog:
+    """Writes a row of diagnostics after each epoch of pretraining to a CSV file.
+
+    A falling loss hides a collapsed embedding, so each row has, beside the mean ``loss`` and its
+    parts, what :func:`pretraining_diagnostics` finds on stoichiometries that are held out, and the
+    cost: structures per second and the peak memory of the process. After a restart the rows of
+    epochs that are run again are replaced. TensorBoard gets the same numbers if it is installed.
+
+    Parameters
+    ----------
+    path : path
+        CSV file; events for TensorBoard go to the folder beside it.
+    held_out : PolymorphDataset
+        May be empty: there are no diagnostics then.
+    batch_size : int
+        Structures among which the one of a formula is to be found.
+
+    Examples
+    --------
+    >>> import tempfile, polysrl_dc
+    >>> dataset = polysrl_dc.PolymorphDataset("aflow", progress=False)
+    >>> train, held_out = dataset.select(range(64)), dataset.select(range(64, 128))
+    >>> with tempfile.TemporaryDirectory() as folder:
+    ...     log = PretrainingLog(f"{folder}/log.csv", held_out, batch_size=32)
+    ...     model = polysrl_dc.PolySRLModel("pretraining", batch_size=32)
+    ...     loss = model.fit(train, nb_epoch=2, checkpoint_interval=0, callbacks=log)
+    ...     pd.read_csv(f"{folder}/log.csv")["epoch"].tolist()
+    [1, 2]
+    """
+
+    def __init__(
+        self, path: str | Path, held_out: PolymorphDataset, batch_size: int = 256
+    ) -> None:
+        self.path, self.held_out, self.batch_size = Path(path), held_out, batch_size
+        self._writer: Any = None
+        self._start_epoch()
+
+    def _start_epoch(self) -> None:
+        self._started, self._steps = time.perf_counter(), 0
+        self._sums: dict[str, torch.Tensor] = {}
+
+    def __call__(self, model: Any, step: int) -> None:
+        """Nothing; the sums are taken by :meth:`end_step`."""
+
+    def end_step(self, model: Any, loss: torch.Tensor, n_rows: int) -> None:
+        """Add up the parts of the loss of one step."""
+        parts = {"loss": loss, "structures": torch.tensor(float(n_rows)), **model.model.parts}
+        for name, value in parts.items():
+            self._sums[name] = self._sums.get(name, torch.tensor(0.0)) + value.detach().cpu()
+        self._steps += 1
+
+    def end_epoch(self, model: Any) -> None:
+        """Evaluate and write; on the first process only."""
+        seconds = time.perf_counter() - self._started
+        structures = float(self._sums.pop("structures"))
+        if process_rank() == 0:
+            network = model.model
+            row = {
+                "epoch": model._epoch,
+                "step": model._global_step,
+                **{name: float(value) / self._steps for name, value in self._sums.items()},
+                "c": float(network.c.detach()),
+                "d": float(network.d.detach()),
+                **self._diagnostics(model),
+                "learning_rate": model._pytorch_optimizer.param_groups[0]["lr"],
+                "structures_per_second": structures / seconds,
+                "peak_memory_mib": _peak_memory(model.device),
+                "processes": process_count(),
+            }
+            self._write(row)
+        self._start_epoch()
+
+    def _diagnostics(self, model: Any) -> dict[str, float]:
+        if not len(self.held_out):
+            return {}
+        return pretraining_diagnostics(model.model, self.held_out, self.batch_size, model.device)
+
+    def _write(self, row: dict[str, float]) -> None:
+        table = pd.DataFrame([row])
+        if self.path.exists():
+            old = pd.read_csv(self.path)
+            table = pd.concat([old[old["epoch"] < row["epoch"]], table], ignore_index=True)
+        temporary = self.path.with_name(f".{self.path.name}.tmp")
+        table.to_csv(temporary, index=False)
+        temporary.replace(self.path)
+        if self._writer is None:
+            try:
+                from torch.utils.tensorboard import SummaryWriter
+            except ImportError:
+                self._writer = False
+            else:
+                self._writer = SummaryWriter(str(self.path.parent / "tensorboard"))
+        if self._writer:
+            for name, value in row.items():
+                self._writer.add_scalar(name, value, row["step"])
+            self._writer.flush()
+
+
+@torch.no_grad()
+def pretraining_diagnostics(
+    network: PretrainingNetwork, held_out: PolymorphDataset, batch_size: int, device: Any = "cpu"
+) -> dict[str, float]:
+    """How well formulas that were held out find their structures, and what the embeddings fill.
+
+    One structure of each formula, the first, in batches; a last batch that is smaller is left out.
+
+    Parameters
+    ----------
+    network : PretrainingNetwork
+    held_out : PolymorphDataset
+    batch_size : int
+    device : str or torch.device
+
+    Returns
+    -------
+    dict of str to float
+        ``retrieval@1`` and ``retrieval@10`` (share of formulas whose structure is nearest, or
+        among the ten nearest, of ``batch_size``), ``rank_formulas`` and ``rank_structures``
+        (:func:`~polysrl_dc.losses.effective_rank`), ``mean_sigma``, ``mean_log_sigma``.
+    """
+    rows = np.sort(np.unique(held_out.groups, return_index=True)[1])
+    batch_size = min(batch_size, len(rows))
+    training = network.training
+    network.eval()
+    means, log_sigmas, crystals, first, tenth = [], [], [], [], []
+    for start in range(0, len(rows) - batch_size + 1, batch_size):
+        formulas, structures, groups = held_out.batch(rows[start : start + batch_size])
+        mean, log_sigma = network.encoder(formulas.to(device))
+        crystal, groups = network.structure_encoder(structures.to(device)), groups.to(device)
+        similarity = mean @ crystal.T
+        first.append(retrieval_at_k(similarity, groups, groups, 1))
+        tenth.append(retrieval_at_k(similarity, groups, groups, 10))
+        means.append(mean)
+        log_sigmas.append(log_sigma)
+        crystals.append(crystal)
+    network.train(training)
+    log_sigma = torch.cat(log_sigmas)
+    return {
+        "retrieval@1": float(torch.stack(first).mean()),
+        "retrieval@10": float(torch.stack(tenth).mean()),
+        "rank_formulas": float(effective_rank(torch.cat(means))),
+        "rank_structures": float(effective_rank(torch.cat(crystals))),
+        "mean_sigma": float(log_sigma.exp().mean()),
+        "mean_log_sigma": float(log_sigma.mean()),
+    }
+
+
+def _peak_memory(device: torch.device) -> float:
+    """Peak memory in MiB: of the GPU, or resident of this process."""
+    if device.type == "cuda":
+        return torch.cuda.max_memory_allocated(device) / 2**20
+    unit = 2**20 if sys.platform == "darwin" else 2**10
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / unit

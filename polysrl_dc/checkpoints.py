@@ -19,6 +19,9 @@ from torch import Tensor, nn
 
 FORMAT = "polysrl-dc-checkpoint"
 VERSION = 1
+MODEL_FILE = "model.safetensors"
+DEFAULT_ENCODER = "polysrl-mp"
+SHIPPED = Path(__file__).parent / "encoders"
 _KEY = "polysrl_dc"
 _FIELDS = {"format", "version", "sha256", "manifest"}
 
@@ -31,6 +34,25 @@ class CheckpointError(ValueError):
     >>> issubclass(CheckpointError, ValueError)
     True
     """
+
+
+def shipped_encoders() -> list[str]:
+    """Names of the pretrained encoders that come with the package.
+
+    Examples
+    --------
+    >>> isinstance(shipped_encoders(), list)
+    True
+    """
+    return sorted(path.name.partition(".")[0] for path in SHIPPED.glob("*.formulas.safetensors"))
+
+
+def checkpoint_path(path: str | os.PathLike[str]) -> Path:
+    """The file that is meant: by the name of a shipped encoder, a folder of a model, or a file."""
+    if str(path) in shipped_encoders():
+        return SHIPPED / f"{path}.formulas.safetensors"
+    path = Path(path)
+    return path / MODEL_FILE if path.is_dir() else path
 
 
 def save_checkpoint(

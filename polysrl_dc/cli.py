@@ -3,7 +3,6 @@
 import argparse
 import sys
 from collections.abc import Callable, Sequence
-from pathlib import Path
 from typing import Any
 
 import deepchem as dc
@@ -12,6 +11,7 @@ import pandas as pd
 from pymatgen.core import Structure
 from tqdm import tqdm
 
+from polysrl_dc.checkpoints import DEFAULT_ENCODER
 from polysrl_dc.datasets import PolymorphDataset, StoichiometrySplitter, drop_skipped
 from polysrl_dc.errors import InvalidInputError
 from polysrl_dc.featurizers import StoichiometryGraphFeaturizer, StructureGraphFeaturizer
@@ -27,7 +27,7 @@ examples:
   polysrl pretrain structures.parquet --epochs 20 --output-dir encoder
   polysrl pretrain cifs/*.cif --epochs 20 --output-dir encoder
 """
-STRUCTURES = "one .parquet table, aflow (pymatgen's prototypes), or files that pymatgen reads"
+STRUCTURES = "a .parquet table, a folder of them or of CIF files, aflow, or files pymatgen reads"
 WRITERS: dict[str, Callable[[pd.DataFrame, Any], Any]] = {
     ".csv": lambda frame, path: frame.to_csv(path, index=False),
     ".csv.gz": lambda frame, path: frame.to_csv(path, index=False),
@@ -66,12 +66,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
 def embed(options: argparse.Namespace) -> None:
     """Formulas -> columns ``polymorphism`` and ``embedding_0`` ..."""
     frame, dataset = _formulas(options)
-    if options.model and Path(options.model).is_dir():
-        model = PolySRLModel.from_pretrained(options.model)
-    else:
-        model = PolySRLModel(pretrained=options.model)
-    if options.model is None:
-        print("polysrl embed: no --model: the encoder has random weights", file=sys.stderr)
+    model = PolySRLModel.from_pretrained(options.model)
     frame["polymorphism"] = model.predict_polymorphism(dataset)
     embedding = pd.DataFrame(model.predict_embedding(dataset), frame.index)
     _write(frame.join(embedding.add_prefix("embedding_")), options.output)
@@ -88,7 +83,7 @@ def train(options: argparse.Namespace) -> None:
     model = PolySRLModel(
         options.task,
         len(options.target),
-        pretrained=options.pretrained,
+        pretrained=None if options.pretrained == "none" else options.pretrained,
         freeze_encoder=options.freeze_encoder,
         n_ensemble=options.ensemble,
         **_training(options),
@@ -173,14 +168,15 @@ def _numbers(column: pd.Series) -> np.ndarray:
 
 def _structures(paths: Sequence[str], on_error: str) -> dc.data.Dataset:
     """Structure graphs of one source of PolymorphDataset, or of files of one structure each."""
-    if len(paths) == 1 and (paths[0] == "aflow" or paths[0].endswith(".parquet")):
+    if len(paths) == 1:
         return PolymorphDataset(paths[0], on_error=on_error)
     structures = np.empty(len(paths), dtype=object)
     for i, path in enumerate(tqdm(paths, unit="file", disable=None)):
         try:
             structures[i] = Structure.from_file(path)
         except ValueError as error:
-            raise InvalidInputError(f"{path}: {error}") from error
+            if on_error == "raise":
+                raise InvalidInputError(f"{path}: {error}") from error
     graphs = StructureGraphFeaturizer(on_error=on_error).featurize(pd.Series(structures, paths))
     return drop_skipped(dc.data.NumpyDataset(graphs, ids=np.array(paths, dtype=object)))
 
@@ -260,7 +256,9 @@ def _parser() -> argparse.ArgumentParser:
 
     sub = add(embed, "Write the embedding of each formula and its polymorphism uncertainty.")
     add_table(sub)
-    sub.add_argument("--model", help="folder of a model, or name of a shipped encoder")
+    sub.add_argument(
+        "--model", default=DEFAULT_ENCODER, help="folder of a model, or name of a shipped encoder"
+    )
     sub.add_argument("--output", type=_output, help=".csv, .csv.gz or .parquet; else CSV to stdout")
 
     sub = add(predict, "Write the prediction of a trained model and its standard deviation.")
@@ -272,7 +270,11 @@ def _parser() -> argparse.ArgumentParser:
     add_table(sub, needed=True)
     sub.add_argument("--target", nargs="+", required=True, help="columns to predict; gaps are fine")
     sub.add_argument("--task", choices=("regression", "classification"), default="regression")
-    sub.add_argument("--pretrained", help="folder of polysrl pretrain, or name of an encoder")
+    sub.add_argument(
+        "--pretrained",
+        default=DEFAULT_ENCODER,
+        help=f"folder of polysrl pretrain, name of an encoder ({DEFAULT_ENCODER}), or none",
+    )
     sub.add_argument("--freeze-encoder", action="store_true", help="train the head only")
     sub.add_argument("--ensemble", type=_positive, default=1, help="models to average")
     sub.add_argument("--hold-out", type=_fraction, default=0.0, help="part kept to score on")

@@ -3,7 +3,12 @@
 from dataclasses import asdict, dataclass, fields, replace
 from typing import Any
 
-_CHOICES = {"structure_pooling": ("sum", "mean"), "convolution_init": ("glorot", "linear")}
+_CHOICES = {
+    "structure_pooling": ("sum", "mean"),
+    "convolution_init": ("glorot", "linear"),
+    "loss_reduction": ("mean", "sum"),
+    "match_form": ("sigmoid", "hib"),
+}
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -21,6 +26,10 @@ class PolySRLConfig:
         of ``torch.nn.Linear``. With a random encoder and the representation protocol the second
         brings the MAE of the formation enthalpies from 0.682 (0.016) to 0.604 (0.022) and leaves
         the three others tried within noise (mean over five folds and its standard error).
+    weighted_messages : bool
+        Weigh elements by their fractions in the GCN layers and in the attention of Set2Set, so that
+        an element fades out with its fraction. As published, a dopant changes the mean over the
+        elements as much as a main component.
     set2set_steps : int
         Processing steps of each Set2Set.
     edge_hidden : int
@@ -36,12 +45,24 @@ class PolySRLConfig:
     feature_norm : bool
         Batch-normalize (no affine) both embeddings before their L2 normalization. The paper does
         not; without it short pretraining collapses the embedding.
+    whitening : float
+        Between 0 and 1: how far features are decorrelated besides, see
+        :class:`polysrl_dc.layers.FeatureNorm`.
+    log_sigma_shift : float
+        Added to the output of eq. 12, so that training starts from sigma near its exponential. At
+        0, the paper's start, samples lie ten times farther apart than the unit sphere is wide.
     n_samples : int
         J of eq. 4.
     c_init, d_init : float
         Start of the learnable scale and shift of eq. 4.
     beta : float
         Weight of the KL term, eq. 6.
+    loss_reduction : {"mean", "sum"}
+        Of the loss over the pairs of a batch.
+    polymorph_sum : bool
+        Whether the polymorphs of a formula in a batch are one term, as eq. 4 has it, or as many.
+    match_form : {"sigmoid", "hib"}
+        See :func:`polysrl_dc.losses.log_match_probability`.
     head_hidden : int
         Width of the two hidden layers of the prediction head.
     head_scale : float
@@ -62,6 +83,7 @@ class PolySRLConfig:
     stoichiometry_layers: int = 3
     structure_layers: int = 3
     convolution_init: str = "glorot"
+    weighted_messages: bool = False
     set2set_steps: int = 2
     edge_hidden: int = 400
     n_gaussians: int = 41
@@ -70,10 +92,15 @@ class PolySRLConfig:
     cutoff: float = 8.0
     structure_pooling: str = "sum"
     feature_norm: bool = False
+    whitening: float = 0.0
+    log_sigma_shift: float = 0.0
     n_samples: int = 8
     c_init: float = 20.0
     d_init: float = 20.0
     beta: float = 1e-8
+    loss_reduction: str = "mean"
+    polymorph_sum: bool = False
+    match_form: str = "sigmoid"
     head_hidden: int = 128
     head_scale: float = 1.0
     heteroscedastic: bool = False
@@ -125,6 +152,9 @@ _NAMED = {
         _PAPER,
         convolution_init="linear",
         feature_norm=True,
+        whitening=0.5,
+        log_sigma_shift=-4.0,
+        structure_pooling="mean",
         edge_hidden=200,
         head_scale=200**0.5,
         heteroscedastic=True,

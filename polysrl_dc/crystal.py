@@ -8,7 +8,11 @@ from pymatgen.optimization.neighbors import find_points_in_spheres
 from polysrl_dc.errors import InvalidInputError
 
 _FIRST_RADIUS = 5.0  # Å; holds 12 neighbors of every site in most crystals
-_RESOLUTION = 5  # decimals of a distance in Å: far below any physical meaning, above float noise
+_STEP = 1e-5  # Å; distances are multiples of it: far below any physical meaning, above float noise
+_SITE_BITS = 19  # of a packed pair: 19 bits for a site, 24 for a distance, 19 for its neighbor
+_SITE_SHIFT = 43
+_GREATEST_SITE = 2**_SITE_BITS - 1
+_GREATEST_STEP = 2 ** (_SITE_SHIFT - _SITE_BITS) - 1
 _SELF_DISTANCE = 1e-8  # Å; a site and itself
 _COINCIDENT = 0.01  # Å; two sites closer than this are one site given twice
 _VOLUME_PER_SITE = 0.1  # Å^3; solid hydrogen at 500 GPa takes about 1
@@ -64,20 +68,25 @@ def neighbor_list(
         raise ValueError(
             f"max_neighbors is {max_neighbors} and cutoff {cutoff}: both must be positive"
         )
+    if cutoff > _GREATEST_STEP * _STEP:
+        raise ValueError(f"cutoff is {cutoff} Å: more than {_GREATEST_STEP * _STEP:.0f} Å")
     cell, coords = _checked(lattice, frac_coords)
     n_sites = len(coords)
     radius = min(_FIRST_RADIUS, cutoff)
     centers, neighbors, distances = _pairs_within(cell, coords, radius)
     if radius < cutoff and np.bincount(centers, minlength=n_sites).min() < max_neighbors:
         centers, neighbors, distances = _pairs_within(cell, coords, cutoff)
-    order = np.lexsort((neighbors, distances, centers))
-    centers = centers[order]
-    first = np.searchsorted(centers, np.arange(n_sites))
-    kept = np.arange(len(centers)) - first[centers] < max_neighbors
-    order = order[kept]
+    # One sort of one integer per pair (site, distance, neighbor) in place of a sort by three keys.
+    pairs = np.sort((centers << _SITE_SHIFT) | (distances << _SITE_BITS) | neighbors)
+    centers = pairs >> _SITE_SHIFT
+    degrees = np.bincount(centers, minlength=n_sites)
     indptr = np.zeros(n_sites + 1, dtype=np.int64)
-    np.cumsum(np.bincount(centers[kept], minlength=n_sites), out=indptr[1:])
-    return indptr, neighbors[order].astype(np.int32), distances[order].astype(np.float32)
+    np.cumsum(np.minimum(degrees, max_neighbors), out=indptr[1:])
+    first = np.cumsum(degrees) - degrees
+    nearest = np.arange(indptr[-1]) + np.repeat(first - indptr[:-1], np.diff(indptr))
+    pairs = pairs[nearest]
+    steps = (pairs >> _SITE_BITS) & _GREATEST_STEP
+    return indptr, (pairs & _GREATEST_SITE).astype(np.int32), (steps * _STEP).astype(np.float32)
 
 
 def _checked(
@@ -99,6 +108,8 @@ def _checked(
         )
     if not np.isfinite(cell).all():
         raise InvalidInputError(f"lattice has values that are not finite: {cell.tolist()}")
+    if len(fractional) > _GREATEST_SITE:
+        raise InvalidInputError(f"cell has {len(fractional)} sites, more than {_GREATEST_SITE}")
     finite = np.isfinite(fractional).all(axis=1)
     if not finite.all():
         site = int(np.argmin(finite))
@@ -124,10 +135,10 @@ def _checked(
 
 def _pairs_within(
     cell: NDArray[np.float64], coords: NDArray[np.float64], radius: float
-) -> tuple[NDArray[np.int64], NDArray[np.int64], NDArray[np.float64]]:
-    """Centers, neighbors and rounded distances of all pairs of sites at most ``radius`` apart."""
+) -> tuple[NDArray[np.int64], NDArray[np.int64], NDArray[np.int64]]:
+    """Centers, neighbors and distances in steps of all pairs of sites at most ``radius`` apart."""
     centers, neighbors, _, distances = find_points_in_spheres(
-        coords, coords, r=radius, pbc=_PERIODIC, lattice=cell, tol=10.0**-_RESOLUTION
+        coords, coords, r=radius, pbc=_PERIODIC, lattice=cell, tol=_STEP
     )
     other = (centers != neighbors) | (distances > _SELF_DISTANCE)
     coincident = np.flatnonzero(other & (distances < _COINCIDENT))
@@ -137,6 +148,6 @@ def _pairs_within(
             f"sites {centers[pair]} and {neighbors[pair]} (or an image) are "
             f"{distances[pair]:.2g} Å apart, less than {_COINCIDENT} Å"
         )
-    distances = distances.round(_RESOLUTION)
-    kept = other & (distances <= radius)
-    return centers[kept], neighbors[kept], distances[kept]
+    steps = np.rint(distances / _STEP).astype(np.int64)
+    kept = other & (steps <= round(radius / _STEP))
+    return centers[kept], neighbors[kept], steps[kept]

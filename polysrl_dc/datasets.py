@@ -1,38 +1,38 @@
 """Polymorphic structures as a DeepChem dataset, the formula-grouped splitter, skipped rows."""
 
-from collections.abc import Callable, Iterator, Sequence
-from functools import cache, partial
+import hashlib
+from collections.abc import Iterator, Sequence
 from itertools import repeat
 from pathlib import Path
 from typing import Any
 
 import numpy as np
-import pyarrow.parquet as pq
-from deepchem.data import Dataset, NumpyDataset
+import torch
+from deepchem.data import Dataset
 from deepchem.splits import Splitter
-from monty.serialization import loadfn
-from pymatgen.analysis import prototypes
-from pymatgen.core import Element, Lattice, Structure
-from pymatgen.core.structure import StructureError
+from pymatgen.core import Structure
 from sklearn.model_selection import GroupKFold
-from tqdm import tqdm
+from torch import Tensor
 
+from polysrl_dc.elements import N_ELEMENTS
 from polysrl_dc.errors import InvalidInputError
-from polysrl_dc.featurizers import StructureGraphFeaturizer
-from polysrl_dc.graphs import StoichiometryGraph, StructureGraph
+from polysrl_dc.graphs import StoichiometryBatch, StoichiometryGraph, StructureBatch, StructureGraph
+from polysrl_dc.packing import PackSettings, graph_arrays, pack, read_cache
+from polysrl_dc.quotient import Quotient
 
-PARQUET_COLUMNS = ("material_id", "cell", "numbers", "frac_coords")
 
+class PolymorphDataset(Dataset):
+    """Structure graphs in a memory-mapped cache, batched without a loop over atoms.
 
-class PolymorphDataset(NumpyDataset):
-    """Structure graphs of a Parquet file, a list of structures, or pymatgen's AFLOW prototypes.
+    The first use of a source packs it (:func:`polysrl_dc.packing.pack`), later ones map the cache;
+    memory stays that of a batch. ``X`` builds :class:`StructureGraph` objects of all rows and is
+    for small selections. There are no labels: ``y`` is zero and ``w`` one, as in DeepChem's own
+    datasets without labels.
 
     Parameters
     ----------
     source : str, path or sequence of pymatgen Structure
-        A Parquet file with the columns ``material_id``, ``cell`` (a, b, c in Å and three angles in
-        degrees), ``numbers`` (atomic number of each site) and ``frac_coords`` (flattened);
-        ``"aflow"`` for the prototype library packaged with pymatgen; or structures.
+        As in :func:`polysrl_dc.packing.pack`.
     max_structures : int, optional
         Take a random sample of this size, in the order of the source.
     max_sites : int, optional
@@ -43,19 +43,34 @@ class PolymorphDataset(NumpyDataset):
         Policy for bad structures; skipped ones are listed in ``skipped``.
     progress : bool
         Show a progress bar.
+    cache_dir : path, optional
+        Default: ``POLYSRL_CACHE``, else ``~/.cache/polysrl_dc``.
+    settings : PackSettings, optional
+    processes : int, optional
+        For the packing; default: the CPUs of this process.
+    verify : bool
+        Check the SHA-256 of the cache (about 1 s per GB).
 
     Attributes
     ----------
     skipped : list of (id, message)
+    groups : numpy.ndarray, shape (n,), int64
+        Equal for polymorphs, structures of one reduced formula.
+    n_edges : numpy.ndarray, shape (n,), int32
+        Edges of each merged graph: the cost of a structure in a batch.
 
     Examples
     --------
     >>> from pymatgen.core import Lattice, Structure
     >>> salt = Structure.from_spacegroup("Fm-3m", Lattice.cubic(5.69), ["Na", "Cl"],
     ...                                  [[0, 0, 0], [0.5, 0.5, 0.5]])
-    >>> len(PolymorphDataset([salt, salt], progress=False))
-    2
+    >>> dataset = PolymorphDataset([salt, salt], progress=False)
+    >>> formulas, structures, groups = dataset.batch(np.array([0, 1]))
+    >>> len(dataset), len(structures), groups.tolist()
+    (2, 2, [0, 0])
     """
+
+    _rows: np.ndarray
 
     def __init__(
         self,
@@ -66,82 +81,227 @@ class PolymorphDataset(NumpyDataset):
         seed: int = 0,
         on_error: str = "raise",
         progress: bool = True,
+        cache_dir: str | Path | None = None,
+        settings: PackSettings | None = None,
+        processes: int | None = None,
+        verify: bool = True,
     ) -> None:
         if on_error not in ("raise", "skip"):
             raise ValueError(f"on_error is {on_error!r}: raise or skip")
-        featurizer = StructureGraphFeaturizer()
-        total, structures = _open(source, max_structures, max_sites, seed)
-        graphs: list[StructureGraph] = []
-        ids: list[Any] = []
-        self.skipped: list[tuple[Any, str]] = []
-        for row_id, read in tqdm(
-            structures, total=total, desc="structures", disable=not progress
-        ):
-            try:
-                graphs.append(featurizer.featurize(read())[0])
-            except (ValueError, StructureError) as error:  # the row may make no structure
-                if on_error == "raise":
-                    raise InvalidInputError(f"structure {row_id}: {error}") from error
-                self.skipped.append((row_id, str(error)))
-            else:
-                ids.append(row_id)
-        X = np.empty(len(graphs), dtype=object)
-        X[:] = graphs
-        super().__init__(X, ids=np.array(ids, dtype=object))
+        folder = pack(source, cache_dir, settings, processes=processes, progress=progress)
+        arrays, manifest = read_cache(folder, verify)
+        bad = zip(arrays["skipped_ids"], arrays["skipped_messages"], strict=True)
+        skipped = [(name.decode(), message.decode()) for name, message in bad]
+        if skipped and on_error == "raise":
+            raise InvalidInputError("structure {}: {}".format(*skipped[0]))
+        if not len(arrays["ids"]):
+            raise InvalidInputError(f"none of the {len(skipped)} structures is usable")
+        self._open(arrays, PackSettings(**manifest["settings"]), skipped)
+        rows = np.arange(len(arrays["ids"]))
+        if max_sites is not None:
+            rows = rows[arrays["site_counts"] <= max_sites]
+            if not len(rows):
+                raise InvalidInputError(f"no structure has at most {max_sites} sites")
+        if max_structures is not None and max_structures < len(rows):
+            chosen = np.random.default_rng(seed).choice(rows, max_structures, replace=False)
+            rows = np.sort(chosen)
+        self._rows = rows
+
+    @classmethod
+    def from_graphs(
+        cls, graphs: Sequence[StructureGraph] | np.ndarray, ids: Sequence[Any] | None = None
+    ) -> "PolymorphDataset":
+        """A dataset in memory of graphs that a featurizer has made."""
+        settings = PackSettings()
+        ids = range(len(graphs)) if ids is None else ids
+        if len(ids) != len(graphs):
+            raise ValueError(f"{len(ids)} ids for {len(graphs)} graphs")
+        for row, graph in enumerate(graphs):
+            if not isinstance(graph, StructureGraph):
+                raise InvalidInputError(f"row {row} (id {ids[row]}) is not a structure graph")
+        arrays = graph_arrays(list(graphs), ids, settings)
+        arrays["groups"] = np.unique(arrays["formulas"], return_inverse=True)[1]
+        dataset = object.__new__(cls)
+        dataset._open(arrays, settings, [])
+        return dataset
+
+    def _open(
+        self, arrays: dict[str, np.ndarray], settings: PackSettings, skipped: list[tuple[str, str]]
+    ) -> None:
+        self._arrays, self._settings, self.skipped = arrays, settings, skipped
+        self._starts = {
+            name: _starts(arrays[name])
+            for name in ("element_counts", "site_counts", "degrees", "node_counts", "node_edges")
+        }
+        self._rows = np.arange(len(arrays["ids"]))
+
+    def fingerprint(self) -> str:
+        """Hash of the ids of the rows in their order: what a checkpoint remembers of its data."""
+        return hashlib.sha256(b"\n".join(self._arrays["ids"][self._rows].tolist())).hexdigest()
+
+    def __len__(self) -> int:
+        return len(self._rows)
+
+    @property
+    def groups(self) -> np.ndarray:
+        return self._arrays["groups"][self._rows]
+
+    @property
+    def n_edges(self) -> np.ndarray:
+        return self._arrays["edge_totals"][self._rows]
+
+    @property
+    def formulas(self) -> np.ndarray:
+        """Reduced formula of each row, shape (n,), str."""
+        return np.char.decode(self._arrays["formulas"][self._rows])
+
+    def batch(self, rows: np.ndarray) -> tuple[StoichiometryBatch, StructureBatch, Tensor]:
+        """Formulas, structures and groups of some rows, ready for the encoders.
+
+        Parameters
+        ----------
+        rows : numpy.ndarray, shape (b,), integer
+            In any order.
+        """
+        rows, arrays, starts = self._rows[rows], self._arrays, self._starts
+        counts = arrays["element_counts"][rows].astype(np.int64)
+        elements = _ranges(starts["element_counts"][rows], counts)
+        fractions = np.zeros((len(rows), N_ELEMENTS), np.float32)
+        graph = np.repeat(np.arange(len(rows)), counts)
+        fractions[graph, arrays["elements"][elements]] = arrays["fractions"][elements]
+
+        node_counts = arrays["node_counts"][rows].astype(np.int64)
+        nodes = _ranges(starts["node_counts"][rows], node_counts)
+        edge_counts = arrays["node_edges"][nodes].astype(np.int64)
+        edges = _ranges(starts["node_edges"][nodes], edge_counts)
+        quotient = Quotient(
+            node_counts,
+            arrays["node_multiplicity"][nodes],
+            edge_counts,
+            arrays["edge_neighbors"][edges],
+            arrays["edge_steps"][edges],
+            arrays["edge_multiplicity"][edges],
+        )
+        structures = StructureBatch.from_quotient(
+            quotient, self._settings.rounds, self._settings.resolution
+        )
+        groups = torch.from_numpy(arrays["groups"][rows])
+        return StoichiometryBatch(torch.from_numpy(fractions)), structures, groups
+
+    def graph(self, row: int) -> StructureGraph:
+        """The structure graph of one row, nothing merged."""
+        at, arrays, starts = int(self._rows[row]), self._arrays, self._starts
+        elements = slice(*_range(starts["element_counts"], arrays["element_counts"], at))
+        first, last = _range(starts["site_counts"], arrays["site_counts"], at)
+        degrees = arrays["degrees"][first:last]
+        indptr = np.concatenate([[0], np.cumsum(degrees, dtype=np.int64)])
+        edge = int(starts["degrees"][first])
+        edges = slice(edge, edge + int(indptr[-1]))
+        return StructureGraph(
+            np.array(arrays["numbers"][first:last]),
+            indptr,
+            np.array(arrays["neighbors"][edges]),
+            np.array(arrays["distances"][edges]),
+            StoichiometryGraph(
+                np.array(arrays["elements"][elements]),
+                np.array(arrays["fractions"][elements]),
+                arrays["formulas"][at].decode(),
+            ),
+        )
+
+    # ------------------------------------------------------- what DeepChem asks of a dataset
+
+    @property
+    def X(self) -> np.ndarray:
+        """Structure graphs of all rows, shape (n,), object."""
+        return self._graphs(range(len(self)))
+
+    @property
+    def y(self) -> np.ndarray:
+        """Zeros, shape (n, 1)."""
+        return np.zeros((len(self), 1))
+
+    @property
+    def w(self) -> np.ndarray:
+        """Ones, shape (n, 1)."""
+        return np.ones((len(self), 1))
+
+    @property
+    def ids(self) -> np.ndarray:
+        """``material_id``, file name or index of each row, shape (n,), str."""
+        return self._ids(slice(None))
+
+    def get_shape(self) -> tuple[tuple[int, ...], ...]:
+        """Shapes of X, y, w and ids."""
+        return (len(self),), (len(self), 1), (len(self), 1), (len(self),)
+
+    def get_task_names(self) -> np.ndarray:
+        """``[0]``: the column of zeros in ``y``."""
+        return np.arange(1)
+
+    def iterbatches(
+        self,
+        batch_size: int | None = None,
+        epochs: int = 1,
+        deterministic: bool = False,
+        pad_batches: bool = False,
+    ) -> Iterator[tuple[np.ndarray, np.ndarray, np.ndarray, np.ndarray]]:
+        """X, y, w and ids of one batch after the other."""
+        size, random = batch_size or len(self), np.random.default_rng()
+        for _ in range(epochs):
+            order = np.arange(len(self)) if deterministic else random.permutation(len(self))
+            for start in range(0, len(self), size):
+                rows = order[start : start + size]
+                if pad_batches:
+                    raise ValueError("pad_batches must be False: duplicates are false negatives")
+                n = len(rows)
+                yield self._graphs(rows), np.zeros((n, 1)), np.ones((n, 1)), self._ids(rows)
+
+    def itersamples(self) -> Iterator[tuple[StructureGraph, np.ndarray, np.ndarray, Any]]:
+        """X, y, w and id of one row after the other."""
+        for row, name in enumerate(self.ids):
+            yield self.graph(row), np.zeros(1), np.ones(1), name
+
+    def select(self, indices: Any, select_dir: str | None = None) -> "PolymorphDataset":
+        """A view of some rows, in the given order; nothing is copied.
+
+        Parameters
+        ----------
+        indices : sequence of int, or of bool for each row
+        select_dir : str, optional
+            Not used: DeepChem's splitters hand one over, and nothing is written.
+        """
+        view = object.__new__(PolymorphDataset)
+        view.__dict__.update(self.__dict__)
+        indices = np.asarray(indices)
+        view._rows = self._rows[indices if len(indices) else []]
+        return view
+
+    def transform(self, transformer: Any, **args: Any) -> Dataset:
+        """Refused: there are no labels to transform."""
+        raise NotImplementedError("transform is not supported: structures have no labels here")
+
+    def _ids(self, rows: Any) -> np.ndarray:
+        return np.char.decode(self._arrays["ids"][self._rows[rows]]).astype(object)
+
+    def _graphs(self, rows: Any) -> np.ndarray:
+        graphs = np.empty(len(rows), dtype=object)
+        graphs[:] = [self.graph(row) for row in rows]
+        return graphs
 
 
-def _open(
-    source: Any, max_structures: int | None, max_sites: int | None, seed: int
-) -> tuple[int, Iterator[tuple[Any, Callable[[], Structure]]]]:
-    """Number of structures, and an iterator of (id, function that makes the structure)."""
-    if isinstance(source, str | Path) and str(source) != "aflow":
-        table = pq.read_table(source)
-        missing = set(PARQUET_COLUMNS) - set(table.column_names)
-        if missing:
-            raise InvalidInputError(f"{source} lacks the columns {sorted(missing)}")
-        sizes = table["numbers"].combine_chunks().value_lengths().to_numpy()
-        rows = _choose(sizes, max_structures, max_sites, seed)
-        return len(rows), _read_rows(table.select(PARQUET_COLUMNS).take(rows))
-    structures: list[Structure]
-    names: list[Any]
-    if isinstance(source, str | Path):
-        structures, names = _aflow_prototypes()
-    else:
-        structures, names = list(source), list(range(len(source)))
-    sizes = np.array([len(structure) for structure in structures])
-    rows = _choose(sizes, max_structures, max_sites, seed)
-    return len(rows), ((names[row], partial(structures.__getitem__, row)) for row in rows)
+def _starts(counts: np.ndarray) -> np.ndarray:
+    return np.cumsum(counts, dtype=np.int64) - counts
 
 
-def _choose(
-    sizes: np.ndarray, max_structures: int | None, max_sites: int | None, seed: int
-) -> np.ndarray:
-    rows = np.arange(len(sizes))
-    if max_sites is not None:
-        rows = rows[sizes <= max_sites]
-    if max_structures is not None and max_structures < len(rows):
-        rows = np.sort(np.random.default_rng(seed).choice(rows, max_structures, replace=False))
-    return rows
+def _range(starts: np.ndarray, counts: np.ndarray, at: int) -> tuple[int, int]:
+    return int(starts[at]), int(starts[at]) + int(counts[at])
 
 
-def _read_rows(table: Any) -> Iterator[tuple[str, Callable[[], Structure]]]:
-    for batch in table.to_batches(max_chunksize=1024):
-        for row in batch.to_pylist():
-            yield row["material_id"], partial(_structure, row)
-
-
-def _structure(row: dict[str, Any]) -> Structure:
-    species = [Element.from_Z(z) for z in row["numbers"]]
-    coordinates = np.reshape(row["frac_coords"], (-1, 3))
-    return Structure(Lattice.from_parameters(*row["cell"]), species, coordinates)
-
-
-@cache
-def _aflow_prototypes() -> tuple[list[Structure], list[str]]:
-    """The AFLOW Library of Crystallographic Prototypes (Mehl et al. 2017) packaged in pymatgen."""
-    entries = loadfn(Path(prototypes.__file__).parent / "aflow_prototypes.json.gz")
-    structures = [entry["snl"].structure for entry in entries]
-    return structures, [entry["tags"]["aflow"] for entry in entries]
+def _ranges(starts: np.ndarray, counts: np.ndarray) -> np.ndarray:
+    """The numbers ``start ... start + count - 1`` of all pairs, one after the other."""
+    ends = np.cumsum(counts)
+    return np.arange(ends[-1] if len(ends) else 0) + np.repeat(starts - (ends - counts), counts)
 
 
 def drop_skipped(dataset: Dataset) -> Dataset:
@@ -241,6 +401,10 @@ class StoichiometrySplitter(Splitter):
 
 def _groups(dataset: Dataset) -> np.ndarray:
     """Group number of the reduced formula of each row."""
+    if not len(dataset):
+        raise InvalidInputError("the dataset has no row")
+    if isinstance(dataset, PolymorphDataset):
+        return np.unique(dataset.groups, return_inverse=True)[1]
     formulas = []
     for row, graph in enumerate(dataset.X):
         if isinstance(graph, StructureGraph):
@@ -248,6 +412,4 @@ def _groups(dataset: Dataset) -> np.ndarray:
         if not isinstance(graph, StoichiometryGraph):
             raise InvalidInputError(f"row {row} (id {dataset.ids[row]}) is not a graph")
         formulas.append(graph.formula)
-    if not formulas:
-        raise InvalidInputError("the dataset has no row")
     return np.unique(formulas, return_inverse=True)[1]

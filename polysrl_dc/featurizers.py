@@ -7,13 +7,14 @@ from typing import Any
 import numpy as np
 import pandas as pd
 from deepchem.feat import Featurizer
-from pymatgen.core import Composition, Structure
+from pymatgen.core import Composition, Element, Structure
 from pymatgen.core.structure import StructureError
 
 from polysrl_dc.crystal import neighbor_list
+from polysrl_dc.elements import N_ELEMENTS, has_embedding
 from polysrl_dc.errors import InvalidInputError
 from polysrl_dc.graphs import StoichiometryGraph, StructureGraph
-from polysrl_dc.stoichiometry import parse_formula, reduced_formula
+from polysrl_dc.stoichiometry import ISOTOPES, parse_formula
 
 logger = logging.getLogger(__name__)
 
@@ -99,9 +100,7 @@ class StoichiometryGraphFeaturizer(_GraphFeaturizer):
 
     def _featurize(self, datapoint: Any, **kwargs: Any) -> StoichiometryGraph:
         numbers, amounts = parse_formula(datapoint)
-        return StoichiometryGraph(
-            numbers, amounts / amounts.sum(), reduced_formula(numbers, amounts)
-        )
+        return StoichiometryGraph(numbers, amounts / amounts.sum(), amounts=amounts)
 
 
 class StructureGraphFeaturizer(_GraphFeaturizer):
@@ -140,17 +139,63 @@ class StructureGraphFeaturizer(_GraphFeaturizer):
         structure = _as_structure(datapoint)
         if not structure.is_ordered:
             raise InvalidInputError(f"structure {structure.formula} has partial occupancy")
-        numbers, amounts = parse_formula(structure.composition)
-        indptr, neighbors, distances = neighbor_list(
-            structure.lattice.matrix, structure.frac_coords, self.max_neighbors, self.cutoff
+        species = structure.species
+        if any(type(kind) is not Element or kind.name in ISOTOPES for kind in set(species)):
+            parse_formula(structure.composition)  # refuses dummies and isotopes
+        return structure_graph(
+            np.array([kind.Z for kind in species]),
+            structure.lattice.matrix,
+            structure.frac_coords,
+            self.max_neighbors,
+            self.cutoff,
         )
-        return StructureGraph(
-            np.array([site.specie.Z for site in structure], dtype=np.uint8),
-            indptr,
-            neighbors,
-            distances,
-            StoichiometryGraph(numbers, amounts / amounts.sum(), reduced_formula(numbers, amounts)),
-        )
+
+
+def structure_graph(
+    numbers: np.ndarray,
+    lattice: np.ndarray,
+    frac_coords: np.ndarray,
+    max_neighbors: int = 12,
+    cutoff: float = 8.0,
+) -> StructureGraph:
+    """Structure graph from arrays, without a pymatgen ``Structure``.
+
+    Parameters
+    ----------
+    numbers : numpy.ndarray, shape (n_sites,), integer
+        Atomic numbers.
+    lattice : numpy.ndarray, shape (3, 3)
+        Rows are the lattice vectors in Å.
+    frac_coords : numpy.ndarray, shape (n_sites, 3)
+    max_neighbors, cutoff
+        As in :class:`StructureGraphFeaturizer`.
+
+    Raises
+    ------
+    InvalidInputError
+        Elements without an embedding, numbers and sites that do not correspond, and whatever
+        :func:`polysrl_dc.crystal.neighbor_list` refuses.
+
+    Examples
+    --------
+    >>> structure_graph(np.array([29]), 2.6 * np.eye(3), np.zeros((1, 3))).stoichiometry.formula
+    'Cu'
+    """
+    if len(numbers) != len(frac_coords):
+        raise InvalidInputError(f"{len(numbers)} atomic numbers for {len(frac_coords)} sites")
+    elements, counts = np.unique(numbers, return_counts=True)
+    for z in elements.tolist():
+        if not (0 < z < N_ELEMENTS and has_embedding()[z]):
+            raise InvalidInputError(f"the element with atomic number {z} has no embedding")
+    indptr, neighbors, distances = neighbor_list(lattice, frac_coords, max_neighbors, cutoff)
+    amounts = counts.astype(float)
+    return StructureGraph(
+        numbers.astype(np.uint8),
+        indptr,
+        neighbors,
+        distances,
+        StoichiometryGraph(elements.astype(np.uint8), amounts / amounts.sum(), amounts=amounts),
+    )
 
 
 def _as_structure(value: Any) -> Structure:

@@ -5,7 +5,8 @@ encoders. Batches concatenate graphs in compressed sparse rows and move to a dev
 """
 
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, fields, replace
+from typing import Any
 
 import numpy as np
 import torch
@@ -13,20 +14,24 @@ from torch import Tensor
 from torch_geometric.data import Data
 
 from polysrl_dc.elements import N_ELEMENTS
+from polysrl_dc.quotient import Quotient, quotient_graphs
+from polysrl_dc.stoichiometry import reduced_formula
 
 
-@dataclass(frozen=True, slots=True, eq=False)
 class StoichiometryGraph:
     """The elements of one formula, fully connected with self-loops (Section 3.1).
 
-    Attributes
+    Parameters
     ----------
     numbers : numpy.ndarray, shape (n_elements,), uint8
         Atomic numbers, ascending.
     fractions : numpy.ndarray, shape (n_elements,), float64
         Atomic fractions, adding up to 1.
-    formula : str
-        Reduced formula; equal for all polymorphs.
+    formula : str, optional
+        Reduced formula; equal for all polymorphs. Found from ``amounts`` when first asked for,
+        which takes longer than all the rest.
+    amounts : numpy.ndarray, shape (n_elements,), optional
+        As in the formula; default: the fractions.
 
     Examples
     --------
@@ -35,9 +40,28 @@ class StoichiometryGraph:
     4
     """
 
-    numbers: np.ndarray
-    fractions: np.ndarray
-    formula: str
+    __slots__ = ("_amounts", "_formula", "fractions", "numbers")
+
+    def __init__(
+        self,
+        numbers: np.ndarray,
+        fractions: np.ndarray,
+        formula: str | None = None,
+        amounts: np.ndarray | None = None,
+    ) -> None:
+        self.numbers, self.fractions = numbers, fractions
+        self._formula = formula
+        self._amounts = fractions if amounts is None else amounts
+
+    @property
+    def formula(self) -> str:
+        """Reduced formula; equal for all polymorphs."""
+        if self._formula is None:
+            self._formula = reduced_formula(self.numbers, self._amounts)
+        return self._formula
+
+    def __repr__(self) -> str:
+        return f"StoichiometryGraph({self.formula})"
 
     def to_pyg(self) -> Data:
         """As PyTorch Geometric ``Data``: ``numbers``, ``fractions``, the full ``edge_index``."""
@@ -152,42 +176,77 @@ class StoichiometryBatch:
 
 @dataclass(frozen=True, slots=True)
 class StructureBatch:
-    """Structure graphs concatenated in compressed sparse rows.
+    """Quotient graphs of crystal structures, concatenated in compressed sparse rows.
+
+    Sites that message passing cannot tell apart are one node (:mod:`polysrl_dc.quotient`), and
+    each distance of the batch stands once in a table that edges refer to.
 
     Attributes
     ----------
-    index : torch.Tensor, shape (n_sites,), int64
-        Graph of each site, ascending.
+    index : torch.Tensor, shape (n_nodes,), int64
+        Graph of each node, ascending.
+    multiplicity : torch.Tensor, shape (n_nodes,), float32
+        Sites that the node stands for.
     centers, neighbors : torch.Tensor, shape (n_edges,), int64
-        Site indices within the batch; ``centers`` is ascending.
-    distances : torch.Tensor, shape (n_edges,), float32
-        Edge lengths in Å.
+        Nodes within the batch; ``centers`` is ascending.
+    edge_multiplicity : torch.Tensor, shape (n_edges,), float32
+        Edges of one site that the edge stands for.
+    distance_index : torch.Tensor, shape (n_edges,), int64
+        Row of ``distances``.
+    distances : torch.Tensor, shape (n_distances,), float32
+        The distances that occur, in Å.
     num_graphs : int
         Number of structures.
+    rounds : int
+        Blocks of message passing for which the nodes stand for their sites.
     """
 
     index: Tensor
+    multiplicity: Tensor
     centers: Tensor
     neighbors: Tensor
+    edge_multiplicity: Tensor
+    distance_index: Tensor
     distances: Tensor
     num_graphs: int
+    rounds: int
 
     @classmethod
-    def from_graphs(cls, graphs: Sequence[StructureGraph]) -> "StructureBatch":
-        """Batch graphs in the given order."""
+    def from_graphs(
+        cls, graphs: Sequence[StructureGraph], rounds: int = 3, resolution: float = 1e-5
+    ) -> "StructureBatch":
+        """Batch graphs in the given order; ``rounds`` and ``resolution`` (Å) of the quotient."""
         if not len(graphs):
             raise ValueError("a batch of structures needs at least one graph")
-        n_sites = np.array([len(graph.numbers) for graph in graphs])
-        n_edges = np.array([len(graph.neighbors) for graph in graphs])
-        first_site = np.concatenate([[0], np.cumsum(n_sites)[:-1]])
-        degrees = np.concatenate([np.diff(graph.indptr) for graph in graphs])
-        neighbors = np.concatenate([graph.neighbors for graph in graphs]).astype(np.int64)
+        quotient = quotient_graphs(
+            np.array([len(graph.numbers) for graph in graphs]),
+            np.concatenate([np.diff(graph.indptr) for graph in graphs]),
+            np.concatenate([graph.neighbors for graph in graphs]),
+            np.concatenate([graph.distances for graph in graphs]).astype(np.float64),
+            rounds=rounds,
+            resolution=resolution,
+        )
+        return cls.from_quotient(quotient, rounds, resolution)
+
+    @classmethod
+    def from_quotient(cls, quotient: Quotient, rounds: int, resolution: float) -> "StructureBatch":
+        """Batch all graphs of a quotient."""
+        index = np.repeat(np.arange(len(quotient.node_counts)), quotient.node_counts)
+        centers = np.repeat(np.arange(len(index)), quotient.edge_counts)
+        first_node = np.cumsum(quotient.node_counts) - quotient.node_counts
+        occurs = np.zeros(quotient.steps.max(initial=0) + 1, dtype=bool)
+        occurs[quotient.steps] = True
+        row_of_step = np.cumsum(occurs) - 1
         return cls(
-            torch.from_numpy(np.repeat(np.arange(len(graphs)), n_sites)),
-            torch.from_numpy(np.repeat(np.arange(n_sites.sum()), degrees)),
-            torch.from_numpy(neighbors + np.repeat(first_site, n_edges)),
-            torch.from_numpy(np.concatenate([graph.distances for graph in graphs])),
-            len(graphs),
+            torch.from_numpy(index),
+            torch.from_numpy(quotient.multiplicity.astype(np.float32)),
+            torch.from_numpy(centers),
+            torch.from_numpy(quotient.neighbors + first_node[index[centers]]),
+            torch.from_numpy(quotient.edge_multiplicity.astype(np.float32)),
+            torch.from_numpy(row_of_step[quotient.steps]),
+            torch.from_numpy((np.flatnonzero(occurs) * resolution).astype(np.float32)),
+            len(quotient.node_counts),
+            rounds,
         )
 
     def __len__(self) -> int:
@@ -195,10 +254,8 @@ class StructureBatch:
 
     def to(self, device: torch.device | str) -> "StructureBatch":
         """Copy on ``device``."""
-        return StructureBatch(
-            self.index.to(device),
-            self.centers.to(device),
-            self.neighbors.to(device),
-            self.distances.to(device),
-            self.num_graphs,
-        )
+        values = {field.name: getattr(self, field.name) for field in fields(self)}
+        moved: dict[str, Any] = {
+            k: value.to(device) for k, value in values.items() if isinstance(value, Tensor)
+        }
+        return replace(self, **moved)

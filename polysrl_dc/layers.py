@@ -1,8 +1,12 @@
 """Set2Set pooling over compositions, and the feature normalization both encoders end with."""
 
+from typing import cast
+
 import torch
 from torch import Tensor, nn
 from torch.nn import functional
+
+from polysrl_dc.distributed import process_count, sum_over_processes
 
 
 class CompositionSet2Set(nn.Module):
@@ -20,6 +24,11 @@ class CompositionSet2Set(nn.Module):
         F.
     processing_steps : int
         Number of queries.
+    weighted : bool
+        True: the set is ``e_i + g_b`` and the attention of an element is proportional to
+        ``r_i exp(query . x_i)``, as in Roost (Goodall & Lee 2020), so that an element fades out
+        with its fraction. False: as printed; a trace of an element takes its full share of the
+        softmax.
 
     Examples
     --------
@@ -28,9 +37,10 @@ class CompositionSet2Set(nn.Module):
     torch.Size([3, 8])
     """
 
-    def __init__(self, n_features: int, processing_steps: int) -> None:
+    def __init__(self, n_features: int, processing_steps: int, weighted: bool = False) -> None:
         super().__init__()
         self.n_features = n_features
+        self.weighted = weighted
         self.processing_steps = processing_steps
         self.lstm = nn.LSTM(2 * n_features, n_features)
 
@@ -66,13 +76,18 @@ class CompositionSet2Set(nn.Module):
             readout = self._read(query, fractions, absent, elements, graphs)
         return torch.cat([query.expand_as(readout), readout], dim=-1)
 
-    @staticmethod
     def _read(
-        query: Tensor, fractions: Tensor, absent: Tensor, elements: Tensor, graphs: Tensor
+        self, query: Tensor, fractions: Tensor, absent: Tensor, elements: Tensor, graphs: Tensor
     ) -> Tensor:
         """Attention-weighted sum (n_graphs, F) of the set for queries (n_graphs or 1, F)."""
-        scores = fractions * (query @ elements.T + (query * graphs).sum(-1, keepdim=True))
-        attention = torch.softmax(scores.masked_fill(absent, -torch.inf), dim=-1) * fractions
+        scores = query @ elements.T + (query * graphs).sum(-1, keepdim=True)
+        if self.weighted:
+            scores = scores + fractions.masked_fill(absent, 1.0).log()
+        else:
+            scores = fractions * scores
+        attention = torch.softmax(scores.masked_fill(absent, -torch.inf), dim=-1)
+        if not self.weighted:
+            attention = attention * fractions
         return attention @ elements + attention.sum(-1, keepdim=True) * graphs
 
 
@@ -85,7 +100,11 @@ def _lstm_cell(gates: Tensor, cell: Tensor | None) -> tuple[Tensor, Tensor]:
 
 
 class FeatureNorm(nn.BatchNorm1d):
-    """Normalize each feature over the batch, without learnable scale, or pass through.
+    """Normalize each feature over the batch, without learnable scale, and decorrelate features.
+
+    The covariance ``C`` of the normalized features is followed as a slow average over batches, and
+    features are multiplied by ``C^(-whitening / 2)``. That matrix passes no gradient: a batch of
+    256 is too small to whiten 200 features by itself. It is adapted in pretraining only.
 
     Parameters
     ----------
@@ -93,6 +112,13 @@ class FeatureNorm(nn.BatchNorm1d):
         F.
     enabled : bool
         False makes it the identity.
+    whitening : float
+        0 leaves correlations as they are, 1 removes them.
+
+    Attributes
+    ----------
+    adaptive : bool
+        Whether batches in training mode change the covariance.
 
     Examples
     --------
@@ -100,17 +126,64 @@ class FeatureNorm(nn.BatchNorm1d):
     [[1.0, 1.0, 1.0], [1.0, 1.0, 1.0]]
     """
 
-    def __init__(self, n_features: int, enabled: bool) -> None:
+    covariance: Tensor
+    decorrelation: Tensor
+
+    #: Weight of a batch in the average of covariances.
+    covariance_momentum = 0.02
+
+    def __init__(self, n_features: int, enabled: bool, whitening: float = 0.0) -> None:
         super().__init__(n_features, affine=False)
         self.enabled = enabled
+        self.whitening = whitening
+        self.adaptive = False
+        if whitening:
+            self.register_buffer("covariance", torch.eye(n_features))
+            self.register_buffer("decorrelation", torch.eye(n_features))
 
     def forward(self, features: Tensor) -> Tensor:
         """Features, shape (n_graphs, F), normalized; running statistics in evaluation mode."""
         if not self.enabled:
             return features
+        normalized = self._normalized(features)
+        if not self.whitening:
+            return normalized
+        if self.training and self.adaptive:
+            self._adapt(normalized.detach())
+        return normalized @ self.decorrelation.to(normalized.dtype)
+
+    def _normalized(self, features: Tensor) -> Tensor:
+        if self.training and process_count() > 1:
+            return self._over_processes(features)
         if self.training and len(features) == 1:  # a single row has no variance
             self.eval()
             normalized = super().forward(features)
             self.train()
             return normalized
         return super().forward(features)
+
+    def _over_processes(self, features: Tensor) -> Tensor:
+        """The same with the mean and variance of the batch of all processes."""
+        features = features.to(torch.promote_types(features.dtype, torch.float32))  # autocast
+        n = sum_over_processes(features.new_tensor(len(features)))
+        mean = sum_over_processes(features.sum(0)) / n
+        variance = sum_over_processes(((features - mean) ** 2).sum(0)) / n
+        with torch.no_grad():
+            cast(Tensor, self.num_batches_tracked).add_(1)
+            cast(Tensor, self.running_mean).lerp_(mean, cast(float, self.momentum))
+            cast(Tensor, self.running_var).lerp_(variance * n / (n - 1), cast(float, self.momentum))
+        return (features - mean) * torch.rsqrt(variance + self.eps)
+
+    @torch.no_grad()
+    def _adapt(self, normalized: Tensor) -> None:
+        """Follow the covariance, and set the matrix that decorrelates."""
+        with torch.autocast(normalized.device.type, enabled=False):
+            normalized = normalized.to(self.covariance.dtype)
+            n = sum_over_processes(normalized.new_tensor(len(normalized)))
+            covariance = sum_over_processes(normalized.T @ normalized) / n
+            finite = torch.isfinite(covariance).all()  # else the loss ends the training
+            covariance = torch.where(finite, covariance, self.covariance)
+            self.covariance.lerp_(covariance, self.covariance_momentum)
+            variances, directions = torch.linalg.eigh(self.covariance)
+            scales = variances.clamp_min(self.eps) ** (-self.whitening / 2)
+            self.decorrelation.copy_((directions * scales) @ directions.T)

@@ -316,10 +316,10 @@ def nt_xent(
 
 @torch.no_grad()
 def effective_rank(embeddings: Tensor) -> Tensor:
-    """Number of dimensions that embeddings fill: exp of the entropy of the singular values.
+    """Number of dimensions that embeddings fill: exp of the entropy of the principal variances.
 
-    Of the centered matrix, its singular values divided by their sum (Roy & Vetterli 2007). Rows
-    that are all equal fill 0 dimensions.
+    The effective rank of Roy & Vetterli (2007) of the covariance matrix. Rows that are all equal
+    fill 0 dimensions.
 
     Parameters
     ----------
@@ -338,10 +338,10 @@ def effective_rank(embeddings: Tensor) -> Tensor:
     embeddings = embeddings.double()
     values = torch.linalg.svdvals(embeddings - embeddings.mean(dim=0))
     noise = max(embeddings.shape) * torch.finfo(torch.float32).eps * embeddings.norm()
-    values = values[values > noise]
-    if not len(values):
-        return values.sum()
-    shares = values / values.sum()
+    variances = values[values > noise] ** 2
+    if not len(variances):
+        return variances.sum()
+    shares = variances / variances.sum()
     return (-(shares * shares.log()).sum()).exp()
 
 

@@ -7,12 +7,26 @@ from typing import Any
 import torch
 from deepchem.models import TorchModel
 
-from polysrl_dc.checkpoints import load_checkpoint, load_into
+from polysrl_dc.checkpoints import (
+    MODEL_FILE,
+    checkpoint_path,
+    load_checkpoint,
+    load_into,
+    shipped_encoders,
+)
 from polysrl_dc.checkpoints import save_checkpoint as save_tensors
 from polysrl_dc.config import PolySRLConfig
+from polysrl_dc.distributed import process_rank
 
-MODEL_FILE = "model.safetensors"
-ENCODER_FIELDS = ("n_features", "stoichiometry_layers", "set2set_steps", "feature_norm")
+ENCODER_FIELDS = (
+    "n_features",
+    "stoichiometry_layers",
+    "weighted_messages",
+    "set2set_steps",
+    "feature_norm",
+    "whitening",
+    "log_sigma_shift",
+)
 
 
 class PersistentModel(TorchModel):
@@ -26,17 +40,27 @@ class PersistentModel(TorchModel):
     config: PolySRLConfig
     settings: dict[str, Any]
     training: dict[str, Any]
+    #: What the weights come from: data, epochs, revision of the code; kept in the manifest.
+    provenance: dict[str, Any]
     _epoch: int
     _lr_schedule: torch.optim.lr_scheduler.LRScheduler | None
+    #: The call of ``fit`` that is under way: its plan, and its learning rate schedule.
+    _run: dict[str, Any] | None
+    _run_schedule: torch.optim.lr_scheduler.LRScheduler | None = None
 
     def _manifest(self) -> dict[str, Any]:
+        run = self._run
+        if run is not None and self._run_schedule is not None:
+            run = {**run, "schedule": self._run_schedule.state_dict()}
         return {
             "config": self.config.to_dict(),
             "settings": self.settings,
             "training": self.training,
+            "provenance": self.provenance,
             "step": self._global_step,
             "epoch": self._epoch,
             "schedule": self._lr_schedule.state_dict() if self._lr_schedule else None,
+            "run": run,
         }
 
     def save(self, path: str | Path | None = None) -> None:
@@ -44,43 +68,50 @@ class PersistentModel(TorchModel):
         self._ensure_built()
         folder = Path(path or self.model_dir)
         folder.mkdir(parents=True, exist_ok=True)
-        save_tensors(
-            folder / MODEL_FILE, self.model.state_dict(), self._manifest()
-        )
+        save_tensors(folder / MODEL_FILE, self.model.state_dict(), self._manifest())
 
     @classmethod
     def from_pretrained(cls, path: str | Path, **kwargs: Any) -> "PersistentModel":
-        """Read a model written by :meth:`save`: from its folder or file.
+        """Read a model written by :meth:`save`, or a shipped encoder.
 
         Parameters
         ----------
         path : str or path
+            Folder or file of a model, or the name of a shipped encoder, which is then a model of
+            ``task="pretraining"`` with both encoders.
         **kwargs
             Constructor arguments that are not part of the network, e.g. ``device``.
         """
-        tensors, manifest = load_checkpoint(_model_file(path))
+        file = checkpoint_path(path)
+        tensors, manifest = load_checkpoint(file)
+        if str(path) in shipped_encoders():
+            tensors |= load_checkpoint(file.with_name(f"{path}.structures.safetensors"))[0]
         fixed = {"config": PolySRLConfig.from_dict(manifest["config"]), **manifest["settings"]}
         if fixed.keys() & kwargs.keys():
             raise ValueError(f"{sorted(fixed.keys() & kwargs.keys())} are fixed by {path}")
-        model = cls(**fixed, **{**manifest["training"], **kwargs})
+        model = cls(**fixed, pretrained=None, **{**manifest["training"], **kwargs})
         load_into(model.model, tensors)
+        model.provenance = manifest.get("provenance", {})
         model.model.eval()
         return model
 
     def reload(self) -> None:
         """Read ``model.safetensors`` of ``model_dir`` back into this model."""
-        tensors, _ = load_checkpoint(_model_file(self.model_dir))
+        tensors, _ = load_checkpoint(checkpoint_path(self.model_dir))
         load_into(self.model, tensors)
 
     def load_encoder(self, path: str | Path) -> None:
-        """Start every encoder of this model from the encoder of another one."""
-        tensors, manifest = load_checkpoint(_model_file(path))
+        """Start every encoder of this model from that of another one, or from a shipped one."""
+        tensors, manifest = load_checkpoint(checkpoint_path(path))
         prefix = "encoders.0."
         encoder = {k.removeprefix(prefix): v for k, v in tensors.items() if k.startswith(prefix)}
         for field in ENCODER_FIELDS:
             theirs, ours = manifest["config"].get(field), getattr(self.config, field)
             if theirs != ours:
-                raise ValueError(f"{path}: {field} is {theirs}, this configuration has {ours}")
+                raise ValueError(
+                    f"encoder {path}: {field} is {theirs}, this configuration has {ours}; "
+                    "pretrained=None starts from random weights"
+                )
         for module in self.model.encoders:
             load_into(module, encoder)
 
@@ -88,7 +119,7 @@ class PersistentModel(TorchModel):
         self, max_checkpoints_to_keep: int = 5, model_dir: str | None = None
     ) -> None:
         """Write weights and optimizer state as ``checkpoint1.safetensors``; older ones move up."""
-        if max_checkpoints_to_keep == 0:
+        if max_checkpoints_to_keep == 0 or process_rank() > 0:
             return
         self._ensure_built()
         folder = Path(model_dir or self.model_dir)
@@ -133,16 +164,18 @@ class PersistentModel(TorchModel):
         load_into(self.model, weights)
         unflatten_optimizer(self._pytorch_optimizer, tensors)
         self._global_step, self._epoch = manifest["step"], manifest["epoch"]
+        self._run = manifest["run"]
         if self._lr_schedule and manifest["schedule"]:
-            self._lr_schedule.load_state_dict(manifest["schedule"])
-            rates = self._lr_schedule.get_last_lr()
-            for group, rate in zip(self._pytorch_optimizer.param_groups, rates, strict=True):
-                group["lr"] = rate
+            load_schedule(self._lr_schedule, manifest["schedule"])
 
 
-def _model_file(path: str | Path) -> Path:
-    path = Path(path)
-    return path / MODEL_FILE if path.is_dir() else path
+def load_schedule(
+    schedule: torch.optim.lr_scheduler.LRScheduler, state: dict[str, Any]
+) -> None:
+    """Put a schedule, and the rates of its optimizer, where the state says."""
+    schedule.load_state_dict(state)
+    for group, rate in zip(schedule.optimizer.param_groups, schedule.get_last_lr(), strict=True):
+        group["lr"] = rate
 
 
 def flatten_optimizer(optimizer: torch.optim.Optimizer) -> dict[str, torch.Tensor]:

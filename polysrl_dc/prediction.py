@@ -15,6 +15,8 @@ from polysrl_dc.errors import InvalidInputError
 from polysrl_dc.graphs import StoichiometryBatch
 from polysrl_dc.persistence import PersistentModel
 
+_CHUNK = 1024  # formulas embedded at once: their activations stay in the cache of a core
+
 
 def _refuse(name: str, instead: str) -> Callable[..., Any]:
     """A method of ``TorchModel`` that cannot do what it says here and says what can."""
@@ -46,7 +48,7 @@ class PredictingModel(PersistentModel):
         results, row = [], 0
         try:
             with torch.no_grad():
-                for X, _, _, ids in dataset.iterbatches(4096, deterministic=True):
+                for X, _, _, ids in dataset.iterbatches(_CHUNK, deterministic=True):
                     results.append(function(stoichiometries(X, ids, row).to(self.device)))
                     row += len(X)
         finally:
@@ -120,20 +122,21 @@ class PredictingModel(PersistentModel):
 
         Members of an ensemble that were trained apart are averaged and scaled to unit length.
         """
-        means = self._map(dataset, lambda batch: self._gaussian(batch)[0])
-        return torch.cat(means).cpu().numpy()
+
+        def mean(batch: StoichiometryBatch) -> Tensor:
+            members = torch.stack([encoder.mean(batch) for encoder in self.model.encoders])
+            return nn.functional.normalize(members.mean(0), dim=-1)
+
+        return torch.cat(self._map(dataset, mean)).cpu().numpy()
 
     def predict_polymorphism(self, dataset: Dataset) -> np.ndarray:
         """Uncertainty due to polymorphism, shape (n,): geometric mean of the variances, eq. 12."""
-        variances = self._map(
-            dataset, lambda batch: torch.exp(2 * self._gaussian(batch)[1].mean(-1))
-        )
-        return torch.cat(variances).cpu().numpy()
 
-    def _gaussian(self, batch: StoichiometryBatch) -> tuple[Tensor, Tensor]:
-        pairs = [encoder(batch) for encoder in self.model.encoders]
-        means, log_sigmas = (torch.stack(part).mean(0) for part in zip(*pairs, strict=True))
-        return nn.functional.normalize(means, dim=-1), log_sigmas
+        def variance(batch: StoichiometryBatch) -> Tensor:
+            log_sigmas = torch.stack([encoder(batch)[1] for encoder in self.model.encoders])
+            return torch.exp(2 * log_sigmas.mean((0, 2)))
+
+        return torch.cat(self._map(dataset, variance)).cpu().numpy()
 
     def evaluate(
         self,

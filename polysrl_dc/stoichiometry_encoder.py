@@ -46,11 +46,12 @@ class StoichiometryEncoder(nn.Module):
             _convolution(width, config.convolution_init) for _ in range(config.stoichiometry_layers)
         )
         self.jumping_knowledge = nn.Linear(levels * width, width)
-        self.mean_pooling = CompositionSet2Set(width, config.set2set_steps)
+        pooling = (width, config.set2set_steps, config.weighted_messages)
+        self.mean_pooling = CompositionSet2Set(*pooling)
         self.mean_output = nn.Linear(2 * width, width)
-        self.sigma_pooling = CompositionSet2Set(width, config.set2set_steps)
+        self.sigma_pooling = CompositionSet2Set(*pooling)
         self.sigma_output = nn.Linear(2 * width, width)
-        self.mean_norm = FeatureNorm(width, config.feature_norm)
+        self.mean_norm = FeatureNorm(width, config.feature_norm, config.whitening)
 
     def embed_elements(self, fractions: Tensor) -> tuple[Tensor, Tensor]:
         """Z^a of eq. 2 as ``element + graph``: eq. 9 (GCN layers) and eq. 10 (jumping knowledge).
@@ -66,8 +67,11 @@ class StoichiometryEncoder(nn.Module):
             Row ``i`` of Z^a of graph ``b`` is ``elements[Z_i] + graphs[b]``.
         """
         features = self.input(self.element_features)
-        present = (fractions > 0).to(features.dtype)
-        mean = (present / present.sum(-1, keepdim=True)) @ features
+        if self.config.weighted_messages:
+            mean = fractions.to(features.dtype) @ features
+        else:
+            present = (fractions > 0).to(features.dtype)
+            mean = (present / present.sum(-1, keepdim=True)) @ features
         weights = self.jumping_knowledge.weight.chunk(len(self.convolutions) + 1, dim=1)
         shift = torch.zeros_like(mean)
         shifts = []
@@ -93,7 +97,7 @@ class StoichiometryEncoder(nn.Module):
         elements, graphs, pooled = self._pooled(batch.fractions)
         log_sigma = self.sigma_pooling(batch.fractions, elements, graphs)
         return self._mean(batch.fractions, elements, graphs, pooled), (
-            self.sigma_output(log_sigma) + pooled
+            self.sigma_output(log_sigma) + pooled + self.config.log_sigma_shift
         )
 
     def mean(self, batch: StoichiometryBatch) -> Tensor:

@@ -1,9 +1,10 @@
 """Structure encoder f^b: a graph network over sites and distances (Section 4.1, Appendix B.1)."""
 
+from typing import cast
+
 import torch
 from torch import Tensor, nn
 from torch.nn import functional
-from torch_geometric.utils import scatter
 
 from polysrl_dc.config import PolySRLConfig
 from polysrl_dc.graphs import StructureBatch
@@ -49,7 +50,7 @@ class StructureEncoder(nn.Module):
         self.blocks = nn.ModuleList(
             GraphNetworkBlock(width, config.edge_hidden) for _ in range(config.structure_layers)
         )
-        self.norm = FeatureNorm(width, config.feature_norm)
+        self.norm = FeatureNorm(width, config.feature_norm, config.whitening)
 
     def forward(self, batch: StructureBatch) -> Tensor:
         """Embed.
@@ -64,12 +65,19 @@ class StructureEncoder(nn.Module):
         torch.Tensor, shape (n_graphs, F)
             z^b; every row has unit length.
         """
-        nodes = self.node_encoder(self.site).expand(len(batch.index), -1)
-        edges = self.edge_encoder(self.distance_basis(batch.distances))
+        if len(self.blocks) > batch.rounds:
+            raise ValueError(
+                f"{len(self.blocks)} blocks, but the sites of the batch were merged for "
+                f"{batch.rounds} rounds of message passing"
+            )
+        edges = EdgeStates(batch, self.edge_encoder(self.distance_basis(batch.distances)))
+        nodes = self.node_encoder(self.site)  # one row that stands for all: they start alike
         for block in self.blocks:
-            nodes, edges = block(nodes, edges, batch.centers, batch.neighbors)
-        nodes = nodes.to(torch.promote_types(nodes.dtype, torch.float32))  # large cells, bfloat16
-        pooled = scatter(nodes, batch.index, dim_size=batch.num_graphs, reduce=self.pooling)
+            nodes = block(nodes, edges)
+        pooled = _weighted_sums(nodes, batch.multiplicity, batch.index, batch.num_graphs)
+        if self.pooling == "mean":
+            sites = batch.multiplicity.to(pooled).unsqueeze(1)
+            pooled = pooled / _sums(sites, batch.index, batch.num_graphs)
         return functional.normalize(self.norm(pooled), dim=-1)
 
 
@@ -103,6 +111,62 @@ class GaussianBasis(nn.Module):
         return torch.exp(-(((distances.unsqueeze(-1) - self.centers) / self.step) ** 2))
 
 
+class EdgeStates:
+    """Edge features b_ij through the blocks, never built as one (n_edges, F) tensor.
+
+    They start as a function of the distance and every block adds a linear map of its activations,
+    ``b_ij = table[distance] + sum over blocks of (W_m a_m,ij + bias_m)``. So the table, the
+    activations and the maps say it all: a sum over the edges of a node is taken before the map,
+    and the first layer of the next block is one product of each ``a_m`` with two matrices merged
+    beforehand.
+
+    Parameters
+    ----------
+    batch : StructureBatch
+    table : torch.Tensor, shape (n_distances, F)
+        Edge features by distance.
+    """
+
+    #: Sum of the b_ij of each node, (n_nodes, F), after the first block.
+    received: Tensor | None = None
+
+    def __init__(self, batch: StructureBatch, table: Tensor) -> None:
+        self.batch = batch
+        self.table = table
+        self.added: list[tuple[Tensor, nn.Linear]] = []
+
+    def project(self, weight: Tensor, bias: Tensor) -> tuple[Tensor, Tensor | None]:
+        """``weight @ b_ij + bias`` as a part by distance, and a part by edge once there is one."""
+        by_edge = None
+        for activation, output in self.added:
+            bias = bias + weight @ output.bias
+            term = functional.linear(activation, weight @ output.weight)
+            by_edge = term if by_edge is None else by_edge + term
+        return functional.linear(self.table, weight, bias), by_edge
+
+    def add(self, activation: Tensor, output: nn.Linear) -> Tensor:
+        """Add a linear map of activations: by distance in the first block, then by edge.
+
+        Returns
+        -------
+        torch.Tensor, shape (n_nodes, F)
+            The sum of the b_ij of each node as they are now.
+        """
+        batch = self.batch
+        n_nodes = len(batch.index)
+        if self.received is None:
+            self.table = self.table + output(activation)
+            values, rows = self.table.index_select(0, batch.distance_index), batch.centers
+            self.received = _weighted_sums(values, batch.edge_multiplicity, rows, n_nodes)
+            return self.received
+        self.added.append((activation, output))
+        sums = _weighted_sums(activation, batch.edge_multiplicity, batch.centers, n_nodes)
+        degrees = _sums(batch.edge_multiplicity.to(sums).unsqueeze(1), batch.centers, n_nodes)
+        mapped = functional.linear(sums, output.weight) + degrees * output.bias
+        self.received = self.received + mapped
+        return self.received
+
+
 class GraphNetworkBlock(nn.Module):
     """One step of message passing (eq. 8), with residual connections on edges and nodes.
 
@@ -112,14 +176,6 @@ class GraphNetworkBlock(nn.Module):
         F of node and edge states.
     edge_hidden : int
         Hidden width of the edge MLP.
-
-    Examples
-    --------
-    >>> block = GraphNetworkBlock(4, 8)
-    >>> centers, neighbors = torch.tensor([0, 1]), torch.tensor([1, 0])
-    >>> nodes, edges = block(torch.rand(2, 4), torch.rand(2, 4), centers, neighbors)
-    >>> nodes.shape, edges.shape
-    (torch.Size([2, 4]), torch.Size([2, 4]))
     """
 
     def __init__(self, width: int, edge_hidden: int) -> None:
@@ -129,36 +185,56 @@ class GraphNetworkBlock(nn.Module):
         self.edge_output = _after_first_layer(edge_hidden, width)
         self.node_mlp = _mlp(2 * width, 2 * width, width)
 
-    def forward(
-        self, nodes: Tensor, edges: Tensor, centers: Tensor, neighbors: Tensor
-    ) -> tuple[Tensor, Tensor]:
+    def forward(self, nodes: Tensor, edges: EdgeStates) -> Tensor:
         """Update edges from their two ends, then nodes from the edges they are the center of.
 
-        The first layer of the edge MLP, a linear map of [h_i, h_j, b_ij], is split so that its
-        node terms are computed once per node and not once per edge; the result is the same.
+        The first layer of an MLP, a linear map of a concatenation such as [h_i, h_j, b_ij], is
+        split so that each term is computed once per node or distance; the result is the same.
 
         Parameters
         ----------
-        nodes : torch.Tensor, shape (n_sites, F)
-            h.
-        edges : torch.Tensor, shape (n_edges, F)
-            b.
-        centers, neighbors : torch.Tensor, shape (n_edges,), int64
-            i and j of each edge.
+        nodes : torch.Tensor, shape (n_nodes, F); in the first block (1, F)
+            h; the single row stands for all nodes.
+        edges : EdgeStates
+            b; changed in place.
 
         Returns
         -------
-        nodes : torch.Tensor, shape (n_sites, F)
-        edges : torch.Tensor, shape (n_edges, F)
+        torch.Tensor, shape (n_nodes, F)
         """
         weight, bias = self.edge_input.weight, self.edge_input.bias
-        from_center, from_neighbor, from_edge = weight.split(self.width, dim=1)
-        hidden = functional.linear(edges, from_edge, bias)
-        hidden = hidden + functional.linear(nodes, from_center).index_select(0, centers)
-        hidden = hidden + functional.linear(nodes, from_neighbor).index_select(0, neighbors)
-        edges = edges + self.edge_output(hidden)
-        received = scatter(edges, centers, dim_size=len(nodes), reduce="sum")
-        return nodes + self.node_mlp(torch.cat([nodes, received], dim=-1)), edges
+        of_center, of_neighbor, of_edge = weight.split(self.width, dim=1)
+        by_distance, by_edge = edges.project(of_edge, bias)
+        *activation, output = self.edge_output
+        if edges.received is None:  # first block: nodes are alike, edges differ by distance only
+            hidden = by_distance + functional.linear(nodes, of_center + of_neighbor)
+        else:
+            batch = edges.batch
+            hidden = by_distance.index_select(0, batch.distance_index)
+            hidden = hidden + functional.linear(nodes, of_center).index_select(0, batch.centers)
+            hidden = hidden + functional.linear(nodes, of_neighbor).index_select(0, batch.neighbors)
+            if by_edge is not None:
+                hidden = hidden + by_edge
+        for layer in activation:
+            hidden = layer(hidden)
+        received = edges.add(hidden, cast(nn.Linear, output))
+        first, *rest = self.node_mlp
+        of_node, of_received = cast(nn.Linear, first).weight.split(self.width, dim=1)
+        hidden = functional.linear(nodes, of_node, cast(nn.Linear, first).bias)
+        hidden = hidden + functional.linear(received, of_received)
+        for layer in rest:
+            hidden = layer(hidden)
+        return nodes + hidden
+
+
+def _weighted_sums(values: Tensor, weights: Tensor, rows: Tensor, n_rows: int) -> Tensor:
+    """Sums of weighted values by row, (n_rows, F), in float32 at least: large cells, bfloat16."""
+    values = values.to(torch.promote_types(values.dtype, torch.float32))
+    return _sums(values * weights.to(values).unsqueeze(1), rows, n_rows)
+
+
+def _sums(values: Tensor, rows: Tensor, n_rows: int) -> Tensor:
+    return values.new_zeros(n_rows, values.shape[1]).index_add_(0, rows, values)
 
 
 def _mlp(n_inputs: int, hidden: int, n_outputs: int) -> nn.Sequential:

@@ -1,7 +1,8 @@
-"""Fixtures shared by all tests: where real data lie, and fixed seeds."""
+"""Fixtures shared by all tests: where real data lie, a cache of their own, and fixed seeds."""
 
 import os
 import random
+from collections.abc import Iterator
 from pathlib import Path
 
 import numpy as np
@@ -14,6 +15,15 @@ ROOT = Path(__file__).resolve().parents[1]
 def pytest_configure(config: pytest.Config) -> None:
     """Keep torch on one thread: the tensors of the tests are small, and sums stay repeatable."""
     torch.set_num_threads(1)
+
+
+@pytest.fixture(scope="session", autouse=True)
+def _cache_of_structures(tmp_path_factory: pytest.TempPathFactory) -> Iterator[None]:
+    """Pack structures into a temporary folder, not the home folder, unless POLYSRL_CACHE is set."""
+    with pytest.MonkeyPatch.context() as patch:
+        if not os.environ.get("POLYSRL_CACHE"):
+            patch.setenv("POLYSRL_CACHE", str(tmp_path_factory.mktemp("cache")))
+        yield
 
 
 @pytest.fixture(autouse=True)

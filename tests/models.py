@@ -23,8 +23,8 @@ def data(y=SIGNAL, w=None, formulas=FORMULAS):
 
 
 def make(*args, **kwargs):
-    settings = {"config": CONFIG, "batch_size": 8, "learning_rate": 1e-2, **kwargs}
-    return dc.models.PolySRLModel(*args, **settings)
+    settings = {"config": CONFIG, "pretrained": None, "batch_size": 8, "learning_rate": 1e-2}
+    return dc.models.PolySRLModel(*args, **{**settings, **kwargs})
 
 
 def fitted(*args, dataset=None, nb_epoch=2, **kwargs):

@@ -5,8 +5,10 @@ from pathlib import Path
 import numpy as np
 import pandas as pd
 import pytest
+import torch
 from pymatgen.core import Lattice, Structure
 
+from polysrl_dc.checkpoints import load_checkpoint
 from polysrl_dc.cli import main
 
 FORMULAS = ["NaCl", "KCl", "LiF", "NaF", "KBr", "MgO", "CaO", "ZnO", "GaN", "AlN", "TiO2", "SiO2"]
@@ -118,6 +120,48 @@ def test_pretrain_on_structure_files(tmp_path: Path) -> None:
     encoder = str(tmp_path / "encoder")
     assert main(["pretrain", *files, "--epochs", "1", "--output-dir", encoder]) == 0
     assert main(["embed", "NaCl", "--model", encoder, "--output", str(tmp_path / "e.csv")]) == 0
+
+    # a folder of them, and their table, are the same data and give the same encoder
+    table = tmp_path / "table.parquet"
+    structures = [Structure.from_file(name) for name in files]
+    pd.DataFrame({
+        "material_id": files,
+        "cell": [list(s.lattice.parameters) for s in structures],
+        "numbers": [[site.specie.Z for site in s] for s in structures],
+        "frac_coords": [s.frac_coords.ravel().tolist() for s in structures],
+    }).to_parquet(table)  # fmt: skip
+    folder = tmp_path / "cifs"
+    folder.mkdir()
+    for name in files:
+        Path(name).rename(folder / Path(name).name)
+    weights = [load_checkpoint(f"{encoder}/model.safetensors")[0]]
+    for source in (folder, table):
+        output = str(tmp_path / f"encoder_{source.stem}")
+        assert main(["pretrain", str(source), "--epochs", "1", "--output-dir", output]) == 0
+        weights.append(load_checkpoint(f"{output}/model.safetensors")[0])
+    for name, value in weights[0].items():
+        for other in weights[1:]:
+            torch.testing.assert_close(other[name], value, rtol=1e-3, atol=1e-3)
+
+
+def test_pretrain_names_or_skips_a_file_that_is_no_structure(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    files = []
+    for i, length in enumerate((2.9, 3.1, 3.3)):
+        iron = Structure(Lattice.cubic(length), ["Fe", "Al"], [[0, 0, 0], [0.5, 0.5, 0.5]])
+        files.append(str(tmp_path / f"{i}.cif"))
+        iron.to(files[-1])
+    bad = tmp_path / "bad.cif"
+    bad.write_text("data_x\n_cell_length_a 3\n")
+    command = ["pretrain", *files, str(bad), "--epochs", "1", "--output-dir", str(tmp_path / "e")]
+    for given in (command, ["pretrain", str(tmp_path), *command[5:]]):
+        assert "bad.cif" in error_of(given, capsys)
+        assert not (tmp_path / "e").exists()
+        assert main([*given, "--on-error", "skip"]) == 0
+        (tmp_path / "e" / "model.safetensors").unlink()
+        (tmp_path / "e").rmdir()
+    assert "bad.cif" in error_of(["pretrain", str(bad), *command[5:]], capsys)
 
 
 def test_a_bad_row_is_named_or_skipped(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:

@@ -187,6 +187,32 @@ def test_refused_input(lattice, frac_coords, message):
         neighbor_list(lattice, frac_coords)
 
 
+def test_neighbors_at_one_distance_are_ordered_by_site():
+    salt = Structure.from_spacegroup(
+        "Fm-3m", Lattice.cubic(5.64), ["Na", "Cl"], [[0, 0, 0], [0.5, 0.5, 0.5]]
+    )
+    for neighbors, distances in split(salt):
+        assert np.diff(distances).min() >= 0
+        assert (np.diff(neighbors)[np.diff(distances) == 0] >= 0).all()
+
+
+def test_distances_are_multiples_of_a_step_and_survive_noise_below_it():
+    for structure in PROTOTYPES[:4]:
+        lattice, frac = structure.lattice.matrix, structure.frac_coords
+        distances = neighbor_list(lattice, frac)[2]
+        steps = np.rint(distances.astype(np.float64) / 1e-5)
+        np.testing.assert_array_equal((steps * 1e-5).astype(np.float32), distances)
+
+
+def test_cells_and_cutoffs_too_large_to_be_sorted_are_refused():
+    with pytest.raises(InvalidInputError, match="524288 sites, more than 524287"):
+        neighbor_list(1e3 * np.eye(3), np.zeros((524288, 3)))
+    with pytest.raises(ValueError, match="more than 168 Å"):
+        neighbor_list(CELL, [[0, 0, 0]], cutoff=168.0)
+    far = neighbor_list(160 * np.eye(3), [[0, 0, 0], [0, 0, 0.5]], cutoff=160.0)
+    assert far[0].tolist() == [0, 8, 16] and far[2].tolist() == ([80.0] * 2 + [160.0] * 6) * 2
+
+
 @pytest.mark.parametrize("limits", [(0, 8.0), (12, 0.0), (12, NAN)])
 def test_refused_limits(limits):
     with pytest.raises(ValueError, match="must be positive"):

@@ -10,6 +10,7 @@ import pandas as pd
 import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
+import torch
 from pymatgen.core import Lattice, Structure
 
 import polysrl_dc
@@ -75,7 +76,7 @@ LOADERS = [from_csv, from_json, from_memory, numpy_dataset, disk_dataset]
 
 def train_and_evaluate(dataset, splitter, **kwargs):
     train, valid, test = splitter.train_valid_test_split(dataset, seed=0, **kwargs)
-    model = dc.models.PolySRLModel(config=CONFIG, batch_size=8, learning_rate=1e-2)
+    model = dc.models.PolySRLModel(config=CONFIG, pretrained=None, batch_size=8, learning_rate=1e-2)
     losses: list[float] = []
     model.fit(train, nb_epoch=2, all_losses=losses, checkpoint_interval=0)
     assert np.isfinite(losses).all()
@@ -148,7 +149,7 @@ def test_file_loaders_drop_the_bad_row_with_label_and_weight(load, tmp_path, cap
 def test_elsewhere_a_placeholder_stays_that_model_and_splitter_refuse(load, tmp_path):
     dataset = load(tmp_path, BAD_FORMULAS, BAD_LABELS, "skip")
     assert len(dataset) == len(BAD_FORMULAS)
-    model = dc.models.PolySRLModel(config=CONFIG)
+    model = dc.models.PolySRLModel(config=CONFIG, pretrained=None)
     for use in (model.fit, model.predict_embedding, dc.splits.StoichiometrySplitter().split):
         with pytest.raises(InvalidInputError, match=r"row 7 \(id 7\)"):
             use(dataset)
@@ -166,15 +167,16 @@ def test_rows_in_later_shards_and_batches_keep_their_number(tmp_path):
     with pytest.raises(InvalidInputError, match="row 7: "):
         loader.create_dataset(str(tmp_path / "d.csv"), shard_size=3)
     X = np.concatenate([featurizer()(["NaCl"] * 4100), featurizer("skip")(["?"])])
+    model = dc.models.PolySRLModel(config=CONFIG, pretrained=None)
     with pytest.raises(InvalidInputError, match="row 4100 "):
-        dc.models.PolySRLModel(config=CONFIG).predict_embedding(dc.data.NumpyDataset(X))
+        model.predict_embedding(dc.data.NumpyDataset(X))
 
 
 def test_an_empty_label_of_a_csv_file_is_a_missing_label(tmp_path):
     labels = [*LABELS[:5], None, *LABELS[6:]]
     dataset = from_csv(tmp_path, FORMULAS, labels, "raise")
     assert dataset.w[5, 0] == 0 and dataset.w.sum() == len(FORMULAS) - 1
-    model = dc.models.PolySRLModel(config=CONFIG)
+    model = dc.models.PolySRLModel(config=CONFIG, pretrained=None)
     model.fit(dataset, nb_epoch=1)
     known = [y for y in labels if y is not None]
     assert model.model.label_mean.item() == pytest.approx(np.mean(known), rel=1e-5)
@@ -183,7 +185,7 @@ def test_an_empty_label_of_a_csv_file_is_a_missing_label(tmp_path):
 def test_a_missing_label_that_json_loader_leaves_unmarked_is_refused(tmp_path):
     dataset = from_json(tmp_path, FORMULAS, [*LABELS[:-1], float("nan")], "raise")
     with pytest.raises(ValueError, match=r"row 39|convert"):
-        dc.models.PolySRLModel(config=CONFIG).fit(dataset)
+        dc.models.PolySRLModel(config=CONFIG, pretrained=None).fit(dataset)
 
 
 # ------------------------------------------------------------------- splitter
@@ -298,69 +300,197 @@ def test_bad_splits_are_refused():
 # ---------------------------------------------------------- polymorph dataset
 
 
-def write_parquet(path, **changes):
-    table = {
-        "material_id": ["mp-1", "mp-2", "mp-3"],
-        "cell": [[4.5, 4.5, 4.5, 90, 90, 90], [4.2, 4.2, 4.2, 90, 90, 90], [3, 3, 3, 60, 60, 60]],
-        "numbers": [[11, 17], [12, 8], [29]],
-        "frac_coords": [[0, 0, 0, 0.5, 0.5, 0.5], [0, 0, 0, 0.5, 0.5, 0.5], [0, 0, 0]],
+def crystals():
+    """Twenty crystals of nine formulas, of 2, 4 or 6 sites, without symmetry."""
+    rng = np.random.default_rng(0)
+    pairs = [("Na", "Cl"), ("Mg", "O"), ("Zn", "S"), ("Ca", "O"), ("Li", "F"), ("K", "Br"),
+             ("Ga", "N"), ("Ti", "C"), ("Na", "F")]  # fmt: skip
+    made = []
+    for i in range(20):
+        cell = Structure(Lattice.cubic(4 + 0.05 * i), pairs[i % 9], [[0.0] * 3, [0.5] * 3])
+        cell = cell * (1 + i % 3, 1, 1)
+        coords = cell.frac_coords + rng.uniform(-0.03, 0.03, (len(cell), 3))
+        made.append(Structure(cell.lattice, cell.species, coords))
+    return made
+
+
+def to_parquet(structures, path):
+    columns = {
+        "material_id": [f"mp-{i}" for i in range(len(structures))],
+        "cell": [[*s.lattice.abc, *s.lattice.angles] for s in structures],
+        "numbers": [[site.specie.Z for site in s] for s in structures],
+        "frac_coords": [s.frac_coords.ravel().tolist() for s in structures],
     }
-    table.update(changes)
-    pq.write_table(pa.table({k: v for k, v in table.items() if v is not None}), path)
-    return str(path)
+    pq.write_table(pa.table(columns), path)
+    return path
 
 
-def test_parquet_structures(tmp_path):
-    dataset = polysrl_dc.PolymorphDataset(write_parquet(tmp_path / "s.parquet"), progress=False)
-    assert dataset.ids.tolist() == ["mp-1", "mp-2", "mp-3"] and dataset.skipped == []
-    assert [graph.stoichiometry.formula for graph in dataset.X] == ["NaCl", "MgO", "Cu"]
-    assert dataset.X[0].distances.min() == pytest.approx(4.5 * 3**0.5 / 2, abs=1e-4)
-    small = polysrl_dc.PolymorphDataset(tmp_path / "s.parquet", max_sites=1, progress=False)
-    assert small.ids.tolist() == ["mp-3"]
-    with pytest.raises(InvalidInputError, match="numbers"):
-        polysrl_dc.PolymorphDataset(write_parquet(tmp_path / "t.parquet", numbers=None))
+@pytest.fixture(scope="module")
+def polymorphs(tmp_path_factory):
+    path = to_parquet(crystals(), tmp_path_factory.mktemp("crystals") / "s.parquet")
+    return open_polymorphs(path)
 
 
-@pytest.mark.parametrize(
-    "changes",
-    [
-        {"numbers": [[11, 17], [12, 200], [29]]},
-        {"numbers": [[11, 17], [12, 0], [29]]},
-        {"numbers": [[11, 17], [12], [29]]},
-        {"frac_coords": [[0, 0, 0, 0.5, 0.5, 0.5], [0, 0, 0, 0.5, 0.5], [0, 0, 0]]},
-        {"cell": [[4.5] * 3 + [90] * 3, [4.2, 4.2, float("nan"), 90, 90, 90], [3] * 3 + [60] * 3]},
-        {"cell": [[4.5] * 3 + [90] * 3, [4.2, 4.2, 0.0, 90, 90, 90], [3] * 3 + [60] * 3]},
-    ],
-    ids=str,
-)
-@pytest.mark.filterwarnings("ignore")
-def test_a_bad_structure_of_a_file_is_named_or_skipped(changes, tmp_path):
-    path = write_parquet(tmp_path / "s.parquet", **changes)
-    with pytest.raises(InvalidInputError, match="structure mp-2: "):
-        polysrl_dc.PolymorphDataset(path, progress=False)
-    dataset = polysrl_dc.PolymorphDataset(path, on_error="skip", progress=False)
-    assert dataset.ids.tolist() == ["mp-1", "mp-3"] and dataset.skipped[0][0] == "mp-2"
-    with pytest.raises(ValueError, match="on_error"):
-        polysrl_dc.PolymorphDataset(path, on_error="ignore")
-
-
-def test_aflow_prototypes_are_sampled_by_seed():
-    first, same, other = (
-        polysrl_dc.PolymorphDataset("aflow", max_structures=5, max_sites=8, seed=s, progress=False)
-        for s in (0, 0, 1)
+def open_polymorphs(path, **kwargs):
+    return polysrl_dc.PolymorphDataset(
+        path, cache_dir=path.parent / "cache", progress=False, processes=1, **kwargs
     )
-    assert len(first) == 5 and max(len(graph.numbers) for graph in first.X) <= 8
-    assert first.ids.tolist() == same.ids.tolist() != other.ids.tolist()
 
 
-def test_real_structures(data_dir):
-    path = data_dir / "mp" / "structures.parquet"
-    dataset = polysrl_dc.PolymorphDataset(path, max_structures=20, max_sites=50, progress=False)
-    formulas = pq.read_table(path, columns=["material_id", "formula"]).to_pandas()
-    expected = formulas.set_index("material_id")["formula"]
-    for row_id, graph in zip(dataset.ids, dataset.X, strict=True):
-        assert graph.stoichiometry.formula == featurizer()(expected[row_id])[0].formula
-        assert np.diff(graph.indptr).max() <= 12 and graph.distances.max() <= 8
+def same_graph(one, other):
+    return (
+        np.array_equal(one.numbers, other.numbers)
+        and np.array_equal(one.neighbors, other.neighbors)
+        and np.array_equal(one.distances, other.distances)
+        and one.stoichiometry.formula == other.stoichiometry.formula
+    )
+
+
+def test_a_polymorph_dataset_is_a_dataset_of_deepchem(polymorphs):
+    assert isinstance(polymorphs, dc.data.Dataset) and len(polymorphs) == 20
+    assert polymorphs.get_shape() == ((20,), (20, 1), (20, 1), (20,))
+    arrays = polymorphs.X, polymorphs.y, polymorphs.w, polymorphs.ids
+    assert tuple(array.shape for array in arrays) == polymorphs.get_shape()
+    assert not polymorphs.y.any() and (polymorphs.w == 1).all()
+    assert len(polymorphs.get_task_names()) == 1
+    assert polymorphs.ids.tolist() == [f"mp-{i}" for i in range(20)]
+    expected = dc.feat.StructureGraphFeaturizer()(crystals())
+    formulas = [graph.stoichiometry.formula for graph in expected]
+    assert [graph.stoichiometry.formula for graph in polymorphs.X] == formulas
+    assert polymorphs.formulas.tolist() == formulas
+    same = np.equal.outer(polymorphs.groups, polymorphs.groups)
+    np.testing.assert_array_equal(same, np.equal.outer(formulas, formulas))
+    assert "mp-0" in str(polymorphs) and len(polymorphs.to_dataframe()) == 20
+    metric = dc.metrics.Metric(dc.metrics.mae_score)
+    assert metric.compute_metric(polymorphs.y, np.full((20, 1), 0.5), polymorphs.w) == 0.5
+    with pytest.raises(NotImplementedError, match="no labels"):
+        polymorphs.transform(None)
+
+
+def test_iteration(polymorphs):
+    X = polymorphs.X
+    batches = list(polymorphs.iterbatches(batch_size=8, epochs=2, deterministic=True))
+    assert [len(ids) for *_, ids in batches] == [8, 8, 4] * 2
+    for a, b, c, d in zip(*(np.concatenate(p) for p in zip(*batches, strict=True)), strict=True):
+        row = int(d.removeprefix("mp-"))
+        assert same_graph(a, X[row]) and (b, c) == (0, 1)
+    ids = np.concatenate([ids for *_, ids in batches])
+    np.testing.assert_array_equal(ids, np.tile(polymorphs.ids, 2))
+    shuffled = [ids for *_, ids in polymorphs.iterbatches(batch_size=20)]
+    assert len(shuffled) == 1 and sorted(shuffled[0]) == sorted(polymorphs.ids)
+    assert shuffled[0].tolist() != polymorphs.ids.tolist()
+    assert [len(ids) for *_, ids in polymorphs.iterbatches()] == [20]
+    samples = list(polymorphs.itersamples())
+    assert [name for *_, name in samples] == polymorphs.ids.tolist()
+    assert all(same_graph(sample[0], X[row]) for row, sample in enumerate(samples))
+    with pytest.raises(ValueError, match="pad_batches"):
+        next(polymorphs.iterbatches(8, pad_batches=True))
+
+
+def test_a_selection_is_a_view_in_the_given_order(polymorphs):
+    rows = [17, 3, 3, 8]
+    view = polymorphs.select(rows)
+    assert view.ids.tolist() == ["mp-17", "mp-3", "mp-3", "mp-8"] and len(polymorphs) == 20
+    assert view._arrays["distances"] is polymorphs._arrays["distances"]
+    assert all(map(same_graph, view.X, polymorphs.X[rows]))
+    np.testing.assert_array_equal(view.n_edges, polymorphs.n_edges[rows])
+    expected = polymorphs.batch(np.array(rows))
+    for ours, theirs in zip(view.batch(np.arange(4)), expected, strict=True):
+        for name in getattr(type(ours), "__slots__", ()):
+            a, b = getattr(ours, name), getattr(theirs, name)
+            assert torch.equal(a, b) if torch.is_tensor(a) else a == b, name
+    assert view.select([2, 0]).ids.tolist() == ["mp-3", "mp-17"]
+    mask = np.arange(20) >= 18
+    assert polymorphs.select(mask).ids.tolist() == ["mp-18", "mp-19"]
+    assert len(polymorphs.select([])) == 0
+    assert view.fingerprint() == polymorphs.select(rows).fingerprint() != polymorphs.fingerprint()
+    with pytest.raises(IndexError):
+        polymorphs.select([20])
+
+
+def test_splitters_keep_polymorphs_together(polymorphs):
+    splitter = dc.splits.StoichiometrySplitter()
+    parts = splitter.train_valid_test_split(
+        polymorphs, frac_train=0.5, frac_valid=0.25, frac_test=0.25, seed=0
+    )
+    assert sorted(np.concatenate([part.ids for part in parts])) == sorted(polymorphs.ids)
+    assert not set(parts[0].formulas) & set(parts[2].formulas) and min(map(len, parts)) > 0
+    folds = splitter.k_fold_split(polymorphs, 3, seed=0)
+    assert sorted(np.concatenate([test.ids for _, test in folds])) == sorted(polymorphs.ids)
+    for train, test in folds:
+        assert isinstance(test, polysrl_dc.PolymorphDataset)
+        assert not set(train.formulas) & set(test.formulas) and len(train) + len(test) == 20
+    # the same split as that of the same graphs in memory
+    other = splitter.split(dc.data.NumpyDataset(polymorphs.X), seed=5)
+    for a, b in zip(splitter.split(polymorphs, seed=5), other, strict=True):
+        np.testing.assert_array_equal(a, b)
+    train, test = dc.splits.RandomSplitter().train_test_split(polymorphs, seed=0)
+    assert len(train) == 16 and len(test) == 4
+    with pytest.raises(InvalidInputError, match="no row"):
+        splitter.split(polymorphs.select([]))
+
+
+def test_samples_and_limits_of_size(polymorphs, tmp_path):
+    path = to_parquet(crystals(), tmp_path / "s.parquet")
+    first, same, other = (open_polymorphs(path, max_structures=7, seed=s) for s in (0, 0, 1))
+    assert len(first) == 7 and first.ids.tolist() == same.ids.tolist() != other.ids.tolist()
+    rows = [int(name.removeprefix("mp-")) for name in first.ids]
+    assert rows == sorted(set(rows))
+    assert all(map(same_graph, first.X, polymorphs.X[rows]))
+    np.testing.assert_array_equal(first.groups, polymorphs.groups[rows])
+    small = open_polymorphs(path, max_sites=4)
+    expected = [f"mp-{i}" for i, s in enumerate(crystals()) if len(s) <= 4]
+    assert small.ids.tolist() == expected and 0 < len(expected) < 20
+    both = open_polymorphs(path, max_sites=4, max_structures=5)
+    assert len(both) == 5 and set(both.ids) < set(expected)
+    assert len(open_polymorphs(path, max_structures=1000)) == 20
+    with pytest.raises(InvalidInputError, match="at most 1 sites"):
+        open_polymorphs(path, max_sites=1)
+    with pytest.raises(ValueError, match="on_error"):
+        open_polymorphs(path, on_error="ignore")
+
+
+def test_from_graphs(polymorphs):
+    graphs = polymorphs.X
+    dataset = polysrl_dc.PolymorphDataset.from_graphs(graphs, polymorphs.ids)
+    assert dataset.ids.tolist() == polymorphs.ids.tolist() and dataset.skipped == []
+    assert all(map(same_graph, dataset.X, graphs))
+    np.testing.assert_array_equal(dataset.groups, polymorphs.groups)
+    np.testing.assert_array_equal(dataset.n_edges, polymorphs.n_edges)
+    assert dataset.fingerprint() == polymorphs.fingerprint()
+    assert polysrl_dc.PolymorphDataset.from_graphs(graphs[:2]).ids.tolist() == ["0", "1"]
+    with pytest.raises(ValueError, match="3 ids for 20 graphs"):
+        polysrl_dc.PolymorphDataset.from_graphs(graphs, ["a", "b", "c"])
+    skipped = dc.feat.StructureGraphFeaturizer(on_error="skip")([crystals()[0], None])
+    with pytest.raises(InvalidInputError, match=r"row 1 \(id 1\)"):
+        polysrl_dc.PolymorphDataset.from_graphs(skipped)
+
+
+def test_real_structures(data_dir, tmp_path):
+    table = pq.read_table(data_dir / "mp" / "structures.parquet")
+    table = table.take(np.arange(0, len(table), len(table) // 300)[:300])
+    pq.write_table(table, tmp_path / "s.parquet")
+    dataset = open_polymorphs(tmp_path / "s.parquet")
+    rows = table.to_pylist()
+    assert dataset.ids.tolist() == [row["material_id"] for row in rows] and not dataset.skipped
+    for row, graph in zip(rows, dataset.X, strict=True):
+        assert graph.stoichiometry.formula == featurizer()(row["formula"])[0].formula
+        assert graph.numbers.tolist() == row["numbers"]
+        assert np.diff(graph.indptr).max() <= 12 and graph.distances.max(initial=0) <= 8
+    for i in range(0, 300, 30):
+        structure = Structure(
+            Lattice.from_parameters(*rows[i]["cell"]),
+            rows[i]["numbers"],
+            np.reshape(rows[i]["frac_coords"], (-1, 3)),
+        )
+        graph = dc.feat.StructureGraphFeaturizer()(structure)[0]
+        np.testing.assert_allclose(dataset.graph(i).distances, graph.distances, atol=2.1e-5)
+    formulas, structures, groups = dataset.batch(np.arange(300))
+    assert len(formulas) == len(structures) == len(groups) == 300
+    assert structures.multiplicity.sum() == sum(len(row["numbers"]) for row in rows)
+    assert len(structures.index) < 0.8 * structures.multiplicity.sum()
+    for part in dc.splits.StoichiometrySplitter().train_test_split(dataset, seed=0):
+        assert 0 < len(part) < 300
 
 
 # ------------------------------------------------------------------- batching

@@ -158,6 +158,43 @@ def test_bad_structures_are_refused_or_skipped(what):
     assert [row for row, _ in featurizer.skipped] == [1]
 
 
+def test_structure_graph_is_the_featurizer_without_a_structure():
+    for structure in (COPPER, SALT):
+        numbers = np.array([site.specie.Z for site in structure])
+        matrix, coords = structure.lattice.matrix, structure.frac_coords
+        for limits in ((12, 8.0), (6, 4.0)):
+            graph = featurizers.structure_graph(numbers, matrix, coords, *limits)
+            expected = structures(max_neighbors=limits[0], cutoff=limits[1])(structure)[0]
+            for name in ("numbers", "indptr", "neighbors", "distances"):
+                np.testing.assert_array_equal(getattr(graph, name), getattr(expected, name))
+            assert graph.numbers.dtype == np.uint8
+            assert graph.stoichiometry.formula == expected.stoichiometry.formula
+    assert graph.stoichiometry.numbers.tolist() == [11, 17]
+    assert graph.stoichiometry.fractions.tolist() == [0.5, 0.5]
+
+
+@pytest.mark.parametrize(
+    ("numbers", "lattice", "coords", "message"),
+    [
+        ([11], 4 * np.eye(3), np.zeros((2, 3)), "1 atomic numbers for 2 sites"),
+        ([11, 17], 4 * np.eye(3), np.zeros((1, 3)), "2 atomic numbers for 1 sites"),
+        ([0], 4 * np.eye(3), np.zeros((1, 3)), "atomic number 0 has no embedding"),
+        ([-1], 4 * np.eye(3), np.zeros((1, 3)), "atomic number -1 "),
+        ([104], 4 * np.eye(3), np.zeros((1, 3)), "atomic number 104 "),
+        ([119], 4 * np.eye(3), np.zeros((1, 3)), "atomic number 119 "),
+        ([267], 4 * np.eye(3), np.zeros((1, 3)), "atomic number 267 "),  # 11 in eight bits
+        ([11], np.zeros((3, 3)), np.zeros((1, 3)), "volume"),
+        ([11], 4 * np.eye(2), np.zeros((1, 3)), r"shape \(2, 2\)"),
+        ([11], 4 * np.eye(3), np.full((1, 3), np.nan), "site 0 are not finite"),
+        ([11, 17], 4 * np.eye(3), np.zeros((2, 3)), "sites 0 and 1"),
+        ([], 4 * np.eye(3), np.zeros((0, 3)), r"shape \(0, 3\)"),
+    ],
+)
+def test_structure_graph_refuses_bad_arrays(numbers, lattice, coords, message):
+    with pytest.raises(InvalidInputError, match=message):
+        featurizers.structure_graph(np.array(numbers, dtype=np.int64), lattice, coords)
+
+
 def test_registration_is_repeatable_and_leaves_foreign_objects(monkeypatch):
     polysrl_dc.register()
     assert dc.feat.StructureGraphFeaturizer is polysrl_dc.StructureGraphFeaturizer

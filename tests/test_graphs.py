@@ -40,8 +40,14 @@ def structure_graphs():
     )
 
 
+PUBLIC = {
+    StoichiometryGraph: ("numbers", "fractions", "formula"),
+    StructureGraph: ("numbers", "indptr", "neighbors", "distances", "stoichiometry"),
+}
+
+
 def assert_equal(one, other):
-    for name in type(one).__slots__:
+    for name in PUBLIC[type(one)]:
         a, b = getattr(one, name), getattr(other, name)
         if isinstance(a, StoichiometryGraph):
             assert_equal(a, b)
@@ -96,19 +102,38 @@ def test_stoichiometry_batch_is_the_matrix_of_fractions():
     assert len(StoichiometryBatch.from_graphs([])) == 0
 
 
-def test_structure_batch_equals_that_of_pyg():
-    many = structure_graphs() * 2
+def test_structure_batch_without_symmetry_equals_that_of_pyg():
+    rng = np.random.default_rng(0)
+    cells = [Structure(Lattice.cubic(7), ["Si"] * 5, rng.random((5, 3))) for _ in range(4)]
+    many = list(polysrl_dc.StructureGraphFeaturizer()(cells))
     batch = StructureBatch.from_graphs(many).to("cpu")
     reference = Batch.from_data_list([graph.to_pyg() for graph in many])
-    assert len(batch) == batch.num_graphs == reference.num_graphs == 6
+    assert len(batch) == batch.num_graphs == reference.num_graphs == 4 and batch.rounds == 3
     assert torch.equal(batch.index, reference.batch)
+    assert (batch.multiplicity == 1).all() and (batch.edge_multiplicity == 1).all()
     assert torch.equal(torch.stack([batch.centers, batch.neighbors]), reference.edge_index)
-    assert torch.equal(batch.distances, reference.distances)
+    # a table of distances, in which each one stands once and to the last bit
+    assert torch.equal(batch.distances[batch.distance_index], reference.distances)
+    assert torch.equal(batch.distances, reference.distances.unique())
+
+
+def test_equivalent_sites_of_a_structure_batch_are_one_node():
+    batch = StructureBatch.from_graphs(structure_graphs())
+    assert batch.index.tolist() == [0, 1, 2, 2]  # rock salt; helium; hydrogen with fluorine, argon
+    assert batch.multiplicity.tolist() == [8, 1, 2, 1] and batch.multiplicity.dtype == torch.float32
+    assert batch.centers.tolist() == [0, 0, 2] and batch.neighbors.tolist() == [0, 0, 2]
+    assert batch.edge_multiplicity.tolist() == [6, 6, 1]
+    distances = torch.tensor([5.69 / 2, 5.69 / 2**0.5, 3.0])[[0, 2, 1]]
+    found = batch.distances[batch.distance_index]
+    torch.testing.assert_close(found, distances[[0, 2, 1]], atol=1e-5, rtol=0)
+    coarse = StructureBatch.from_graphs(structure_graphs(), rounds=5, resolution=0.1)
+    assert coarse.rounds == 5
+    torch.testing.assert_close(coarse.distances, torch.tensor([2.8, 3.0, 4.0]))
 
 
 def test_structure_batch_of_isolated_atoms_has_no_edge_and_an_empty_one_is_refused():
     batch = StructureBatch.from_graphs([structure_graphs()[1]] * 2)
-    assert batch.index.tolist() == [0, 1] and len(batch.centers) == len(batch.distances) == 0
+    assert batch.index.tolist() == [0, 1] and len(batch.centers) == len(batch.distance_index) == 0
     with pytest.raises(ValueError, match="at least one"):
         StructureBatch.from_graphs([])
 

@@ -282,9 +282,9 @@ def test_effective_rank():
     assert losses.effective_rank(basis).item() == pytest.approx(6.0)
     assert losses.effective_rank(basis[:, :2] * torch.tensor([1.0, 0.0])).item() == 1.0
     assert losses.effective_rank(torch.full((5, 3), 0.1)).item() == 0.0
-    # singular values 3 sqrt(2), 1 sqrt(2): shares 3/4, 1/4
+    # singular values 3 sqrt(2), 1 sqrt(2): shares of the variance 9/10, 1/10
     uneven = torch.tensor([[3.0, 0.0], [-3.0, 0.0], [0.0, 1.0], [0.0, -1.0]])
-    expected = math.exp(-0.75 * math.log(0.75) - 0.25 * math.log(0.25))
+    expected = math.exp(-0.9 * math.log(0.9) - 0.1 * math.log(0.1))
     rotation = torch.linalg.qr(torch.randn(2, 2))[0]
     for matrix in (uneven, 7 * uneven @ rotation + 1):
         assert losses.effective_rank(matrix).item() == pytest.approx(expected, rel=1e-5)

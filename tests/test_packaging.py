@@ -16,11 +16,14 @@ ORDER = [
     "elements",
     "stoichiometry",
     "crystal",
+    "quotient",
     "graphs",
     "featurizers",
+    "packing",
     "datasets",
-    "batches",
     "config",
+    "distributed",
+    "batches",
     "layers",
     "stoichiometry_encoder",
     "structure_encoder",
@@ -31,6 +34,7 @@ ORDER = [
     "persistence",
     "prediction",
     "callbacks",
+    "training",
     "model",
     "cli",
     "__init__",
@@ -105,7 +109,7 @@ def test_the_layering_check_sees_every_form_of_import(line: str, expected: set[s
 
 
 def test_few_files_of_moderate_length() -> None:
-    assert 0 < len(SOURCES) <= 22
+    assert 0 < len(SOURCES) <= 26
     lengths = {path.name: len(path.read_text().splitlines()) for path in SOURCES}
     assert not {name: n for name, n in lengths.items() if n > 400}
 

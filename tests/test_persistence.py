@@ -10,9 +10,9 @@ import deepchem as dc
 import numpy as np
 import pytest
 from models import CONFIG, FORMULAS, MAE, SIGNAL, N, assert_same_state, data, fitted, make, state
+from processes import crystals as prototypes
 
-import polysrl_dc
-from polysrl_dc.checkpoints import CheckpointError
+from polysrl_dc.checkpoints import CheckpointError, load_checkpoint, save_checkpoint
 from polysrl_dc.errors import InvalidInputError
 
 # ---------------------------------------------------------------------- files
@@ -24,7 +24,8 @@ formulas = sys.argv[3].split()
 dataset = dc.data.NumpyDataset(dc.feat.StoichiometryGraphFeaturizer()(formulas))
 mean, std = model.predict_uncertainty(dataset)
 restored = dc.models.PolySRLModel(
-    config=model.config, n_ensemble=2, batch_size=8, learning_rate=1e-2, model_dir=sys.argv[1]
+    config=model.config, n_ensemble=2, batch_size=8, learning_rate=1e-2, pretrained=None,
+    model_dir=sys.argv[1],
 )
 restored.restore()
 assert restored.get_global_step() == 10, restored.get_global_step()
@@ -65,6 +66,20 @@ def test_save_and_from_pretrained(kwargs, tmp_path):
         dc.models.PolySRLModel.from_pretrained(tmp_path, n_tasks=2)
     with pytest.raises(TypeError, match="dropout"):
         dc.models.PolySRLModel.from_pretrained(tmp_path, dropout=2)
+
+
+def test_provenance_is_kept_in_the_file(tmp_path):
+    model = fitted()
+    assert model.provenance == {}
+    model.provenance = {"data": {"rows": 36, "excluded": None}, "seed": 0}
+    model.save(tmp_path)
+    again = dc.models.PolySRLModel.from_pretrained(tmp_path)
+    assert again.provenance == model.provenance
+    assert fitted().provenance == {}  # not one for all models
+    tensors, manifest = load_checkpoint(tmp_path / "model.safetensors")
+    del manifest["provenance"]  # as files had it before
+    save_checkpoint(tmp_path / "model.safetensors", tensors, manifest)
+    assert dc.models.PolySRLModel.from_pretrained(tmp_path).provenance == {}
 
 
 def test_reload_reads_the_saved_model_back(tmp_path):
@@ -217,7 +232,7 @@ def test_evaluating_in_a_callback_does_not_change_the_training():
 
 @pytest.fixture(scope="module")
 def crystals():
-    return polysrl_dc.PolymorphDataset("aflow", max_structures=40, max_sites=12, progress=False)
+    return prototypes()
 
 
 def pretrain(dataset, nb_epoch=4, **kwargs):

@@ -3,7 +3,8 @@
 import numpy as np
 import pytest
 import torch
-from run_wetlab import representation_scores
+from representation import evaluate_encoder
+from run_wetlab import encoder_embeddings
 from wetlab import wetlab_targets
 
 #: Number of formulas, and the MAE of the random start measured independently before this code.
@@ -30,8 +31,8 @@ def test_targets_have_the_sizes_of_the_paper(data_dir):
 def test_random_start_is_reproduced(data_dir, name):
     torch.set_num_threads(1)
     target = next(t for t in wetlab_targets(data_dir) if t.name == name)
-    rows = representation_scores(target, None, seed=0)
-    errors = np.array([row["value"] for row in rows if row["metric"] == "mae"], dtype=float)
+    scores = evaluate_encoder(encoder_embeddings(None, [0]), [target], [0])
+    errors = scores.loc[scores["metric"] == "mae", "value"].to_numpy()
     assert len(errors) == 5
     # both means are over five folds with about the same spread
     standard_error = np.sqrt(2) * errors.std(ddof=1) / np.sqrt(5)

@@ -1,20 +1,18 @@
-"""The stoichiometry encoder against a literal form on node and edge lists in double precision."""
+"""The stoichiometry encoder against literal forms in double precision, and feature norms."""
 
 import doctest
 from dataclasses import replace
 
 import numpy as np
 import pytest
+import reference
 import torch
 from torch.nn import functional
-from torch_geometric.data import Batch, Data
-from torch_geometric.nn import GCNConv
+from torch_geometric.data import Batch
 from torch_geometric.nn.aggr import Set2Set
-from torch_geometric.utils import scatter
 
 from polysrl_dc import layers, stoichiometry_encoder
 from polysrl_dc.config import PolySRLConfig
-from polysrl_dc.elements import element_features
 from polysrl_dc.graphs import StoichiometryBatch
 from polysrl_dc.layers import CompositionSet2Set, FeatureNorm
 from polysrl_dc.stoichiometry_encoder import StoichiometryEncoder
@@ -52,49 +50,14 @@ def to_batch(formulas):
     return StoichiometryBatch(fractions)
 
 
-def copied(linear, module):
-    """``module`` in double precision with weight and bias of ``linear``."""
-    module = module.double()
-    weight = module.lin.weight if isinstance(module, GCNConv) else module.weight
-    with torch.no_grad():
-        weight.copy_(linear.weight)
-        module.bias.copy_(linear.bias)
-    return module
-
-
-def literal_forward(encoder, formulas):
-    """Equations 9 to 12 by PyTorch Geometric's GCN, scatter and Set2Set."""
-    width = encoder.config.n_features
-    data = []
-    for numbers, fractions in formulas:
-        others = torch.tensor(
-            [(i, j) for i in range(len(numbers)) for j in range(len(numbers)) if i != j],
-            dtype=torch.int64,
-        ).reshape(-1, 2)
-        data.append(Data(z=numbers, r=fractions, edge_index=others.T, num_nodes=len(numbers)))
-    graph = Batch.from_data_list(data)
-    table = torch.tensor(element_features().astype(np.float64))
-    h = encoder.input(table[graph.z])
-    levels = [h]
-    for linear in encoder.convolutions:
-        convolution = copied(linear, GCNConv(width, width, add_self_loops=True, normalize=True))
-        h = h + functional.elu(convolution(h, graph.edge_index))
-        levels.append(h)
-    z = encoder.jumping_knowledge(torch.cat(levels, dim=-1))
-    weighted = graph.r.unsqueeze(-1) * z
-    pooled = scatter(weighted, graph.batch, dim=0, reduce="sum")
-
-    def set2set(ours):
-        pool = Set2Set(width, processing_steps=encoder.config.set2set_steps).double()
-        pool.lstm.load_state_dict(ours.lstm.state_dict())
-        return pool(weighted, graph.batch)
-
-    mean = encoder.mean_output(set2set(encoder.mean_pooling)) + pooled
-    if encoder.config.feature_norm:
-        norm = encoder.mean_norm
-        mean = (mean - norm.running_mean) / (norm.running_var + norm.eps).sqrt()
-    log_sigma = encoder.sigma_output(set2set(encoder.sigma_pooling)) + pooled
-    return mean / mean.norm(dim=-1, keepdim=True), log_sigma
+def published(encoder, formulas):
+    """Equations 9 to 12 by PyTorch Geometric's GCN and Set2Set with the same weights."""
+    literal = reference.ReferenceStoichiometryEncoder(encoder.config).double().eval()
+    reference.load_weights(literal, encoder.state_dict())
+    data = [reference._formula_data(z.tolist(), r.tolist()) for z, r in formulas]
+    batch = Batch.from_data_list(data)
+    batch.fractions = torch.cat([fractions for _, fractions in formulas])
+    return literal, literal(batch)
 
 
 @pytest.mark.parametrize(
@@ -112,7 +75,7 @@ def test_fast_form_equals_the_literal_one(changes):
     encoder = make_encoder(**changes)
     formulas = random_formulas()
     mean, log_sigma = encoder(to_batch(formulas))
-    expected_mean, expected_log_sigma = literal_forward(encoder, formulas)
+    _, (expected_mean, expected_log_sigma) = published(encoder, formulas)
     torch.testing.assert_close(mean, expected_mean, rtol=0, atol=1e-10)
     torch.testing.assert_close(log_sigma, expected_log_sigma, rtol=0, atol=1e-10)
     torch.testing.assert_close(encoder.mean(to_batch(formulas)), mean, rtol=0, atol=1e-12)
@@ -122,13 +85,92 @@ def test_gradients_equal_those_of_the_literal_form():
     encoder = make_encoder(n_features=8)
     formulas = random_formulas(6)
 
-    def gradient(mean, log_sigma):
-        return torch.autograd.grad(mean[:, 0].sum() + log_sigma.sum(), encoder.input.weight)[0]
+    literal, outputs = published(encoder, formulas)
 
-    fast = gradient(*encoder(to_batch(formulas)))
-    literal = gradient(*literal_forward(encoder, formulas))
-    torch.testing.assert_close(fast, literal, rtol=0, atol=1e-10)
+    def gradient(weight, mean, log_sigma):
+        return torch.autograd.grad(mean[:, 0].sum() + log_sigma.sum(), weight)[0]
+
+    fast = gradient(encoder.input.weight, *encoder(to_batch(formulas)))
+    slow = gradient(literal.input.weight, *outputs)
+    torch.testing.assert_close(fast, slow, rtol=0, atol=1e-10)
     assert fast.abs().max() > 1e-3
+
+
+def literal_weighted(encoder, numbers, fractions):
+    """One formula, one element after the other, with messages and attention by fraction."""
+    width, config = encoder.config.n_features, encoder.config
+    n = len(numbers)
+    h = [encoder.input(encoder.element_features[z]) for z in numbers]
+    levels = [[vector] for vector in h]
+    for convolution in encoder.convolutions:
+        message = sum(fractions[j] * h[j] for j in range(n))
+        h = [vector + functional.elu(convolution(message)) for vector in h]
+        for i in range(n):
+            levels[i].append(h[i])
+    z = [encoder.jumping_knowledge(torch.cat(level)) for level in levels]
+    pooled = sum(fractions[i] * z[i] for i in range(n))
+
+    def set2set(pool):
+        state, read = None, torch.zeros(2 * width, dtype=torch.float64)
+        for _ in range(config.set2set_steps):
+            query, state = pool.lstm(read.reshape(1, 1, -1), state)
+            query = query.reshape(-1)
+            attention = torch.stack([fractions[i] * torch.exp(query @ z[i]) for i in range(n)])
+            attention = attention / attention.sum()
+            read = torch.cat([query, sum(attention[i] * z[i] for i in range(n))])
+        return read
+
+    mean = encoder.mean_output(set2set(encoder.mean_pooling)) + pooled
+    if config.feature_norm:
+        norm = encoder.mean_norm
+        mean = (mean - norm.running_mean) / (norm.running_var + norm.eps).sqrt()
+    log_sigma = encoder.sigma_output(set2set(encoder.sigma_pooling)) + pooled
+    return mean / mean.norm(), log_sigma + config.log_sigma_shift
+
+
+@pytest.mark.parametrize(
+    "changes",
+    [
+        {"n_features": 16, "log_sigma_shift": -3.0},
+        {"n_features": 200, "feature_norm": True},
+        {"n_features": 8, "stoichiometry_layers": 2, "set2set_steps": 3},
+    ],
+    ids=str,
+)
+def test_weighted_messages_equal_a_loop_over_the_elements(changes):
+    encoder = make_encoder(weighted_messages=True, **changes)
+    formulas = random_formulas(12)
+    mean, log_sigma = encoder(to_batch(formulas))
+    for row, (numbers, fractions) in enumerate(formulas):
+        expected_mean, expected_log_sigma = literal_weighted(encoder, numbers, fractions)
+        torch.testing.assert_close(mean[row], expected_mean, rtol=0, atol=1e-10)
+        torch.testing.assert_close(log_sigma[row], expected_log_sigma, rtol=0, atol=1e-10)
+
+
+def test_a_trace_of_an_element_changes_nothing_only_with_weighted_messages():
+    pure = (torch.tensor([11, 17]), torch.tensor([0.5, 0.5], dtype=torch.float64))
+    changes = {}
+    for weighted in (False, True):
+        encoder = make_encoder(n_features=32, weighted_messages=weighted)
+        before = encoder(to_batch([pure]))
+        for trace in (1e-3, 1e-6):
+            fractions = torch.tensor([0.5 - trace, 0.5, trace], dtype=torch.float64)
+            after = encoder(to_batch([(torch.tensor([11, 17, 26]), fractions)]))
+            changes[weighted, trace] = [
+                (a - b).abs().max().item() for a, b in zip(after, before, strict=True)
+            ]
+    assert max(changes[True, 1e-6]) < 1e-3 < min(changes[False, 1e-6])
+    assert max(changes[True, 1e-6]) < 0.01 * max(changes[True, 1e-3])  # it fades out
+
+
+def test_log_sigma_shift_is_added_to_log_sigma_only():
+    encoder = make_encoder(n_features=8)
+    shifted = StoichiometryEncoder(replace(encoder.config, log_sigma_shift=-3.0)).double().eval()
+    shifted.load_state_dict(encoder.state_dict())
+    batch = to_batch(random_formulas(6))
+    (mean, log_sigma), (same, lower) = encoder(batch), shifted(batch)
+    assert torch.equal(mean, same)
+    torch.testing.assert_close(lower, log_sigma - 3)
 
 
 def test_result_does_not_depend_on_the_order_or_company_of_formulas():
@@ -179,6 +221,66 @@ def test_feature_norm_takes_a_batch_of_one_and_stays_in_training():
     torch.testing.assert_close(normalized.mean(0), torch.zeros(3), rtol=0, atol=1e-5)
     off = FeatureNorm(3, enabled=False).train()
     assert off(rows) is rows and dict(off.named_buffers())["running_mean"].eq(0).all()
+
+
+def correlated_rows(n, seed=0):
+    generator = torch.Generator().manual_seed(seed)
+    common = torch.randn(n, 1, generator=generator)
+    return 3 * (torch.randn(n, 6, generator=generator) + 2 * common) + 5
+
+
+def distance_from_identity(rows):
+    return (torch.cov(rows.T) - torch.eye(rows.shape[1])).abs().max().item()
+
+
+def whitened(whitening, adaptive=True, steps=300):
+    norm = FeatureNorm(6, enabled=True, whitening=whitening).train()
+    norm.adaptive = adaptive
+    for step in range(steps):
+        norm(correlated_rows(64, step))
+    return norm.eval()
+
+
+def test_whitening_removes_correlations_once_adapted():
+    rows = correlated_rows(5000, seed=999)
+    none, half, full = (distance_from_identity(whitened(a)(rows)) for a in (0.0, 0.5, 1.0))
+    assert none > 0.7 and full < 0.15 and full < half < none
+    plain, all_of_it = whitened(0.0)(rows), whitened(1.0)
+    torch.testing.assert_close(all_of_it(rows), plain @ all_of_it.decorrelation)
+    # C^(-1) of the covariance that was followed
+    product = all_of_it.decorrelation @ all_of_it.covariance @ all_of_it.decorrelation
+    torch.testing.assert_close(product, torch.eye(6), atol=1e-3, rtol=0)
+
+
+def test_whitening_adapts_in_training_and_only_when_asked():
+    asleep = whitened(1.0, adaptive=False)
+    assert torch.equal(asleep.decorrelation, torch.eye(6))
+    assert not FeatureNorm(6, enabled=True, whitening=1.0).adaptive
+    awake = whitened(1.0)
+    before = awake.decorrelation.clone()
+    awake(correlated_rows(64) * torch.arange(1.0, 7))  # evaluation
+    assert torch.equal(awake.decorrelation, before) and not torch.equal(before, torch.eye(6))
+    rows = correlated_rows(64).requires_grad_()
+    awake.train()(rows).square().sum().backward()
+    assert rows.grad.isfinite().all() and not awake.decorrelation.requires_grad
+
+
+def test_whitening_is_kept_in_buffers():
+    adapted = whitened(1.0)
+    state = adapted.state_dict()
+    assert {"covariance", "decorrelation", "running_mean", "running_var"} <= set(state)
+    assert not {"covariance", "decorrelation"} & set(FeatureNorm(6, enabled=True).state_dict())
+    loaded = FeatureNorm(6, enabled=True, whitening=1.0).eval()
+    loaded.load_state_dict(state)
+    rows = correlated_rows(10)
+    assert torch.equal(loaded(rows), adapted(rows))
+
+
+@pytest.mark.parametrize("whitening", [0.0, 1.0])
+def test_feature_norm_of_an_encoder_follows_the_configuration(whitening):
+    config = replace(PAPER, n_features=8, feature_norm=True, whitening=whitening)
+    norm = StoichiometryEncoder(config).mean_norm
+    assert norm.enabled and norm.whitening == whitening
 
 
 @pytest.mark.parametrize("module", [stoichiometry_encoder, layers])

@@ -1,0 +1,293 @@
+"""Pretrain an encoder on crystal structures; interrupted runs continue.
+
+    python benchmarks/pretrain.py --data-dir DATA --output-dir runs/polysrl --epochs 20
+    torchrun --nproc_per_node=4 benchmarks/pretrain.py --data-dir DATA --output-dir runs/polysrl
+
+Writes ``model.safetensors`` (both encoders, with a manifest that says what they were trained on),
+``log.csv`` (diagnostics of every epoch) and checkpoints. An encoder is judged by
+``python benchmarks/run_wetlab.py --encoder FOLDER``, never by its loss.
+"""
+
+from __future__ import annotations
+
+import argparse
+import hashlib
+import json
+import os
+import subprocess
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import deepchem as dc
+import numpy as np
+import pandas as pd
+import torch
+from labels import EXCLUDED, labelled_formulas, mp_property_dataset
+from tasks import find_data_dir
+from tqdm import tqdm
+
+from polysrl_dc import PolymorphDataset, PolySRLConfig, PolySRLModel
+from polysrl_dc.callbacks import PretrainingLog
+from polysrl_dc.errors import InvalidInputError
+from polysrl_dc.objectives import OBJECTIVES
+from polysrl_dc.persistence import MODEL_FILE
+
+LEAST = {
+    "epochs": 1,
+    "batch_size": 2,
+    "learning_rate": 0.0,
+    "weight_decay": 0.0,
+    "polymorphs_per_batch": 1,
+    "max_edges": 1,
+    "max_sites": 1,
+    "max_structures": 2,
+    "hold_out": 0,
+    "checkpoint_interval": 1,
+    "threads": 1,
+}
+MP_PROPERTIES = {"mp_band_gap": "matbench_mp_gap", "mp_formation_energy": "matbench_mp_e_form"}
+
+
+def arguments_of(argv: list[str] | None = None) -> argparse.Namespace:
+    """Parse the command line."""
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    add = parser.add_argument
+    add("--objective", choices=(*OBJECTIVES, *MP_PROPERTIES), default="polysrl")
+    add("--structures", help="Parquet file or folder, CIF folder, aflow; default: DATA/mp")
+    add("--data-dir", help="layout of the shared data; or POLYSRL_DATA")
+    add("--output-dir", type=Path, default=Path("runs/polysrl"))
+    add("--cache-dir", help="of packed structures; or POLYSRL_CACHE")
+    add("--config", choices=("default", "paper"), default="default")
+    add("--set", nargs="*", default=[], metavar="FIELD=VALUE", help="change the configuration")
+    add("--epochs", type=int, default=20)
+    add("--batch-size", type=int, default=256)
+    add("--learning-rate", type=float, default=1e-3)
+    add("--schedule", choices=("one_cycle", "constant"), default="one_cycle")
+    add("--weight-decay", type=float, default=0.0)
+    add("--polymorphs-per-batch", type=int, default=1, help="kept together, at most")
+    add("--max-edges", type=int, help="of a batch, which bounds memory")
+    add("--max-sites", type=int, help="leave out larger cells")
+    add("--max-structures", type=int, help="random sample of the structures")
+    add("--hold-out", type=int, default=2000, help="stoichiometries kept for diagnostics")
+    add("--exclude", choices=EXCLUDED, help="leave out every stoichiometry of these data sets")
+    add("--checkpoint-interval", type=int, default=500, help="steps")
+    add("--compile", action="store_true", help="fuse kernels; needs a C++ compiler")
+    add("--autocast", action="store_true", help="bfloat16")
+    add("--threads", type=int, help="of each process; default: PyTorch's")
+    add("--seed", type=int, default=0)
+    add("--device", help="cpu, cuda, ...; default: the model's own choice")
+    add("--dry-run", action="store_true", help="show what would run, and stop")
+    arguments = parser.parse_args(argv)
+    for name, least in LEAST.items():
+        value = getattr(arguments, name)
+        if value is not None and value < least:
+            parser.error(f"--{name.replace('_', '-')} is {value}: must be at least {least}")
+    return arguments
+
+
+def config_of(arguments: argparse.Namespace) -> PolySRLConfig:
+    """The named configuration with the changes of ``--set``; their values are JSON or text."""
+    config = PolySRLConfig.named(arguments.config)
+    for change in arguments.set:
+        field, equals, text = change.partition("=")
+        if not equals or field not in config.to_dict():
+            raise SystemExit(f"--set {change}: not FIELD=VALUE with a field of PolySRLConfig")
+        try:
+            value = json.loads(text)
+        except ValueError:
+            value = text
+        kind = type(getattr(config, field))
+        if kind is float and type(value) is int:
+            value = float(value)
+        if type(value) is not kind:
+            raise SystemExit(f"--set {change}: the value must be of type {kind.__name__}")
+        try:
+            config = replace(config, **{field: value})
+        except ValueError as error:
+            raise SystemExit(f"--set {change}: {error}") from error
+    return config
+
+
+def split(dataset: PolymorphDataset, hold_out: int, exclude: set[str], seed: int) -> tuple[
+    PolymorphDataset, PolymorphDataset
+]:
+    """Training part and part for diagnostics, without a reduced formula in common.
+
+    The same seed holds out the same stoichiometries whatever is excluded from the training part.
+    """
+    groups = dataset.groups
+    held = np.random.default_rng(seed).choice(
+        np.unique(groups), min(hold_out, len(np.unique(groups)) // 5), replace=False
+    )
+    is_held = np.isin(groups, held)
+    kept = ~is_held
+    if exclude:
+        kept &= ~np.isin(dataset.formulas, sorted(exclude))
+    return dataset.select(np.flatnonzero(kept)), dataset.select(np.flatnonzero(is_held))
+
+
+def main(argv: list[str] | None = None) -> None:
+    """Train or continue, save the encoder with its manifest, print the log."""
+    arguments = arguments_of(argv)
+    if arguments.threads:
+        torch.set_num_threads(arguments.threads)
+    if "WORLD_SIZE" in os.environ and int(os.environ["WORLD_SIZE"]) > 1:
+        gpus = torch.cuda.is_available() and arguments.device != "cpu"
+        torch.distributed.init_process_group("nccl" if gpus else "gloo")
+        if gpus:
+            arguments.device = f"cuda:{os.environ['LOCAL_RANK']}"
+    try:
+        run(arguments)
+    except (InvalidInputError, FileNotFoundError) as error:
+        raise SystemExit(f"pretrain.py: {error}") from error
+    finally:
+        if torch.distributed.is_initialized():
+            torch.distributed.destroy_process_group()
+
+
+def run(arguments: argparse.Namespace) -> None:
+    """The run that the arguments describe."""
+    first = not torch.distributed.is_initialized() or torch.distributed.get_rank() == 0
+    config = config_of(arguments)
+    data_dir = find_data_dir(arguments.data_dir)
+    training: dict[str, Any] = {
+        "config": config,
+        "batch_size": arguments.batch_size,
+        "learning_rate": arguments.learning_rate,
+        "schedule": arguments.schedule,
+        "weight_decay": arguments.weight_decay,
+        "seed": arguments.seed,
+        "model_dir": None if arguments.dry_run else str(arguments.output_dir),
+        "device": arguments.device,
+    }
+    callbacks: list[Any] = []
+    if arguments.objective in MP_PROPERTIES:
+        task = MP_PROPERTIES[arguments.objective]
+        if data_dir is None:
+            raise SystemExit("no data: pass --data-dir or set POLYSRL_DATA")
+        train: dc.data.Dataset = mp_property_dataset(task, data_dir, arguments.exclude)
+        model = PolySRLModel("regression", pretrained=None, **training)
+        source: dict[str, Any] = {"labels": task}
+    else:
+        path = arguments.structures or (data_dir and Path(data_dir) / "mp" / "structures.parquet")
+        if not path:
+            raise SystemExit("no structures: pass --structures, --data-dir or set POLYSRL_DATA")
+        train, held_out = _structures(arguments, path, data_dir, first)
+        model = PolySRLModel(
+            "pretraining",
+            objective=arguments.objective,
+            polymorphs_per_batch=arguments.polymorphs_per_batch,
+            max_edges=arguments.max_edges,
+            compile=arguments.compile,
+            autocast=arguments.autocast,
+            **training,
+        )
+        source = {
+            "structures": Path(path).name,
+            "sha256": _sha256(Path(path)),
+            "stoichiometries": len(np.unique(train.groups)),
+            "held_out_stoichiometries": len(np.unique(held_out.groups)),
+        }
+        callbacks.append(PretrainingLog(arguments.output_dir / "log.csv", held_out))
+    provenance = {
+        "objective": arguments.objective,
+        "data": {**source, "rows": len(train), "excluded": arguments.exclude},
+        "epochs": arguments.epochs,
+        "batch_size": arguments.batch_size,
+        "learning_rate": arguments.learning_rate,
+        "schedule": arguments.schedule,
+        "seed": arguments.seed,
+        "revision": _revision(),
+        "element_features": "Matscholar, 200-d, as packaged in matminer",
+    }
+    if first:
+        print(json.dumps({**provenance, "config": config.to_dict()}, indent=1))
+    if arguments.dry_run:
+        return
+    arguments.output_dir.mkdir(parents=True, exist_ok=True)
+    if (arguments.output_dir / MODEL_FILE).exists():
+        print(f"{arguments.output_dir / MODEL_FILE} is there already: nothing to do")
+    else:
+        _fit(model, train, arguments, callbacks, first)
+        if first:
+            model.provenance = provenance
+            model.save(arguments.output_dir)
+    if first and callbacks:
+        table = pd.read_csv(arguments.output_dir / "log.csv")
+        print(table.tail(10).round(4).to_string(index=False))
+
+
+def _structures(
+    arguments: argparse.Namespace, path: Any, data_dir: Path | None, first: bool
+) -> tuple[PolymorphDataset, PolymorphDataset]:
+    """The training part and the part for diagnostics; packed by the first process."""
+    if not first:
+        torch.distributed.barrier()
+    dataset = PolymorphDataset(
+        path,
+        max_structures=arguments.max_structures,
+        max_sites=arguments.max_sites,
+        seed=arguments.seed,
+        on_error="skip",
+        cache_dir=arguments.cache_dir,
+        progress=first,
+    )
+    if first and torch.distributed.is_initialized():
+        torch.distributed.barrier()
+    if first and dataset.skipped:
+        print(f"{len(dataset.skipped)} structures skipped, the first: {dataset.skipped[0]}")
+    exclude: set[str] = set()
+    if arguments.exclude:
+        if data_dir is None:
+            raise SystemExit("--exclude reads the labelled data: pass --data-dir")
+        exclude = labelled_formulas(data_dir, arguments.exclude)
+    return split(dataset, arguments.hold_out, exclude, arguments.seed)
+
+
+def _fit(
+    model: PolySRLModel,
+    train: dc.data.Dataset,
+    arguments: argparse.Namespace,
+    callbacks: list[Any],
+    first: bool,
+) -> None:
+    restore = bool(model.get_checkpoints())
+    if restore:
+        model.restore()
+        if model._epoch >= arguments.epochs:  # trained to the end, but not yet saved
+            return
+    with tqdm(unit="step", desc="pretraining", disable=not first) as bar:
+        model.fit(
+            train,
+            nb_epoch=arguments.epochs,
+            checkpoint_interval=arguments.checkpoint_interval,
+            max_checkpoints_to_keep=2,
+            restore=restore,
+            callbacks=[*callbacks, lambda model, step: bar.update(step - bar.n)],
+        )
+
+
+def _sha256(path: Path) -> str | None:
+    if not path.is_file():
+        return None
+    with open(path, "rb") as file:
+        return hashlib.file_digest(file, "sha256").hexdigest()
+
+
+def _revision() -> str | None:
+    """Revision of the code, with a mark if files have been changed since."""
+    command = ["git", "describe", "--always", "--dirty", "--abbrev=12"]
+    folder = Path(__file__).parent
+    try:
+        return subprocess.run(
+            command, cwd=folder, capture_output=True, text=True, check=True
+        ).stdout.strip()
+    except (OSError, subprocess.CalledProcessError):
+        return None
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,150 @@
+"""The search for what works in pretraining: one change at a time, equal budgets, one table.
+
+    python benchmarks/search.py --data-dir DATA --cache-dir CACHE
+
+Each row pretrains the default configuration with one change on the same random sample of
+structures and scores the encoder by the wet-lab representation protocol on the same folds.
+Finished rows are kept in ``pretraining_search.csv``.
+"""
+
+from __future__ import annotations
+
+import argparse
+import time
+from pathlib import Path
+
+import numpy as np
+import pandas as pd
+import pretrain
+import torch
+from folds import write_atomic
+from representation import evaluate_encoder
+from run_wetlab import encoder_embeddings
+from tasks import find_data_dir
+from wetlab import wetlab_targets
+
+from polysrl_dc.persistence import MODEL_FILE
+
+BUDGET = ["--max-structures", "76800", "--max-sites", "60", "--epochs", "2", "--hold-out", "2000"]
+
+#: Name of the row -> arguments of pretrain.py that differ from the default.
+ROWS: dict[str, list[str]] = {
+    "default": [],
+    "paper, its learning rate": [
+        *("--config", "paper", "--learning-rate", "5e-5", "--schedule", "constant")
+    ],
+    "paper, one cycle to 1e-3": ["--config", "paper"],
+    "no feature normalization": ["--set", "feature_norm=false", "whitening=0"],
+    "no whitening": ["--set", "whitening=0"],
+    "whitening 1": ["--set", "whitening=1.0"],
+    "sigma starts at 1": ["--set", "log_sigma_shift=0"],
+    "sum pooling": ["--set", "structure_pooling=sum"],
+    "learning rate 3e-4": ["--learning-rate", "3e-4"],
+    "learning rate 3e-3": ["--learning-rate", "3e-3"],
+    "constant learning rate": ["--schedule", "constant", "--learning-rate", "5e-4"],
+    "batch 1024, rate 2e-3": ["--batch-size", "1024", "--learning-rate", "2e-3"],
+    "batch 64": ["--batch-size", "64"],
+    "4 polymorphs together": ["--polymorphs-per-batch", "4"],
+    "4 together, sum of eq. 4": ["--polymorphs-per-batch", "4", "--set", "polymorph_sum=true"],
+    "loss summed over pairs": ["--set", "loss_reduction=sum"],
+    "c and d start at 10": ["--set", "c_init=10", "d_init=10"],
+    "sigmoid of HIB": ["--set", "match_form=hib"],
+    "edge hidden 100": ["--set", "edge_hidden=100"],
+    "edge hidden 400": ["--set", "edge_hidden=400"],
+    "weighted messages": ["--set", "weighted_messages=true"],
+    "1 epoch": ["--epochs", "1"],
+    "4 epochs": ["--epochs", "4"],
+    "without sampling": ["--objective", "without_sampling"],
+    "3D Infomax": ["--objective", "infomax3d"],
+    "GraphCL": ["--objective", "graphcl"],
+    # How much is familiarity: the same budget without the formulas that the encoder is scored on,
+    # and, since nearly all stoichiometries are in Matbench, two small sets of about equal size.
+    "wet-lab formulas left out": ["--exclude", "wetlab"],
+    "wet-lab and Matbench left out": [
+        *("--exclude", "wetlab+matbench", "--max-structures", "200000", "--epochs", "10")
+    ],
+    "as few, nothing left out": ["--max-structures", "17000", "--epochs", "10"],
+}
+
+
+def run_row(name: str, arguments: argparse.Namespace) -> pd.DataFrame:
+    """Pretrain and score one row: columns row, metric, value, fold, seed, task."""
+    folder = arguments.output_dir / "runs" / "search" / name.replace(" ", "_").replace(",", "")
+    start = time.perf_counter()
+    options = [*BUDGET, "--data-dir", str(arguments.data_dir), "--output-dir", str(folder)]
+    if arguments.cache_dir:
+        options += ["--cache-dir", arguments.cache_dir]
+    if arguments.compile:
+        options += ["--compile"]
+    pretrain.main([*options, *ROWS[name], "--seed", str(arguments.seed)])
+    seconds = time.perf_counter() - start
+    torch.set_num_threads(arguments.threads)
+    log = pd.read_csv(folder / "log.csv").iloc[-1]
+    seeds = range(arguments.seeds)
+    scores = evaluate_encoder(
+        encoder_embeddings(str(folder), seeds), wetlab_targets(arguments.data_dir), seeds, name
+    )
+    scores = scores[scores["metric"] == "mae"][["task", "seed", "fold", "metric", "value"]]
+    found = {
+        "retrieval@1": log["retrieval@1"],
+        "retrieval@10": log["retrieval@10"],
+        "rank_formulas": log["rank_formulas"],
+        "mean_log_sigma": log["mean_log_sigma"],
+        "structures_per_second": log["structures_per_second"],
+        "seconds": seconds,
+    }
+    (folder / MODEL_FILE).unlink()
+    for checkpoint in folder.glob("checkpoint*.safetensors"):
+        checkpoint.unlink()
+    return pd.concat(
+        [scores, pd.DataFrame({"metric": list(found), "value": list(found.values())})]
+    ).assign(row=name)
+
+
+def table(results: pd.DataFrame) -> pd.DataFrame:
+    """One line a row: diagnostics, and for each target the MAE and its paired difference."""
+    errors = results[results["metric"] == "mae"]
+    errors = errors.pivot_table(index="row", columns=["task", "seed", "fold"], values="value")
+    means = errors.T.groupby("task", sort=False).mean().T
+    relative = (errors / errors.loc["default"] - 1) * 100
+    others = results[results["metric"] != "mae"]
+    lines = others.pivot_table(index="row", columns="metric", values="value").join(means)
+    lines["mean change, %"] = relative.mean(axis=1)
+    per_task = relative.T.groupby("task", sort=False).mean().T
+    lines["standard error, %"] = per_task.std(axis=1) / np.sqrt(per_task.shape[1])
+    return lines.reindex([row for row in ROWS if row in lines.index])
+
+
+def main(argv: list[str] | None = None) -> None:
+    """Run the rows that are missing and print the table."""
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    add = parser.add_argument
+    add("--rows", nargs="+", choices=list(ROWS), default=list(ROWS), metavar="ROW")
+    add("--data-dir", help="layout of the shared data; or POLYSRL_DATA")
+    add("--output-dir", type=Path, default=Path("benchmarks"))
+    add("--cache-dir", help="of packed structures; or POLYSRL_CACHE")
+    add("--seed", type=int, default=0, help="of pretraining")
+    add("--seeds", type=int, default=1, help="of the protocol")
+    add("--threads", type=int, default=1)
+    add("--compile", action="store_true")
+    add("--dry-run", action="store_true", help="list the rows; run nothing")
+    arguments = parser.parse_args(argv)
+    arguments.data_dir = find_data_dir(arguments.data_dir)
+    if arguments.data_dir is None:
+        parser.error("no data: pass --data-dir or set POLYSRL_DATA")
+    path = arguments.output_dir / "pretraining_search.csv"
+    for name in arguments.rows:
+        results = pd.read_csv(path) if path.exists() else pd.DataFrame({"row": []})
+        if name in set(results["row"]):
+            continue
+        print(f"{name}: {' '.join(ROWS[name]) or 'nothing changed'}", flush=True)
+        if not arguments.dry_run:
+            torch.set_num_threads(arguments.threads)
+            results = pd.concat([results, run_row(name, arguments)], ignore_index=True)
+            write_atomic(path, results.to_csv(index=False, float_format="%.6g").encode())
+    if path.exists():
+        print(table(pd.read_csv(path)).round(3).to_markdown())
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,280 @@
+"""The training loop, one for every task; it resumes exactly.
+
+Everything random is a function of the seed and of the position in training: the order of the rows
+of the seed and the epoch, the samples of a batch of the seed and the step. So weights, optimizer
+and position are all that a checkpoint holds.
+"""
+
+from collections.abc import Callable, Iterator, Sequence
+from typing import Any
+
+import numpy as np
+import torch
+from deepchem.data import Dataset
+from deepchem.models.optimizers import LearningRateSchedule
+from torch import Tensor, nn
+from torch.nn.parallel import DistributedDataParallel
+
+from polysrl_dc.batches import LabeledData, PolymorphData
+from polysrl_dc.callbacks import StopTraining
+from polysrl_dc.distributed import process_count
+from polysrl_dc.persistence import load_schedule
+from polysrl_dc.prediction import PredictingModel
+
+
+class TrainableModel(PredictingModel):
+    """What a :class:`~polysrl_dc.model.PolySRLModel` learns with."""
+
+    schedule: str
+
+    def _ensure_built(self) -> None:
+        if getattr(self, "_built", False):
+            return
+        self._built = True
+        self._global_step = 0
+        parameters = [p for p in self.model.parameters() if p.requires_grad]
+        rate = self.optimizer.learning_rate
+        scheduled = isinstance(rate, LearningRateSchedule)
+        decay = self.training["weight_decay"]
+        self._pytorch_optimizer = torch.optim.AdamW(
+            [
+                {"params": [p for p in parameters if p.ndim > 1], "weight_decay": decay},
+                {"params": [p for p in parameters if p.ndim <= 1], "weight_decay": 0.0},
+            ],
+            lr=rate.initial_rate if scheduled else rate,
+            fused=True,
+        )
+        self._initial_rates = [group["lr"] for group in self._pytorch_optimizer.param_groups]
+        self._lr_schedule = (
+            rate._create_pytorch_schedule(self._pytorch_optimizer) if scheduled else None
+        )
+
+    def fit(
+        self,
+        dataset: Dataset,
+        nb_epoch: int = 10,
+        max_checkpoints_to_keep: int = 5,
+        checkpoint_interval: int = 1000,
+        deterministic: bool = False,
+        restore: bool = False,
+        variables: None = None,
+        loss: None = None,
+        callbacks: Callable | Sequence[Callable] = (),
+        all_losses: list[float] | None = None,
+    ) -> float:
+        """Train; the parameters are those of ``TorchModel.fit``.
+
+        Labels are normalized inside the model by the statistics of the first dataset it is
+        fitted to. Labels of weight 0 are missing ones. After ``torch.distributed`` has been
+        initialized, pretraining shares every batch between the processes.
+
+        Parameters
+        ----------
+        dataset : dc.data.Dataset
+            X holds stoichiometry graphs (or structure graphs, whose formula is used); structure
+            graphs for ``task="pretraining"``.
+        nb_epoch : int
+        max_checkpoints_to_keep, checkpoint_interval : int
+            A checkpoint is written every so many steps and at the end; interval 0 writes none.
+        deterministic : bool
+            Keep the order of the dataset.
+        restore : bool
+            Start from the latest checkpoint in ``model_dir``. If it lies within a call of ``fit``
+            that was interrupted, that call is continued: with the same arguments, its losses are
+            those of a call that was not interrupted. Else ``nb_epoch`` more epochs follow.
+        variables, loss : None
+            Not supported: ``freeze_encoder`` chooses what is trained, ``task`` the loss.
+        callbacks : callable or list of them
+            Called as ``f(model, step)`` after each step, e.g. ``dc.models.ValidationCallback``.
+            Methods they may have: ``end_step(model, loss, n_rows)``, ``end_epoch(model)`` and
+            ``finish(model)``; see :mod:`polysrl_dc.callbacks`.
+        all_losses : list, optional
+            Receives the mean loss every ``log_frequency`` steps.
+
+        Returns
+        -------
+        float
+            Mean loss of the last logging interval.
+
+        Raises
+        ------
+        InvalidInputError
+            A row that is no graph, a label that is NaN or infinite, naming row and id.
+        FloatingPointError
+            A loss or gradient is not finite; weights and checkpoints stay as before that step.
+        ValueError
+            ``restore`` finds a call of ``fit`` that was interrupted, with another number of epochs,
+            other data or another order of batches.
+        """
+        if variables is not None or loss is not None:
+            raise ValueError("variables and loss must be None: see freeze_encoder and task")
+        self._ensure_built()
+        if restore:
+            self.restore()
+        data = self._training_data(dataset)
+        run = self._begin(data, nb_epoch, deterministic, restore)
+        schedule = self._schedule_of(run)
+        callbacks = list(callbacks) if isinstance(callbacks, Sequence) else [callbacks]
+        network, optimizer = self.model, self._pytorch_optimizer
+        shared = self._shared(network)
+        generator = torch.Generator(self.device)
+        losses: list[Tensor] = []
+        average = 0.0
+        network.train()
+        try:
+            for rows, last in self._batches(data, run, deterministic):
+                generator.manual_seed(self.training["seed"] * 1_000_003 + self._global_step)
+                with torch.autocast(
+                    self.device.type, torch.bfloat16, enabled=self.training["autocast"]
+                ):
+                    batch_loss = data.loss(shared, rows, generator)
+                optimizer.zero_grad(set_to_none=True)
+                batch_loss.backward()
+                norms = [
+                    nn.utils.clip_grad_norm_(parameters, self.config.grad_clip)
+                    for parameters in network.member_parameters()
+                ]
+                values = torch.stack([batch_loss.detach(), *norms])
+                if not torch.isfinite(values).all():
+                    raise FloatingPointError(
+                        f"loss {float(values[0])}, gradient norm {float(values[1:].max())} at step "
+                        f"{self._global_step + 1}; weights and checkpoints are those before it"
+                    )
+                optimizer.step()
+                if schedule is not None:
+                    schedule.step()
+                self._global_step += 1
+                losses.append(batch_loss.detach())
+                _call(callbacks, "end_step", self, batch_loss.detach(), rows.size)
+                if self._global_step % self.log_frequency == 0:
+                    average = self._log(losses, all_losses)
+                if last:
+                    self._epoch += 1
+                    _call(callbacks, "end_epoch", self)
+                if checkpoint_interval and self._global_step % checkpoint_interval == 0:
+                    self.save_checkpoint(max_checkpoints_to_keep)
+                for callback in callbacks:
+                    callback(self, self._global_step)
+        except StopTraining:
+            pass
+        if losses:
+            average = self._log(losses, all_losses)
+        _call(callbacks, "finish", self)
+        self._run = self._run_schedule = None
+        if checkpoint_interval:
+            self.save_checkpoint(max_checkpoints_to_keep)
+        for group, rate in zip(optimizer.param_groups, self._initial_rates, strict=True):
+            group["lr"] = rate if self._lr_schedule is None else group["lr"]
+        return average
+
+    def _training_data(self, dataset: Dataset) -> LabeledData | PolymorphData:
+        """All graphs as tensors, labels checked; the first call sets the label statistics."""
+        if self.settings["task"] == "pretraining":
+            return PolymorphData.from_dataset(
+                dataset,
+                polymorphs_per_batch=self.training["polymorphs_per_batch"],
+                max_edges=self.training["max_edges"],
+            )
+        network = self.model
+        data = LabeledData.from_dataset(dataset, self.settings["n_tasks"], network.classification)
+        if not network.fitted:
+            if not network.classification:
+                mean, std = data.label_statistics()
+                network.label_mean.copy_(mean)
+                network.label_std.copy_(std)
+            network.fitted.fill_(True)
+        data = data.to(self.device)
+        if network.frozen:
+            network.eval()
+            with torch.no_grad():
+                data = data.with_embeddings(network.embed(data.inputs))
+        return data
+
+    def _begin(
+        self, data: LabeledData | PolymorphData, nb_epoch: int, deterministic: bool, restore: bool
+    ) -> dict[str, Any]:
+        """The plan of this call of ``fit``, or of the interrupted one that it continues."""
+        order = ("batch_size", "seed", "polymorphs_per_batch", "max_edges")
+        plan = {
+            "epochs": nb_epoch,
+            "deterministic": deterministic,
+            "data": data.fingerprint(),
+            **{name: self.training[name] for name in order},
+        }
+        if restore and self._run is not None:
+            other = [name for name, value in plan.items() if self._run[name] != value]
+            if other:
+                raise ValueError(
+                    f"the checkpoint lies within a call of fit with another {other[0]}: "
+                    f"{self._run[other[0]]}, not {plan[other[0]]}"
+                )
+            return self._run
+        epochs = range(self._epoch, self._epoch + nb_epoch)
+        counted = epochs[:1] if data.equal_epochs else epochs
+        steps = sum(sum(1 for _ in self._epoch_rows(data, e, deterministic)) for e in counted)
+        self._run = {
+            **plan,
+            "first_step": self._global_step,
+            "first_epoch": self._epoch,
+            "steps": steps * nb_epoch if data.equal_epochs else steps,
+        }
+        return self._run
+
+    def _epoch_rows(
+        self, data: LabeledData | PolymorphData, epoch: int, deterministic: bool
+    ) -> Iterator[np.ndarray]:
+        random = None if deterministic else np.random.default_rng([self.training["seed"], epoch])
+        members = 1 if self.settings["task"] == "pretraining" else self.settings["n_ensemble"]
+        return data.epoch(self.batch_size, members, random)
+
+    def _batches(
+        self, data: LabeledData | PolymorphData, run: dict[str, Any], deterministic: bool
+    ) -> Iterator[tuple[np.ndarray, bool]]:
+        """Rows of each batch that is left to do, and whether it is the last of its epoch."""
+        step = run["first_step"]
+        for epoch in range(run["first_epoch"], run["first_epoch"] + run["epochs"]):
+            batches = list(self._epoch_rows(data, epoch, deterministic))
+            for i, rows in enumerate(batches):
+                if step >= self._global_step:
+                    yield rows, i == len(batches) - 1
+                step += 1
+
+    def _schedule_of(self, run: dict[str, Any]) -> Any:
+        """The learning rate schedule, where the run stands."""
+        self._run_schedule = None
+        if self._lr_schedule is not None or self.schedule != "one_cycle" or run["steps"] < 3:
+            return self._lr_schedule
+        schedule = torch.optim.lr_scheduler.OneCycleLR(
+            self._pytorch_optimizer,
+            self._initial_rates,
+            total_steps=run["steps"],
+            pct_start=max(0.1, 2 / run["steps"]),  # the rise takes one step at least
+            cycle_momentum=False,
+        )
+        if "schedule" in run:
+            load_schedule(schedule, run["schedule"])
+        self._run_schedule = schedule
+        return schedule
+
+    def _shared(self, network: nn.Module) -> nn.Module:
+        """The network, for training over several processes if there are any."""
+        if process_count() == 1:
+            return network
+        if self.settings["task"] != "pretraining":
+            raise ValueError("only pretraining is shared between processes")
+        unused = self.settings["objective"] != "polysrl"
+        return DistributedDataParallel(network, find_unused_parameters=unused)
+
+    def _log(self, losses: list[Tensor], all_losses: list[float] | None) -> float:
+        average = float(torch.stack(losses).mean())
+        losses.clear()
+        if all_losses is not None:
+            all_losses.append(average)
+        return average
+
+
+def _call(callbacks: Sequence[Callable], method: str, *arguments: Any) -> None:
+    """Call a method of the callbacks that have it."""
+    for callback in callbacks:
+        if hasattr(callback, method):
+            getattr(callback, method)(*arguments)

@@ -1,0 +1,137 @@
+"""Heads trained side by side are the heads that would have been trained alone."""
+
+import numpy as np
+import pandas as pd
+import pytest
+import torch
+from representation import HeadStack, evaluate_encoder, predict_folds, train_heads
+from run_wetlab import main, paired_differences
+from sklearn.model_selection import KFold
+from torch import nn
+from wetlab import WetlabTarget, wetlab_targets
+
+from polysrl_dc.batches import batch_rows
+from polysrl_dc.heads import PredictionHead
+
+COLUMNS = ["suite", "task", "protocol", "model", "seed", "fold", "metric", "value"]
+
+
+def plain_head(
+    x: torch.Tensor, y: torch.Tensor, seed: int, batch_size: int, epochs: int, clip: float = 2.0
+) -> PredictionHead:
+    """One head by ordinary means."""
+    torch.manual_seed(seed)
+    head = PredictionHead(x.shape[1], 128, 1)
+    optimizer = torch.optim.AdamW(head.parameters(), lr=1e-3, weight_decay=0.0, fused=True)
+    for epoch in range(epochs):
+        order = np.arange(len(x))[None]
+        order = np.random.default_rng([seed, epoch]).permuted(order, axis=1)[0]
+        for part in batch_rows(len(x), batch_size):
+            rows = order[part]
+            optimizer.zero_grad()
+            (head(x[rows])[:, 0] - y[rows]).abs().mean().backward()
+            nn.utils.clip_grad_norm_(head.parameters(), clip)
+            optimizer.step()
+    return head
+
+
+def data(n: int, scale: float = 1.0) -> tuple[torch.Tensor, torch.Tensor]:
+    generator = torch.Generator().manual_seed(3)
+    x = torch.randn(n, 6, generator=generator) * scale
+    return x, torch.randn(n, generator=generator)
+
+
+@pytest.mark.parametrize("scale", [0.3, 30.0], ids=["not clipped", "clipped"])
+@pytest.mark.parametrize("n_train", [16, 17, 18], ids=["even", "one left over", "two left over"])
+def test_members_equal_heads_trained_alone(n_train: int, scale: float) -> None:
+    x, y = data(25, scale)
+    rows = np.stack([np.arange(n_train), np.arange(25 - n_train, 25), np.arange(n_train)])
+    seeds = [0, 1, 5]
+    heads = train_heads(x, rows, y.numpy()[rows], seeds, batch_size=8, epochs=range(3))
+    outputs = heads.predict(x.expand(3, -1, -1))
+    for member, seed in enumerate(seeds):
+        alone = plain_head(x[rows[member]], y[rows[member]], seed, 8, 3)
+        expected = alone(x)[:, 0].detach()
+        torch.testing.assert_close(outputs[member], expected, rtol=1e-5, atol=1e-5)
+
+
+def test_the_clipped_case_is_clipped() -> None:
+    x, y = data(18, 30.0)
+    clipped, free = (plain_head(x, y, 0, 8, 3, clip)(x) for clip in (2.0, 1e9))
+    assert (clipped - free).abs().max() > 1e-3
+
+
+def test_clipping_one_member_leaves_another_alone() -> None:
+    x, y = data(8)
+    stack = HeadStack(6, seeds=[0, 1])
+    alone = HeadStack(6, seeds=[0])
+    for _ in range(3):
+        stack.step(torch.stack([x, 1e3 * x]), torch.stack([y, y]))
+        alone.step(x[None], y[None])
+    assert torch.allclose(stack.predict(x.expand(2, -1, -1))[0], alone.predict(x[None])[0])
+
+
+def test_folds_of_unequal_size_are_those_of_plain_heads() -> None:
+    x, y = data(23)  # training folds of 18 and 19 rows
+    values = np.stack([y.numpy(), 7 + 3 * y.numpy() ** 2]).astype(float)
+    seeds = [4, 2]
+    predicted = predict_folds(x.numpy(), values, seeds, batch_size=6, epochs=2)
+    for target, i in np.ndindex(2, 2):
+        expected = np.full(23, np.nan)
+        for train, test in KFold(5, shuffle=True, random_state=seeds[i]).split(values.T):
+            mean, std = values[target, train].mean(), values[target, train].std()
+            labels = torch.as_tensor((values[target] - mean) / std, dtype=torch.float32)
+            head = plain_head(x[train], labels[train], seeds[i], 6, 2)
+            expected[test] = head(x[test])[:, 0].detach().numpy() * std + mean
+        np.testing.assert_allclose(predicted[target, i], expected, rtol=1e-4, atol=1e-4)
+
+
+def test_each_seed_reads_its_own_embeddings() -> None:
+    x = np.stack([data(15)[0].numpy(), 2 * data(15)[0].numpy()])
+    values = data(15)[1].numpy()[None].astype(float)
+    both = predict_folds(x, values, [0, 1], batch_size=4, epochs=1)
+    for i in range(2):
+        alone = predict_folds(x[i], values, [i], batch_size=4, epochs=1)
+        np.testing.assert_allclose(both[:, i], alone[:, 0], rtol=1e-4, atol=1e-5)
+    with pytest.raises(ValueError, match="3 seeds"):
+        predict_folds(x, values, [0, 1, 2], batch_size=4, epochs=1)
+
+
+def target(name: str, scale: float = 1.0) -> WetlabTarget:
+    formulas = np.array([f"Na{i}Cl" for i in range(1, 31)])
+    return WetlabTarget(name, "1", formulas, np.linspace(1, 2, 30), scale, 8)
+
+
+def test_scores_are_in_reported_units_and_formulas_embedded_once() -> None:
+    calls = []
+
+    def embed(formulas: list[str]) -> np.ndarray:
+        calls.append(formulas)
+        return np.random.default_rng(0).normal(size=(len(formulas), 5))
+
+    scores = evaluate_encoder(embed, [target("a"), target("b", 10.0)], [0, 1], "it", epochs=2)
+    assert list(scores.columns) == COLUMNS and len(scores) == 2 * 2 * 5 * 2 and len(calls) == 1
+    errors = scores[scores["metric"] == "mae"].pivot(
+        index=["seed", "fold"], columns="task", values="value"
+    )
+    np.testing.assert_allclose(errors["b"], 10 * errors["a"], rtol=1e-4)
+
+
+def test_paired_differences() -> None:
+    def rows(model: str, values: list[float]) -> pd.DataFrame:
+        keys = [("wetlab", "t", "representation", model, 0, fold, "mae") for fold in range(3)]
+        return pd.DataFrame(
+            [(*key, value) for key, value in zip(keys, values, strict=False)], columns=COLUMNS
+        )
+
+    scores = pd.concat([rows("new", [1.0, 2.0, 9.0]), rows("old", [2.0, 5.0])])
+    (row,) = paired_differences(scores, "new", "old").itertuples()
+    assert (row.mae, row.baseline, row.difference, row.pairs) == (1.5, 3.5, -2.0, 2)
+    assert row.standard_error == pytest.approx(1.0)  # of -1 and -3
+
+
+def test_dry_run_writes_nothing(data_dir, tmp_path, capsys) -> None:
+    main(["--data-dir", str(data_dir), "--output-dir", str(tmp_path), "--dry-run"])
+    printed = capsys.readouterr().out
+    assert all(known.name in printed for known in wetlab_targets(data_dir))
+    assert not list(tmp_path.iterdir())

@@ -1,0 +1,297 @@
+"""The training loop: exact resume after any interruption, and losses that are not finite."""
+
+import functools
+
+import deepchem as dc
+import numpy as np
+import pytest
+import torch
+from models import N, assert_same_state, data, make, state
+from processes import WHITENED, crystals, outcome, pretraining
+
+from polysrl_dc.batches import LabeledData, PolymorphData
+from polysrl_dc.callbacks import StopTraining
+from polysrl_dc.checkpoints import load_checkpoint
+
+
+class Interrupted(Exception):
+    pass
+
+
+class Record:
+    """Notes every step; interrupts the training after the checkpoint of a step, or before it."""
+
+    def __init__(self, stop=None, before=False):
+        self.stop, self.before, self.steps, self.epochs = stop, before, {}, []
+
+    def end_step(self, model, loss, n_rows):
+        rates = [group["lr"] for group in model._pytorch_optimizer.param_groups]
+        self.steps[model._global_step] = (float(loss), n_rows, *rates)
+        if self.before and model._global_step == self.stop:
+            raise Interrupted
+
+    def end_epoch(self, model):
+        self.epochs.append(model._global_step)
+
+    def __call__(self, model, step):
+        assert step == model._global_step
+        if step == self.stop:
+            raise Interrupted
+
+
+def exponential():
+    return dc.models.optimizers.ExponentialDecay(1e-2, 0.5, 4, staircase=False)
+
+
+def regression(**kwargs):
+    return make(n_ensemble=2, device="cpu", **kwargs)
+
+
+RUNS = {
+    "one_cycle": lambda **kw: pretraining(**kw),
+    "constant": lambda **kw: pretraining(schedule="constant", **kw),
+    "exponential": lambda **kw: pretraining(learning_rate=exponential(), **kw),
+    "whitened": lambda **kw: pretraining(config=WHITENED, objective="infomax3d", **kw),
+    "capped": lambda **kw: pretraining(max_edges=55, polymorphs_per_batch=4, **kw),
+    "ensemble": regression,
+}
+
+
+def dataset_of(name):
+    return data() if name == "ensemble" else crystals()
+
+
+def trained(name, folder, record, nb_epoch=3, **fit):
+    model = RUNS[name](model_dir=str(folder))
+    model.fit(dataset_of(name), nb_epoch=nb_epoch, callbacks=record, **fit)
+    return model
+
+
+@functools.cache
+def undisturbed(name):
+    record, model = Record(), RUNS[name]()
+    model.fit(dataset_of(name), nb_epoch=3, callbacks=record)
+    return model, record
+
+
+def assert_equal_end(name, model, record, first):
+    """That a run which was continued after step ``first`` ended as the undisturbed one."""
+    whole, expected = undisturbed(name)
+    assert record.steps == {k: v for k, v in expected.steps.items() if k > first}
+    assert len(record.steps) > 0
+    assert_same_state(state(whole), state(model))
+    assert model._epoch == whole._epoch == 3
+    (one, _), (other, manifest) = (load_checkpoint(m.get_checkpoints()[0]) for m in (whole, model))
+    assert_same_state(one, other)
+    assert manifest["run"] is None and manifest["step"] == max(expected.steps)
+
+
+@pytest.mark.parametrize("name", RUNS)
+@pytest.mark.parametrize(
+    ("stop", "before", "interval", "checkpoint"),
+    [(3, False, 2, 2), (8, True, 2, 6), (10, False, 5, 10), (14, True, 7, 7)],
+    ids=["first epoch", "within an epoch", "end of an epoch", "within the last"],
+)
+def test_an_interrupted_run_goes_on_to_the_bit(name, stop, before, interval, checkpoint, tmp_path):
+    if stop == 10:  # the very end of the second epoch, also where epochs are not equally long
+        stop = interval = checkpoint = undisturbed(name)[1].epochs[1]
+    with pytest.raises(Interrupted):
+        trained(name, tmp_path, Record(stop, before), checkpoint_interval=interval)
+    record = Record()
+    model = trained(name, tmp_path, record, checkpoint_interval=interval, restore=True)
+    assert_equal_end(name, model, record, checkpoint)
+
+
+def test_the_epochs_of_the_capped_run_differ():
+    """Else the tests above show nothing about them."""
+    lengths = np.diff([0, *undisturbed("capped")[1].epochs])
+    assert len(lengths) == 3 and len(set(lengths)) > 1
+    assert max(n_rows for _, n_rows, *_ in undisturbed("capped")[1].steps.values()) <= 8
+
+
+def test_a_run_interrupted_twice_continues_to_the_bit(tmp_path):
+    for stop, restore in ((4, False), (9, True)):
+        with pytest.raises(Interrupted):
+            trained(
+                "one_cycle", tmp_path, Record(stop), checkpoint_interval=2, restore=restore
+            )
+    record = Record()
+    model = trained("one_cycle", tmp_path, record, checkpoint_interval=2, restore=True)
+    assert_equal_end("one_cycle", model, record, 8)
+
+
+@pytest.mark.parametrize(
+    ("name", "checkpoint"), [("in_epoch", 6), ("while_writing", 4), ("while_rotating", 4)]
+)
+def test_a_killed_run_continues_to_the_bit(name, checkpoint):
+    folder = outcome() / name
+    record = Record()
+    model = trained("one_cycle", folder, record, checkpoint_interval=2, restore=True)
+    assert_equal_end("one_cycle", model, record, checkpoint)
+
+
+def test_another_plan_is_refused_when_an_interrupted_run_is_continued(tmp_path):
+    with pytest.raises(Interrupted):
+        trained("one_cycle", tmp_path, Record(7), checkpoint_interval=2)
+    rows = np.arange(len(crystals()))
+    for problem, fit, kwargs in (
+        ("epochs", {"nb_epoch": 4}, {}),
+        ("data", {"dataset": crystals().select(rows[1:])}, {}),
+        ("data", {"dataset": crystals().select(rows[::-1])}, {}),
+        ("deterministic", {"deterministic": True}, {}),
+        ("batch_size", {}, {"batch_size": 9}),
+        ("seed", {}, {"seed": 1}),
+    ):
+        model = pretraining(model_dir=str(tmp_path), **kwargs)
+        fit = {"dataset": crystals(), "nb_epoch": 3, **fit}
+        with pytest.raises(ValueError, match=f"another {problem}"):
+            model.fit(restore=True, **fit)
+    folder = tmp_path / "labels"
+    with pytest.raises(Interrupted):
+        trained("ensemble", folder, Record(7), checkpoint_interval=2)
+    with pytest.raises(ValueError, match="another data"):
+        regression(model_dir=str(folder)).fit(data(np.arange(N)), nb_epoch=3, restore=True)
+
+
+@pytest.mark.parametrize("name", ["one_cycle", "exponential", "capped"])
+def test_a_finished_run_that_is_restored_trains_more_epochs(name, tmp_path):
+    whole = trained(name, tmp_path / "whole", Record())
+    again, record, other = RUNS[name](model_dir=str(tmp_path / "whole")), Record(), Record()
+    again.fit(dataset_of(name), nb_epoch=2, restore=True, callbacks=record)
+    whole.fit(dataset_of(name), nb_epoch=2, callbacks=other)
+    assert record.steps == other.steps and len(record.epochs) == 2
+    assert_same_state(state(whole), state(again))
+    assert again._epoch == 5
+
+
+def test_the_learning_rate_rises_and_falls_over_one_call():
+    rates = []
+
+    class Rates:
+        def end_step(self, model, loss, n_rows):  # the rate of the next step
+            rates.append(model._pytorch_optimizer.param_groups[0]["lr"])
+
+        def __call__(self, model, step):
+            pass
+
+    pretraining().fit(crystals(), nb_epoch=6, checkpoint_interval=0, callbacks=Rates())
+    top = int(np.argmax(rates))
+    assert rates[top] == pytest.approx(1e-2, rel=0.05) and 0 < top < len(rates) // 4
+    assert rates[0] < 0.6 * rates[top] and rates[-2] < 1e-3 * rates[top]
+    assert {rate for *_, rate in undisturbed("constant")[1].steps.values()} == {1e-2}
+
+
+# ------------------------------------------------------------------------- not finite
+
+
+def spoil_loss(monkeypatch, value, step):
+    calls, loss = [], PolymorphData.loss
+
+    def spoiled(self, network, rows, generator):
+        calls.append(None)
+        factor = value if len(calls) == step else 1.0
+        return loss(self, network, rows, generator) * factor
+
+    monkeypatch.setattr(PolymorphData, "loss", spoiled)
+
+
+def parameters(model):
+    return {name: value.detach().clone() for name, value in model.model.named_parameters()}
+
+
+class Weights:
+    """Keeps the weights after each step."""
+
+    def __init__(self):
+        self.after = {}
+
+    def __call__(self, model, step):
+        self.after[step] = parameters(model)
+
+
+@pytest.mark.parametrize("value", [float("nan"), float("inf")])
+def test_a_loss_that_is_not_finite_stops_the_run(value, monkeypatch, tmp_path):
+    weights = Weights()
+    model = pretraining(model_dir=str(tmp_path))
+    with monkeypatch.context() as patch:
+        spoil_loss(patch, value, 8)
+        with pytest.raises(FloatingPointError, match="at step 8"):
+            model.fit(crystals(), nb_epoch=3, checkpoint_interval=2, callbacks=weights)
+    assert max(weights.after) == 7
+    assert_same_state(weights.after[7], parameters(model))
+    record = Record()
+    again = trained("one_cycle", tmp_path, record, checkpoint_interval=2, restore=True)
+    assert_equal_end("one_cycle", again, record, 6)  # of the last checkpoint
+
+
+@pytest.mark.parametrize("task", ["pretraining", "regression"])
+def test_a_gradient_that_is_not_finite_stops_the_run(task, tmp_path):
+    pretrains = task == "pretraining"
+    model = (pretraining if pretrains else regression)(model_dir=str(tmp_path))
+    weights, steps = Weights(), []
+
+    def spoil(gradient):
+        steps.append(None)
+        return gradient * (float("nan") if len(steps) == 4 else 1.0)
+
+    encoder = model.model.encoders[-1]  # of the second member, where there are two
+    encoder.mean_output.weight.register_hook(spoil)
+    with pytest.raises(FloatingPointError, match="gradient norm nan at step 4"):
+        dataset = crystals() if pretrains else data()
+        model.fit(dataset, nb_epoch=3, checkpoint_interval=3, callbacks=weights)
+    assert_same_state(weights.after[3], parameters(model))
+    model.restore()
+    assert model.get_global_step() == 3
+    assert_same_state(weights.after[3], parameters(model))
+
+
+# ------------------------------------------------------------------------- callbacks
+
+
+def test_a_callback_may_end_the_training(tmp_path):
+    seen = []
+
+    def stop(model, step):
+        seen.append(step)
+        if step == 4:
+            raise StopTraining
+
+    model = pretraining(model_dir=str(tmp_path))
+    model.fit(crystals(), nb_epoch=3, callbacks=stop)
+    assert seen == [1, 2, 3, 4] and model.get_global_step() == 4
+    again = pretraining(model_dir=str(tmp_path))
+    again.restore()
+    assert_same_state(state(model), state(again))
+
+
+def test_logged_losses_are_means_over_the_interval():
+    losses, record = [], Record()
+    model = pretraining(log_frequency=4)
+    last = model.fit(
+        crystals(), nb_epoch=2, checkpoint_interval=0, all_losses=losses, callbacks=record
+    )
+    steps = [loss for loss, *_ in record.steps.values()]
+    expected = [np.mean(steps[:4]), np.mean(steps[4:8]), np.mean(steps[8:])]
+    assert losses == pytest.approx(expected, rel=1e-5) and last == losses[-1]
+
+
+def test_member_gradients_are_clipped_apart():
+    model = regression()
+    norms = []
+
+    class Norms:
+        def __call__(self, model, step):
+            norms.append([
+                torch.stack([p.grad.norm() for p in member if p.grad is not None]).norm().item()
+                for member in model.model.member_parameters()
+            ])  # fmt: skip
+
+    big = LabeledData.loss
+
+    def scaled(self, network, rows, generator):
+        return 1e4 * big(self, network, rows, generator)
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(LabeledData, "loss", scaled)
+        model.fit(data(), nb_epoch=1, checkpoint_interval=0, callbacks=Norms())
+    np.testing.assert_allclose(norms, model.config.grad_clip, rtol=1e-3)
