@@ -17,17 +17,17 @@ from torch import Tensor
 from polysrl_dc.elements import N_ELEMENTS
 from polysrl_dc.errors import InvalidInputError
 from polysrl_dc.graphs import StoichiometryBatch, StoichiometryGraph, StructureBatch, StructureGraph
-from polysrl_dc.packing import PackSettings, graph_arrays, pack, read_cache
+from polysrl_dc.packing import graph_arrays, pack, read_cache
 from polysrl_dc.quotient import Quotient
+from polysrl_dc.sources import PackSettings
 
 
 class PolymorphDataset(Dataset):
     """Structure graphs in a memory-mapped cache, batched without a loop over atoms.
 
     The first use of a source packs it (:func:`polysrl_dc.packing.pack`), later ones map the cache;
-    memory stays that of a batch. ``X`` builds :class:`StructureGraph` objects of all rows and is
-    for small selections. There are no labels: ``y`` is zero and ``w`` one, as in DeepChem's own
-    datasets without labels.
+    memory stays that of a batch, and some 100 bytes per structure. ``X`` builds the graphs of all
+    rows and is for small selections. There are no labels: ``y`` is zero and ``w`` one.
 
     Parameters
     ----------
@@ -129,10 +129,8 @@ class PolymorphDataset(Dataset):
         self, arrays: dict[str, np.ndarray], settings: PackSettings, skipped: list[tuple[str, str]]
     ) -> None:
         self._arrays, self._settings, self.skipped = arrays, settings, skipped
-        self._starts = {
-            name: _starts(arrays[name])
-            for name in ("element_counts", "site_counts", "degrees", "node_counts", "node_edges")
-        }
+        counts = ("element", "site", "pair", "node", "edge")
+        self._starts = {what: _starts(arrays[f"{what}_counts"]) for what in counts}
         self._rows = np.arange(len(arrays["ids"]))
 
     def fingerprint(self) -> str:
@@ -148,7 +146,7 @@ class PolymorphDataset(Dataset):
 
     @property
     def n_edges(self) -> np.ndarray:
-        return self._arrays["edge_totals"][self._rows]
+        return self._arrays["edge_counts"][self._rows]
 
     @property
     def formulas(self) -> np.ndarray:
@@ -164,20 +162,17 @@ class PolymorphDataset(Dataset):
             In any order.
         """
         rows, arrays, starts = self._rows[rows], self._arrays, self._starts
-        counts = arrays["element_counts"][rows].astype(np.int64)
-        elements = _ranges(starts["element_counts"][rows], counts)
+        elements, nodes, edges = (
+            _ranges(starts[what][rows], arrays[f"{what}_counts"][rows])
+            for what in ("element", "node", "edge")
+        )
         fractions = np.zeros((len(rows), N_ELEMENTS), np.float32)
-        graph = np.repeat(np.arange(len(rows)), counts)
+        graph = np.repeat(np.arange(len(rows)), arrays["element_counts"][rows])
         fractions[graph, arrays["elements"][elements]] = arrays["fractions"][elements]
-
-        node_counts = arrays["node_counts"][rows].astype(np.int64)
-        nodes = _ranges(starts["node_counts"][rows], node_counts)
-        edge_counts = arrays["node_edges"][nodes].astype(np.int64)
-        edges = _ranges(starts["node_edges"][nodes], edge_counts)
         quotient = Quotient(
-            node_counts,
+            arrays["node_counts"][rows],
             arrays["node_multiplicity"][nodes],
-            edge_counts,
+            arrays["node_edges"][nodes],
             arrays["edge_neighbors"][edges],
             arrays["edge_steps"][edges],
             arrays["edge_multiplicity"][edges],
@@ -191,17 +186,15 @@ class PolymorphDataset(Dataset):
     def graph(self, row: int) -> StructureGraph:
         """The structure graph of one row, nothing merged."""
         at, arrays, starts = int(self._rows[row]), self._arrays, self._starts
-        elements = slice(*_range(starts["element_counts"], arrays["element_counts"], at))
-        first, last = _range(starts["site_counts"], arrays["site_counts"], at)
-        degrees = arrays["degrees"][first:last]
-        indptr = np.concatenate([[0], np.cumsum(degrees, dtype=np.int64)])
-        edge = int(starts["degrees"][first])
-        edges = slice(edge, edge + int(indptr[-1]))
+        elements, sites, pairs = (
+            slice(starts[what][at], starts[what][at] + arrays[f"{what}_counts"][at])
+            for what in ("element", "site", "pair")
+        )
         return StructureGraph(
-            np.array(arrays["numbers"][first:last]),
-            indptr,
-            np.array(arrays["neighbors"][edges]),
-            np.array(arrays["distances"][edges]),
+            np.array(arrays["numbers"][sites]),
+            np.concatenate([[0], np.cumsum(arrays["degrees"][sites], dtype=np.int64)]),
+            np.array(arrays["neighbors"][pairs]),
+            np.array(arrays["distances"][pairs]),
             StoichiometryGraph(
                 np.array(arrays["elements"][elements]),
                 np.array(arrays["fractions"][elements]),
@@ -214,7 +207,9 @@ class PolymorphDataset(Dataset):
     @property
     def X(self) -> np.ndarray:
         """Structure graphs of all rows, shape (n,), object."""
-        return self._graphs(range(len(self)))
+        graphs = np.empty(len(self), dtype=object)
+        graphs[:] = [self.graph(row) for row in range(len(self))]
+        return graphs
 
     @property
     def y(self) -> np.ndarray:
@@ -229,7 +224,7 @@ class PolymorphDataset(Dataset):
     @property
     def ids(self) -> np.ndarray:
         """``material_id``, file name or index of each row, shape (n,), str."""
-        return self._ids(slice(None))
+        return np.char.decode(self._arrays["ids"][self._rows]).astype(object)
 
     def get_shape(self) -> tuple[tuple[int, ...], ...]:
         """Shapes of X, y, w and ids."""
@@ -247,15 +242,14 @@ class PolymorphDataset(Dataset):
         pad_batches: bool = False,
     ) -> Iterator[tuple[np.ndarray, np.ndarray, np.ndarray, np.ndarray]]:
         """X, y, w and ids of one batch after the other."""
+        if pad_batches:
+            raise ValueError("pad_batches must be False: duplicates are false negatives")
         size, random = batch_size or len(self), np.random.default_rng()
         for _ in range(epochs):
             order = np.arange(len(self)) if deterministic else random.permutation(len(self))
             for start in range(0, len(self), size):
-                rows = order[start : start + size]
-                if pad_batches:
-                    raise ValueError("pad_batches must be False: duplicates are false negatives")
-                n = len(rows)
-                yield self._graphs(rows), np.zeros((n, 1)), np.ones((n, 1)), self._ids(rows)
+                part = self.select(order[start : start + size])
+                yield part.X, part.y, part.w, part.ids
 
     def itersamples(self) -> Iterator[tuple[StructureGraph, np.ndarray, np.ndarray, Any]]:
         """X, y, w and id of one row after the other."""
@@ -281,26 +275,14 @@ class PolymorphDataset(Dataset):
         """Refused: there are no labels to transform."""
         raise NotImplementedError("transform is not supported: structures have no labels here")
 
-    def _ids(self, rows: Any) -> np.ndarray:
-        return np.char.decode(self._arrays["ids"][self._rows[rows]]).astype(object)
-
-    def _graphs(self, rows: Any) -> np.ndarray:
-        graphs = np.empty(len(rows), dtype=object)
-        graphs[:] = [self.graph(row) for row in rows]
-        return graphs
-
 
 def _starts(counts: np.ndarray) -> np.ndarray:
     return np.cumsum(counts, dtype=np.int64) - counts
 
 
-def _range(starts: np.ndarray, counts: np.ndarray, at: int) -> tuple[int, int]:
-    return int(starts[at]), int(starts[at]) + int(counts[at])
-
-
 def _ranges(starts: np.ndarray, counts: np.ndarray) -> np.ndarray:
     """The numbers ``start ... start + count - 1`` of all pairs, one after the other."""
-    ends = np.cumsum(counts)
+    ends = np.cumsum(counts, dtype=np.int64)
     return np.arange(ends[-1] if len(ends) else 0) + np.repeat(starts - (ends - counts), counts)
 
 

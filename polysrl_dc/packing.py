@@ -14,57 +14,22 @@ import threading
 from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import ProcessPoolExecutor
 from contextlib import contextmanager
-from dataclasses import asdict, dataclass
-from functools import partial
+from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 from uuid import uuid4
 
 import numpy as np
-import pyarrow as pa
-import pyarrow.compute as pc
-import pyarrow.parquet as pq
-from monty.serialization import loadfn
-from pymatgen.analysis import prototypes
 from pymatgen.core import Structure
 from tqdm import tqdm
 
 from polysrl_dc.errors import InvalidInputError
-from polysrl_dc.featurizers import StructureGraphFeaturizer, structure_graph
 from polysrl_dc.graphs import StructureGraph
 from polysrl_dc.quotient import quotient_graphs
+from polysrl_dc.sources import PackSettings, Part, file_digest, open_source
 
-VERSION = 1
-PARQUET_COLUMNS = ("material_id", "cell", "numbers", "frac_coords")
-_PART = 4096  # rows of a table
-_SMALL_PART = 256  # structures of other sources
+VERSION = 2
 _MANIFEST = "manifest.json"
-
-
-@dataclass(frozen=True)
-class PackSettings:
-    """What a cache depends on besides its source.
-
-    Attributes
-    ----------
-    max_neighbors : int
-    cutoff : float
-        In Å.
-    rounds : int
-        Blocks of message passing for which equivalent sites are merged.
-    resolution : float
-        To which distances are rounded in the merged graphs, in Å.
-    """
-
-    max_neighbors: int = 12
-    cutoff: float = 8.0
-    rounds: int = 3
-    resolution: float = 0.01
-
-    def __post_init__(self) -> None:
-        for name, value in asdict(self).items():
-            if not value > 0:
-                raise ValueError(f"{name} is {value}: must be positive")
 
 
 def pack(
@@ -110,7 +75,7 @@ def pack(
     ['node_counts', 'node_edges', 'node_multiplicity']
     """
     settings = settings or PackSettings()
-    content, jobs = _opened(source)
+    content, jobs = open_source(source)
     key = hashlib.sha256(
         json.dumps([VERSION, content, asdict(settings)], sort_keys=True).encode()
     ).hexdigest()[:24]
@@ -129,7 +94,7 @@ def pack(
 
 
 def _build(
-    jobs: list["_Job"],
+    jobs: list["Part"],
     folder: Path,
     settings: PackSettings,
     described: dict[str, Any],
@@ -192,7 +157,7 @@ def _read(
         path = folder / f"{name}.npy"
         if not path.exists() or path.stat().st_size != size:
             raise InvalidInputError(f"{path} is missing or truncated; remove {folder}")
-        if verify and _sha256(path) != digest:
+        if verify and file_digest(path) != digest:
             raise InvalidInputError(f"{path} is damaged: not its sha256; remove {folder}")
         try:
             arrays[name] = np.load(path, mmap_mode="r", allow_pickle=False)
@@ -201,206 +166,10 @@ def _read(
     return arrays, manifest
 
 
-# -------------------------------------------------------------------- sources
-
-
-@dataclass(frozen=True)
-class _ParquetRows:
-    path: str
-    start: int
-    stop: int
-
-    def __len__(self) -> int:
-        return self.stop - self.start
-
-    def graphs(self, settings: PackSettings) -> Iterator[tuple[str, Callable[[], StructureGraph]]]:
-        table = _read_rows(self.path, self.start, self.stop)
-        columns = [_row_arrays(table[name]) for name in PARQUET_COLUMNS[1:]]
-        names = table["material_id"].to_pylist()
-        for name, cell, numbers, coords in zip(names, *columns, strict=True):
-            yield str(name), partial(_graph_of_row, cell, numbers, coords, settings)
-
-
-@dataclass(frozen=True)
-class _CifFiles:
-    root: Path
-    names: tuple[str, ...]
-
-    def __len__(self) -> int:
-        return len(self.names)
-
-    def graphs(self, settings: PackSettings) -> Iterator[tuple[str, Callable[[], StructureGraph]]]:
-        featurizer = StructureGraphFeaturizer(settings.max_neighbors, settings.cutoff)
-        for name in self.names:
-            yield name, partial(_featurize_file, featurizer, self.root / name)
-
-
-@dataclass(frozen=True)
-class _Structures:
-    structures: tuple[Any, ...]
-    names: tuple[str, ...]
-
-    def __len__(self) -> int:
-        return len(self.structures)
-
-    def graphs(self, settings: PackSettings) -> Iterator[tuple[str, Callable[[], StructureGraph]]]:
-        featurizer = StructureGraphFeaturizer(settings.max_neighbors, settings.cutoff)
-        for name, structure in zip(self.names, self.structures, strict=True):
-            yield name, partial(_featurize, featurizer, structure)
-
-
-def _featurize(featurizer: StructureGraphFeaturizer, structure: Any) -> StructureGraph:
-    return featurizer.featurize(structure)[0]
-
-
-def _featurize_file(featurizer: StructureGraphFeaturizer, path: Path) -> StructureGraph:
-    try:
-        structure = Structure.from_file(path)
-    except Exception as error:  # a parser of text files fails in any way
-        raise InvalidInputError(f"cannot be read: {error!r}") from error
-    return _featurize(featurizer, structure)
-
-
-def _graph_of_row(
-    cell: np.ndarray, numbers: np.ndarray, coords: np.ndarray, settings: PackSettings
-) -> StructureGraph:
-    if cell.size != 6:
-        raise InvalidInputError(f"cell has {cell.size} parameters, not 6")
-    if coords.size != 3 * numbers.size:
-        raise InvalidInputError(f"{coords.size} fractional coordinates for {numbers.size} sites")
-    if not np.isin(numbers, np.arange(256)).all():
-        raise InvalidInputError(f"atomic numbers are {numbers.tolist()!s:.80}")
-    return structure_graph(
-        numbers.astype(np.int64),
-        _cell_matrix(cell.astype(np.float64)),
-        coords.astype(np.float64).reshape(-1, 3),
-        settings.max_neighbors,
-        settings.cutoff,
-    )
-
-
-_Job = _ParquetRows | _CifFiles | _Structures
-
-
-def _opened(source: Any) -> tuple[list[Any], Callable[[], list[_Job]]]:
-    """What identifies the content of a source, and a function that cuts it into parts."""
-    if not isinstance(source, str | Path):
-        structures = list(source)
-        digest = hashlib.sha256()
-        for structure in structures:
-            described = structure.as_dict() if isinstance(structure, Structure) else str(structure)
-            digest.update(json.dumps(described, sort_keys=True, default=str).encode())
-        names = [str(i) for i in range(len(structures))]
-        return [digest.hexdigest()], partial(_structure_jobs, structures, names)
-    if str(source) == "aflow":
-        # The AFLOW Library of Crystallographic Prototypes (Mehl et al. 2017) packaged in pymatgen
-        path = Path(prototypes.__file__).with_name("aflow_prototypes.json.gz")
-        return [_sha256(path)], partial(_aflow_jobs, path)
-    path = Path(source)
-    if path.is_dir():
-        tables, cifs = sorted(path.rglob("*.parquet")), sorted(path.rglob("*.cif"))
-        if bool(tables) == bool(cifs):
-            raise InvalidInputError(f"{path} must hold either .parquet or .cif files")
-    elif path.exists():
-        tables, cifs = ([path], []) if path.suffix == ".parquet" else ([], [path])
-    else:
-        raise InvalidInputError(f"there is no {path}")
-    if tables:
-        return [_sha256(file) for file in tables], partial(_parquet_jobs, tables)
-    root = path if path.is_dir() else path.parent
-    names = [cif.relative_to(root).as_posix() for cif in cifs]
-    return [*map(_sha256, cifs), names], partial(_cif_jobs, root, names)
-
-
-def _structure_jobs(structures: list[Any], names: list[str]) -> list[_Job]:
-    starts = range(0, len(structures), _SMALL_PART)
-    return [
-        _Structures(tuple(structures[i : i + _SMALL_PART]), tuple(names[i : i + _SMALL_PART]))
-        for i in starts
-    ]
-
-
-def _aflow_jobs(path: Path) -> list[_Job]:
-    entries = loadfn(path)
-    names = [entry["tags"]["aflow"] for entry in entries]
-    return _structure_jobs([entry["snl"].structure for entry in entries], names)
-
-
-def _cif_jobs(root: Path, names: list[str]) -> list[_Job]:
-    starts = range(0, len(names), _SMALL_PART)
-    return [_CifFiles(root, tuple(names[i : i + _SMALL_PART])) for i in starts]
-
-
-def _parquet_jobs(paths: list[Path]) -> list[_Job]:
-    return [job for path in paths for job in _jobs_of_table(path)]
-
-
-def _jobs_of_table(path: Path) -> list[_Job]:
-    try:
-        file = pq.ParquetFile(path)
-    except (pa.ArrowException, OSError) as error:
-        raise InvalidInputError(f"{path} is not a complete Parquet file: {error}") from error
-    with file:
-        missing = set(PARQUET_COLUMNS) - set(file.schema_arrow.names)
-        if missing:
-            raise InvalidInputError(f"{path} lacks the columns {sorted(missing)}")
-        for name in PARQUET_COLUMNS[1:]:
-            kind = file.schema_arrow.field(name).type
-            if not (_is_list(kind) and _is_number(kind.value_type)):
-                raise InvalidInputError(f"{path}: {name} is {kind}, not a list of numbers")
-        rows = file.metadata.num_rows
-    return [
-        _ParquetRows(str(path), start, min(start + _PART, rows)) for start in range(0, rows, _PART)
-    ]
-
-
-def _is_list(kind: pa.DataType) -> bool:
-    types = pa.types
-    return types.is_list(kind) or types.is_large_list(kind) or types.is_fixed_size_list(kind)
-
-
-def _is_number(kind: pa.DataType) -> bool:
-    return pa.types.is_integer(kind) or pa.types.is_floating(kind)
-
-
-def _read_rows(path: str, start: int, stop: int) -> pa.Table:
-    """Rows of a Parquet file; only the row groups that hold them are read."""
-    try:
-        with pq.ParquetFile(path) as file:
-            metadata = file.metadata
-            ends = np.cumsum([metadata.row_group(i).num_rows for i in range(file.num_row_groups)])
-            first, last = np.searchsorted(ends, [start, stop - 1], side="right")
-            groups = list(range(first, last + 1))
-            table = file.read_row_groups(groups, columns=list(PARQUET_COLUMNS))
-    except (pa.ArrowException, OSError) as error:
-        raise InvalidInputError(f"{path} is damaged: {error}") from error
-    skipped = int(ends[first - 1]) if first else 0
-    return table.slice(start - skipped, stop - start)
-
-
-def _row_arrays(column: pa.ChunkedArray) -> list[np.ndarray]:
-    """The list of each row; empty where it is null."""
-    lengths = pc.fill_null(pc.list_value_length(column), 0).to_numpy()
-    return np.split(pc.list_flatten(column).to_numpy(), np.cumsum(lengths)[:-1])
-
-
-@np.errstate(all="ignore")  # a cell without volume is refused by its name later
-def _cell_matrix(parameters: np.ndarray) -> np.ndarray:
-    """Unit vectors as rows, (3, 3) in Å, from (6,): a along x, b in the xy plane."""
-    a, b, c = parameters[:3]
-    cos_alpha, cos_beta, cos_gamma = np.cos(np.radians(parameters[3:]))
-    sin_gamma = np.sqrt(1 - cos_gamma**2)
-    c_y = (cos_alpha - cos_beta * cos_gamma) / sin_gamma
-    c_z = np.sqrt(np.maximum(1 - cos_beta**2 - c_y**2, 0.0))
-    return np.array(
-        [[a, 0, 0], [b * cos_gamma, b * sin_gamma, 0], [c * cos_beta, c * c_y, c * c_z]]
-    )
-
-
 # ---------------------------------------------------------------------- parts
 
 
-def _write_part(arguments: tuple[_Job, Path, PackSettings]) -> None:
+def _write_part(arguments: tuple[Part, Path, PackSettings]) -> None:
     """Featurize one part and write it; the folder appears when all its files are complete."""
     job, path, settings = arguments
     with _appearing(path) as temporary:
@@ -437,7 +206,7 @@ def _appearing(folder: Path) -> Iterator[Path]:
         shutil.rmtree(temporary, ignore_errors=True)
 
 
-def _part_arrays(job: _Job, settings: PackSettings) -> dict[str, np.ndarray]:
+def _part_arrays(job: Part, settings: PackSettings) -> dict[str, np.ndarray]:
     graphs, ids, bad_ids, bad_messages = [], [], [], []
     for name, read in job.graphs(settings):
         try:
@@ -456,9 +225,10 @@ def graph_arrays(
 ) -> dict[str, np.ndarray]:
     """Structure graphs and their merged graphs as flat arrays, the content of a cache.
 
-    Counts stand beside the arrays they cut: ``site_counts`` cuts ``numbers`` and ``degrees``,
-    ``degrees`` cuts ``neighbors`` and ``distances``, ``node_counts`` cuts ``node_*``,
-    ``node_edges`` cuts ``edge_*``, ``element_counts`` cuts ``elements`` and ``fractions``.
+    Counts per structure say how long its piece of the other arrays is: ``element_counts`` of
+    ``elements`` and ``fractions``, ``site_counts`` of ``numbers`` and ``degrees``, ``pair_counts``
+    of ``neighbors`` and ``distances``, ``node_counts`` and ``edge_counts`` of ``node_*`` and
+    ``edge_*``, the merged graph. ``degrees`` and ``node_edges`` cut the edges by site and by node.
     """
     site_counts = np.array([len(graph.numbers) for graph in graphs], np.int32)
     degrees = _concatenate([np.diff(graph.indptr) for graph in graphs], np.int32)
@@ -483,11 +253,12 @@ def graph_arrays(
         "fractions": _concatenate([formula.fractions for formula in formulas], np.float64),
         "site_counts": site_counts,
         "numbers": _concatenate([graph.numbers for graph in graphs], np.uint8),
+        "pair_counts": np.array([len(graph.neighbors) for graph in graphs], np.int32),
         "degrees": degrees,
         "neighbors": neighbors,
         "distances": distances,
         "node_counts": quotient.node_counts.astype(np.int32),
-        "edge_totals": np.diff(first_edge[first_node]).astype(np.int32),
+        "edge_counts": np.diff(first_edge[first_node]).astype(np.int32),
         "node_multiplicity": quotient.multiplicity,
         "node_edges": quotient.edge_counts,
         "edge_neighbors": quotient.neighbors,
@@ -566,14 +337,9 @@ def _write_manifest(folder: Path, files: dict[str, Any], **described: Any) -> No
 
 
 def _entry(path: Path) -> dict[str, Any]:
-    return {"size": path.stat().st_size, "sha256": _sha256(path)}
+    return {"size": path.stat().st_size, "sha256": file_digest(path)}
 
 
 def _cache_root(cache_dir: str | Path | None) -> Path:
     chosen = cache_dir or os.environ.get("POLYSRL_CACHE") or Path.home() / ".cache" / "polysrl_dc"
     return Path(chosen)
-
-
-def _sha256(path: Path) -> str:
-    with open(path, "rb") as file:
-        return hashlib.file_digest(file, "sha256").hexdigest()

@@ -17,10 +17,11 @@ import torch
 from crystals import AFLOW
 from pymatgen.core import Lattice, Structure
 
-from polysrl_dc import PolymorphDataset, StructureGraphFeaturizer, packing
+from polysrl_dc import PolymorphDataset, StructureGraphFeaturizer, packing, sources
 from polysrl_dc.errors import InvalidInputError
 from polysrl_dc.graphs import StoichiometryBatch, StructureBatch
-from polysrl_dc.packing import PackSettings, pack, read_cache
+from polysrl_dc.packing import pack, read_cache
+from polysrl_dc.sources import PackSettings
 
 FORK = multiprocessing.get_context("fork")  # children see what a test has patched
 PAIRS = ["NaCl", "MgO", "CsCl", "ZnS", "CaO", "NaF", "LiF", "KBr", "GaN", "TiC", "NaCl"]
@@ -69,8 +70,8 @@ def write(path, content=None, **kwargs):
 @pytest.fixture
 def small_parts(monkeypatch):
     """Parts of two structures."""
-    monkeypatch.setattr(packing, "_PART", 2)
-    monkeypatch.setattr(packing, "_SMALL_PART", 2)
+    monkeypatch.setattr(sources, "_PART", 2)
+    monkeypatch.setattr(sources, "_SMALL_PART", 2)
 
 
 @pytest.fixture
