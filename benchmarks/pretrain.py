@@ -62,7 +62,7 @@ def arguments_of(argv: list[str] | None = None) -> argparse.Namespace:
     add("--cache-dir", help="of packed structures; or POLYSRL_CACHE")
     add("--config", choices=("default", "paper"), default="default")
     add("--set", nargs="*", default=[], metavar="FIELD=VALUE", help="change the configuration")
-    add("--epochs", type=int, default=20)
+    add("--epochs", type=int, default=10)
     add("--batch-size", type=int, default=256)
     add("--learning-rate", type=float, default=1e-3)
     add("--schedule", choices=("one_cycle", "constant"), default="one_cycle")
@@ -257,7 +257,7 @@ def _fit(
     restore = bool(model.get_checkpoints())
     if restore:
         model.restore()
-        if model._epoch >= arguments.epochs:  # trained to the end, but not yet saved
+        if model.epochs_trained >= arguments.epochs:  # trained to the end, but not yet saved
             return
     with tqdm(unit="step", desc="pretraining", disable=not first) as bar:
         model.fit(

@@ -30,6 +30,8 @@ BUDGET = ["--max-structures", "76800", "--max-sites", "60", "--epochs", "2", "--
 #: Name of the row -> arguments of pretrain.py that differ from the default.
 ROWS: dict[str, list[str]] = {
     "default": [],
+    # what normalization and whitening bring by themselves: the weights stay random
+    "random weights, statistics only": ["--learning-rate", "1e-12", "--epochs", "1"],
     "paper, its learning rate": [
         *("--config", "paper", "--learning-rate", "5e-5", "--schedule", "constant")
     ],

@@ -27,6 +27,11 @@ class TrainableModel(PredictingModel):
 
     schedule: str
 
+    @property
+    def epochs_trained(self) -> int:
+        """Epochs that calls of :meth:`fit` have completed, checkpoints included."""
+        return self._epoch
+
     def _ensure_built(self) -> None:
         if getattr(self, "_built", False):
             return
