@@ -28,7 +28,7 @@ from tasks import find_data_dir
 from tqdm import tqdm
 
 from polysrl_dc import PolymorphDataset, PolySRLConfig, PolySRLModel
-from polysrl_dc.callbacks import PretrainingLog
+from polysrl_dc.callbacks import PretrainingLog, pretraining_diagnostics
 from polysrl_dc.errors import InvalidInputError
 from polysrl_dc.objectives import OBJECTIVES
 from polysrl_dc.persistence import MODEL_FILE
@@ -43,6 +43,7 @@ LEAST = {
     "max_sites": 1,
     "max_structures": 2,
     "hold_out": 0,
+    "final_whitening": 0.0,
     "checkpoint_interval": 1,
     "threads": 1,
 }
@@ -73,6 +74,7 @@ def arguments_of(argv: list[str] | None = None) -> argparse.Namespace:
     add("--max-structures", type=int, help="random sample of the structures")
     add("--hold-out", type=int, default=2000, help="stoichiometries kept for diagnostics")
     add("--exclude", choices=EXCLUDED, help="leave out every stoichiometry of these data sets")
+    add("--final-whitening", type=float, help="of the saved means; default: as in the training")
     add("--checkpoint-interval", type=int, default=500, help="steps")
     add("--compile", action="store_true", help="fuse kernels; needs a C++ compiler")
     add("--autocast", action="store_true", help="bfloat16")
@@ -170,6 +172,8 @@ def run(arguments: argparse.Namespace) -> None:
             raise SystemExit("no data: pass --data-dir or set POLYSRL_DATA")
         train: dc.data.Dataset = mp_property_dataset(task, data_dir, arguments.exclude)
         model = PolySRLModel("regression", pretrained=None, **training)
+        for encoder in model.model.encoders:
+            encoder.mean_norm.adaptive = True  # whitened like the encoders it is compared with
         source: dict[str, Any] = {"labels": task}
     else:
         path = arguments.structures or (data_dir and Path(data_dir) / "mp" / "structures.parquet")
@@ -200,6 +204,7 @@ def run(arguments: argparse.Namespace) -> None:
         "learning_rate": arguments.learning_rate,
         "schedule": arguments.schedule,
         "seed": arguments.seed,
+        "final_whitening": arguments.final_whitening,
         "revision": _revision(),
         "element_features": "Matscholar, 200-d, as packaged in matminer",
     }
@@ -214,6 +219,12 @@ def run(arguments: argparse.Namespace) -> None:
         _fit(model, train, arguments, callbacks, first)
         if first:
             model.provenance = provenance
+            if arguments.final_whitening is not None:
+                model.model.encoder.mean_norm.decorrelate(arguments.final_whitening)
+            if callbacks:
+                model.provenance["diagnostics"] = pretraining_diagnostics(
+                    model.model, callbacks[0].held_out, 256, model.device
+                )
             model.save(arguments.output_dir)
     if first and callbacks:
         table = pd.read_csv(arguments.output_dir / "log.csv")

@@ -4,7 +4,7 @@
 
 ``--model`` is its name in ``wetlab_scores.csv``. Two files are written, one for formulas (all that
 property models need) and one for structures, each below 10 MB, and a card whose numbers all come
-from the manifest, the log and the scores.
+from the manifest and the scores.
 """
 
 from __future__ import annotations
@@ -45,7 +45,7 @@ to polymorphs. `PolySRLModel(...)` starts from it by default;
 Configuration, where it differs from the published one:
 
 {changes}
-
+{final_whitening}
 ## Scores
 
 Held-out stoichiometries: their structure is the nearest among 256 for {r1:.1%} of the formulas and
@@ -103,7 +103,12 @@ def model_card(arguments: argparse.Namespace, manifest: dict[str, Any]) -> str:
         if value != published[field]
     ]
     provenance = manifest["provenance"]
-    last = pd.read_csv(arguments.run / "log.csv").iloc[-1]
+    found = provenance["diagnostics"]
+    power = provenance["final_whitening"]
+    final = "" if power is None else (
+        f"\nThe saved means are decorrelated with the power {power:g} (chosen on the scores below) "
+        "instead of that of the training.\n"
+    )
     scores = pd.read_csv(arguments.scores)
     table = paired_differences(scores, arguments.model, arguments.baseline)
     rows = scores[scores["model"] == arguments.model]
@@ -117,10 +122,11 @@ def model_card(arguments: argparse.Namespace, manifest: dict[str, Any]) -> str:
         sha256=provenance["data"]["sha256"],
         steps=manifest["step"],
         changes="\n".join(changes),
-        r1=last["retrieval@1"],
-        r10=last["retrieval@10"],
-        rank=last["rank_formulas"],
-        sigma=last["mean_sigma"],
+        r1=found["retrieval@1"],
+        r10=found["retrieval@10"],
+        rank=found["rank_formulas"],
+        sigma=found["mean_sigma"],
+        final_whitening=final,
         seeds=rows["seed"].nunique(),
         baseline=arguments.baseline,
         scores=table.round(3).to_markdown(),

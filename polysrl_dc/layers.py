@@ -184,6 +184,17 @@ class FeatureNorm(nn.BatchNorm1d):
             finite = torch.isfinite(covariance).all()  # else the loss ends the training
             covariance = torch.where(finite, covariance, self.covariance)
             self.covariance.lerp_(covariance, self.covariance_momentum)
-            variances, directions = torch.linalg.eigh(self.covariance)
-            scales = variances.clamp_min(self.eps) ** (-self.whitening / 2)
-            self.decorrelation.copy_((directions * scales) @ directions.T)
+            self.decorrelate(self.whitening)
+
+    @torch.no_grad()
+    def decorrelate(self, power: float) -> None:
+        """Set the matrix to ``C^(-power / 2)``, also to another power than that of the training.
+
+        Parameters
+        ----------
+        power : float
+            Between 0 and 1.
+        """
+        variances, directions = torch.linalg.eigh(self.covariance)
+        scales = variances.clamp_min(self.eps) ** (-power / 2)
+        self.decorrelation.copy_((directions * scales) @ directions.T)
