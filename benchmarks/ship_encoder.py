@@ -32,8 +32,8 @@ to polymorphs. `PolySRLModel(...)` starts from it by default;
 
 - {rows:,} DFT-relaxed structures of {stoichiometries:,} stoichiometries: Materials Project,
   database version 2025.02.12, without the GNoME entries; file `{structures}`, SHA-256
-  `{sha256}`. {held_out:,} more stoichiometries were held out for the diagnostics below. No label
-  was seen.
+  `{sha256}`.
+  {held_out:,} more stoichiometries were held out for the diagnostics below. No label was seen.
 - Licence of the data: CC BY 4.0. Attribution: A. Jain et al., "Commentary: The Materials Project",
   APL Materials 1, 011002 (2013). Licence of these weights: MIT, as the code.
 - Element features: {element_features} (Tshitoyan et al., Nature 571, 95, 2019).
@@ -52,8 +52,8 @@ Held-out stoichiometries: their structure is the nearest among 256 for {r1:.1%} 
 among the ten nearest for {r10:.1%}. Effective rank of the means {rank:.1f}, mean sigma {sigma:.4f}.
 
 Wet-lab data, representation protocol (encoder frozen, the paper's head on the unit-length mean,
-five folds, {seeds} seeds); mean absolute error beside that of a random start (configuration
-`{baseline}`) on the same folds:
+five folds, {seeds} seeds); mean absolute error beside that of a random start (`{baseline}` in
+`benchmarks/wetlab_scores.csv`) on the same folds:
 
 {scores}
 

@@ -1,0 +1,155 @@
+"""The shipped encoder, its card, and the runners that make it."""
+
+import re
+from dataclasses import replace
+from pathlib import Path
+
+import deepchem as dc
+import numpy as np
+import pandas as pd
+import pytest
+import search
+import ship_encoder
+import torch
+from wetlab import wetlab_targets
+
+import polysrl_dc
+from polysrl_dc.checkpoints import DEFAULT_ENCODER, SHIPPED, load_checkpoint, shipped_encoders
+from polysrl_dc.losses import effective_rank
+
+FORMULAS = ["NaCl", "TiO2", "SiO2", "GaAs", "Bi2Te3", "Fe2O3", "CaTiO3", "ZrC"]
+
+
+def dataset(formulas=FORMULAS):
+    return dc.data.NumpyDataset(dc.feat.StoichiometryGraphFeaturizer()(formulas))
+
+
+def test_models_start_from_the_shipped_encoder():
+    assert DEFAULT_ENCODER in shipped_encoders()
+    model = dc.models.PolySRLModel(n_ensemble=2)
+    shipped = load_checkpoint(SHIPPED / f"{DEFAULT_ENCODER}.formulas.safetensors")[0]
+    for encoder in model.model.encoders:
+        for name, value in encoder.state_dict().items():
+            assert torch.equal(value, shipped[f"encoders.0.{name}"]), name
+    random = dc.models.PolySRLModel(pretrained=None)
+    assert not np.allclose(model.predict_embedding(dataset()), random.predict_embedding(dataset()))
+    pretraining = dc.models.PolySRLModel("pretraining")  # itself starts from random weights
+    assert not np.allclose(
+        model.predict_embedding(dataset()), pretraining.predict_embedding(dataset())
+    )
+
+
+def test_by_name_it_is_a_pretraining_model_with_both_encoders():
+    model = dc.models.PolySRLModel.from_pretrained(DEFAULT_ENCODER)
+    assert model.settings["task"] == "pretraining"
+    assert np.allclose(
+        model.predict_embedding(dataset()),
+        dc.models.PolySRLModel().predict_embedding(dataset()),
+        atol=1e-6,
+    )
+    crystals = polysrl_dc.PolymorphDataset("aflow", progress=False).select(range(16))
+    with torch.no_grad():
+        structures = model.model.structure_encoder(crystals.batch(np.arange(16))[1])
+    assert torch.isfinite(structures).all()
+    assert {"objective", "data", "epochs", "seed", "revision"} <= model.provenance.keys()
+
+
+def test_other_configurations_must_say_what_they_start_from():
+    small = replace(polysrl_dc.PolySRLConfig.named("default"), n_features=16)
+    with pytest.raises(ValueError, match="pretrained=None"):
+        dc.models.PolySRLModel(config=small)
+    dc.models.PolySRLModel(config=small, pretrained=None)
+
+
+@pytest.mark.parametrize("part", ["formulas", "structures"])
+def test_files_are_small_and_say_where_they_come_from(part):
+    path = SHIPPED / f"{DEFAULT_ENCODER}.{part}.safetensors"
+    assert path.stat().st_size < 10e6
+    provenance = load_checkpoint(path)[1]["provenance"]
+    assert re.fullmatch("[0-9a-f]{64}", provenance["data"]["sha256"])
+    assert provenance["data"]["rows"] > 100_000
+    card = (SHIPPED / f"{DEFAULT_ENCODER}.md").read_text()
+    assert provenance["data"]["sha256"] in card and "CC BY 4.0" in card
+
+
+def test_its_means_fill_the_space_of_real_formulas(data_dir: Path):
+    formulas = wetlab_targets(data_dir)[0].formulas
+    means = dc.models.PolySRLModel().predict_embedding(dataset(formulas))
+    assert effective_rank(torch.from_numpy(means)) >= 20
+
+
+def test_a_damaged_encoder_is_refused_by_its_name(tmp_path: Path, monkeypatch):
+    name = f"{DEFAULT_ENCODER}.formulas.safetensors"
+    content = bytearray((SHIPPED / name).read_bytes())
+    content[len(content) // 2] ^= 1
+    (tmp_path / name).write_bytes(content)
+    monkeypatch.setattr(polysrl_dc.checkpoints, "SHIPPED", tmp_path)
+    with pytest.raises(polysrl_dc.checkpoints.CheckpointError, match=name):
+        dc.models.PolySRLModel()
+
+
+def test_the_card_holds_what_was_measured(tmp_path: Path, monkeypatch):
+    run = tmp_path / "run"
+    model = dc.models.PolySRLModel("pretraining")
+    model.provenance = {
+        "objective": "polysrl",
+        "data": {
+            "structures": "s.parquet",
+            "sha256": "0" * 64,
+            "rows": 7,
+            "stoichiometries": 6,
+            "held_out_stoichiometries": 5,
+        },
+        "element_features": "Matscholar",
+        "epochs": 3,
+        "batch_size": 4,
+        "learning_rate": 1e-3,
+        "schedule": "one_cycle",
+        "seed": 0,
+        "revision": "abc",
+        "final_whitening": 0.7,
+        "diagnostics": {
+            "retrieval@1": 0.71,
+            "retrieval@10": 0.9,
+            "rank_formulas": 41.0,
+            "mean_sigma": 0.02,
+        },
+    }
+    model.save(run)
+    keys = {"suite": "wetlab", "protocol": "representation", "metric": "mae", "task": "band_gap"}
+    scores = [
+        {**keys, "model": name, "seed": 0, "fold": fold, "value": value + fold}
+        for name, value in (("rand_init", 2.0), ("mine", 1.5))
+        for fold in range(2)
+    ]
+    pd.DataFrame(scores).to_csv(tmp_path / "scores.csv")
+    monkeypatch.setattr(ship_encoder, "SHIPPED", tmp_path / "encoders")
+    ship_encoder.main([str(run), "--model", "mine", "--scores", str(tmp_path / "scores.csv")])
+    card = (tmp_path / "encoders" / f"{DEFAULT_ENCODER}.md").read_text()
+    said_there = ("71.0%", "of the means 41.0", "-0.5", "`whitening`: 0.5", "power 0.7")
+    for said in said_there:
+        assert said.lower() in card.lower(), said
+    parts = [
+        load_checkpoint(tmp_path / "encoders" / f"{DEFAULT_ENCODER}.{part}.safetensors")[0]
+        for part in ("formulas", "structures")
+    ]
+    assert parts[0].keys() | parts[1].keys() == model.model.state_dict().keys()
+    assert not parts[0].keys() & parts[1].keys()
+
+
+def test_the_search_compares_rows_fold_by_fold(tmp_path: Path, monkeypatch, capsys):
+    rows = [
+        {"row": row, "task": "band_gap", "seed": 0, "fold": fold, "metric": "mae", "value": value}
+        for row, value in (("default", 1.0), ("sum pooling", 1.1))
+        for fold in range(5)
+    ]
+    rows += [
+        {"row": row, "metric": "retrieval@1", "value": 0.5} for row in ("default", "sum pooling")
+    ]
+    lines = search.table(pd.DataFrame(rows))
+    assert list(lines.index) == ["default", "sum pooling"]
+    assert lines["mean change, %"].round(6).tolist() == [0.0, 10.0]
+    monkeypatch.setenv("POLYSRL_DATA", str(tmp_path))
+    search.main(["--dry-run", "--output-dir", str(tmp_path)])
+    assert capsys.readouterr().out.count("\n") == len(search.ROWS)
+    assert not list(tmp_path.iterdir())
