@@ -9,12 +9,13 @@ import hashlib
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass
 from itertools import product
-from pathlib import Path
 from typing import Any
 
 import numpy as np
 from folds import split_validation
 from sklearn.metrics import mean_absolute_error, roc_auc_score
+
+from polysrl_dc.checkpoints import checkpoint_path
 
 PROTOCOLS = ("finetune", "frozen")
 DEFAULT_EPOCHS = {"finetune": (15, 60, 150), "frozen": (300,)}
@@ -48,9 +49,8 @@ class Settings:
         values = asdict(self)
         del values["device"], values["threads"]
         if self.pretrained is not None:
-            path = Path(self.pretrained)
-            file = path / "model.safetensors" if path.is_dir() else path
-            values["pretrained_sha256"] = hashlib.sha256(file.read_bytes()).hexdigest()
+            content = checkpoint_path(self.pretrained).read_bytes()
+            values["pretrained_sha256"] = hashlib.sha256(content).hexdigest()
         values["learning_rates"] = list(self.learning_rates)
         values["epochs"] = list(self.epochs)
         return values

@@ -59,7 +59,7 @@ def parse_arguments(argv: list[str] | None = None) -> argparse.Namespace:
     add("--folds", nargs="+", type=int, choices=range(5), default=list(range(5)), metavar="0-4")
     add("--epochs", nargs="+", type=_positive(int), help="grid, chosen by validation")
     add("--ensemble", type=_positive(int), help=f"models averaged; default: {DEFAULT_ENSEMBLE}")
-    add("--pretrained", help="folder or file of a saved encoder (default: random weights)")
+    add("--pretrained", help="name, folder or file of an encoder (default: random weights)")
     add("--jobs", type=_positive(int), default=1, help="folds trained at once, a process each")
     add("--learning-rates", nargs="+", type=_positive(float), help="grid, chosen by validation")
     add("--batch-size", type=_positive(int), default=128)
