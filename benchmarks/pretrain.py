@@ -221,7 +221,7 @@ def run(arguments: argparse.Namespace) -> None:
             model.provenance = provenance
             if arguments.final_whitening is not None:
                 model.model.encoder.mean_norm.decorrelate(arguments.final_whitening)
-            if callbacks:
+            if callbacks and len(callbacks[0].held_out):
                 model.provenance["diagnostics"] = pretraining_diagnostics(
                     model.model, callbacks[0].held_out, 256, model.device
                 )
