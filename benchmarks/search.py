@@ -108,7 +108,7 @@ def table(results: pd.DataFrame) -> pd.DataFrame:
     errors = results[results["metric"] == "mae"]
     errors = errors.pivot_table(index="row", columns=["task", "seed", "fold"], values="value")
     means = errors.T.groupby("task", sort=False).mean().T
-    relative = (errors / errors.loc["default"] - 1) * 100
+    relative = (errors / errors.reindex(["default"]).iloc[0] - 1) * 100
     others = results[results["metric"] != "mae"]
     lines = others.pivot_table(index="row", columns="metric", values="value").join(means)
     lines["mean change, %"] = relative.mean(axis=1)
