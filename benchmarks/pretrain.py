@@ -11,7 +11,6 @@ Writes ``model.safetensors`` (both encoders, with a manifest that says what they
 from __future__ import annotations
 
 import argparse
-import hashlib
 import json
 import os
 import subprocess
@@ -32,6 +31,7 @@ from polysrl_dc.callbacks import PretrainingLog, pretraining_diagnostics
 from polysrl_dc.errors import InvalidInputError
 from polysrl_dc.objectives import OBJECTIVES
 from polysrl_dc.persistence import MODEL_FILE
+from polysrl_dc.sources import file_digest
 
 LEAST = {
     "epochs": 1,
@@ -191,7 +191,7 @@ def run(arguments: argparse.Namespace) -> None:
         )
         source = {
             "structures": Path(path).name,
-            "sha256": _sha256(Path(path)),
+            "sha256": file_digest(Path(path)) if Path(path).is_file() else None,
             "stoichiometries": len(np.unique(train.groups)),
             "held_out_stoichiometries": len(np.unique(held_out.groups)),
         }
@@ -221,7 +221,7 @@ def run(arguments: argparse.Namespace) -> None:
             model.provenance = provenance
             if arguments.final_whitening is not None:
                 model.model.encoder.mean_norm.decorrelate(arguments.final_whitening)
-            if callbacks and len(callbacks[0].held_out):
+            if callbacks:
                 model.provenance["diagnostics"] = pretraining_diagnostics(
                     model.model, callbacks[0].held_out, 256, model.device
                 )
@@ -279,13 +279,6 @@ def _fit(
             restore=restore,
             callbacks=[*callbacks, lambda model, step: bar.update(step - bar.n)],
         )
-
-
-def _sha256(path: Path) -> str | None:
-    if not path.is_file():
-        return None
-    with open(path, "rb") as file:
-        return hashlib.file_digest(file, "sha256").hexdigest()
 
 
 def _revision() -> str | None:

@@ -17,6 +17,7 @@ import pandas as pd
 from folds import write_atomic
 from run_wetlab import paired_differences
 
+from polysrl_dc import PolySRLConfig
 from polysrl_dc.checkpoints import SHIPPED, checkpoint_path, load_checkpoint, save_checkpoint
 
 FORMULAS = "encoders.0."
@@ -94,8 +95,6 @@ def main(argv: list[str] | None = None) -> None:
 
 def model_card(arguments: argparse.Namespace, manifest: dict[str, Any]) -> str:
     """The card as Markdown."""
-    from polysrl_dc import PolySRLConfig
-
     published = PolySRLConfig.named("paper").to_dict()
     changes = [
         f"- `{field}`: {value} (published: {published[field]})"

@@ -146,7 +146,7 @@ class PretrainingLog:
                 **{name: float(value) / self._steps for name, value in self._sums.items()},
                 "c": float(network.c.detach()),
                 "d": float(network.d.detach()),
-                **self._diagnostics(model),
+                **pretraining_diagnostics(network, self.held_out, self.batch_size, model.device),
                 "learning_rate": model._pytorch_optimizer.param_groups[0]["lr"],
                 "structures_per_second": structures / seconds,
                 "peak_memory_mib": _peak_memory(model.device),
@@ -154,11 +154,6 @@ class PretrainingLog:
             }
             self._write(row)
         self._start_epoch()
-
-    def _diagnostics(self, model: Any) -> dict[str, float]:
-        if not len(self.held_out):
-            return {}
-        return pretraining_diagnostics(model.model, self.held_out, self.batch_size, model.device)
 
     def _write(self, row: dict[str, float]) -> None:
         table = pd.DataFrame([row])
@@ -193,6 +188,7 @@ def pretraining_diagnostics(
     ----------
     network : PretrainingNetwork
     held_out : PolymorphDataset
+        May be empty: the result is then empty as well.
     batch_size : int
     device : str or torch.device
 
@@ -203,6 +199,8 @@ def pretraining_diagnostics(
         among the ten nearest, of ``batch_size``), ``rank_formulas`` and ``rank_structures``
         (:func:`~polysrl_dc.losses.effective_rank`), ``mean_sigma``, ``mean_log_sigma``.
     """
+    if not len(held_out):
+        return {}
     rows = np.sort(np.unique(held_out.groups, return_index=True)[1])
     batch_size = min(batch_size, len(rows))
     training = network.training
