@@ -7,8 +7,8 @@ from pathlib import Path
 import deepchem as dc
 import pandas as pd
 from folds import group_key
+from targets import wetlab_targets
 from tasks import MATBENCH_TASKS, load_task, task_inputs
-from wetlab import wetlab_targets
 
 from polysrl_dc import StoichiometryGraphFeaturizer
 from polysrl_dc.datasets import drop_skipped

@@ -62,7 +62,8 @@ def arguments_of(argv: list[str] | None = None) -> argparse.Namespace:
     add("--output-dir", type=Path, default=Path("runs/polysrl"))
     add("--cache-dir", help="of packed structures; or POLYSRL_CACHE")
     add("--config", choices=("default", "paper"), default="default")
-    add("--set", nargs="*", default=[], metavar="FIELD=VALUE", help="change the configuration")
+    change = "FIELD=VALUE of the configuration, changed"
+    add("--set", nargs="*", action="extend", default=[], metavar="FIELD=VALUE", help=change)
     add("--epochs", type=int, default=10)
     add("--batch-size", type=int, default=256)
     add("--learning-rate", type=float, default=1e-3)

@@ -10,14 +10,11 @@ from collections.abc import Callable, Iterable, Sequence
 from typing import cast
 
 import numpy as np
-import pandas as pd
 import torch
-from sklearn.metrics import mean_absolute_error, r2_score
-from sklearn.model_selection import KFold
+from targets import Splits, Target
 from torch import Tensor
 from torch.nn import functional
 from tqdm import tqdm
-from wetlab import WetlabTarget
 
 from polysrl_dc import PolySRLConfig
 from polysrl_dc.batches import batch_rows
@@ -26,7 +23,6 @@ from polysrl_dc.heads import PredictionHead
 PAPER = PolySRLConfig.named("paper")
 EPOCHS = 300
 LEARNING_RATE = 1e-3
-FOLDS = 5
 SLOPE = 0.01  # of nn.LeakyReLU
 
 #: Formulas of a target -> embeddings (n, F), or (n_seeds, n, F) if they depend on the seed.
@@ -70,15 +66,12 @@ class HeadStack:
             weight.grad = torch.zeros_like(weight)
         self._optimizer = torch.optim.Adam(self.weights, lr=learning_rate, fused=True)
 
-    def _forward(self, x: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-        w1, b1, w2, b2, w3, b3 = self.weights
-        h1 = functional.leaky_relu_(torch.bmm(x, w1).add_(b1), SLOPE)
-        h2 = functional.leaky_relu_(torch.bmm(h1, w2).add_(b2), SLOPE)
-        return h1, h2, torch.bmm(h2, w3).add_(b3)
-
-    def predict(self, x: Tensor) -> Tensor:
-        """Outputs (M, b) for embeddings (M, b, F)."""
-        return self._forward(x)[2].squeeze(-1)
+    def predict(self, x: Tensor, member: int | None = None) -> Tensor:
+        """Outputs (M, b) for embeddings (M, b, F), or (b,) of one member for its (b, F)."""
+        if member is None:
+            return _forward(self.weights, x)[2].squeeze(-1)
+        weights = [weight[member : member + 1] for weight in self.weights]
+        return _forward(weights, x[None])[2].reshape(-1)
 
     def step(self, x: Tensor, labels: Tensor) -> None:
         """One step down the mean absolute error of each head.
@@ -92,7 +85,7 @@ class HeadStack:
         _, _, w2, _, w3, _ = self.weights
         gradients = [cast(Tensor, weight.grad) for weight in self.weights]
         dw1, db1, dw2, db2, dw3, db3 = gradients
-        h1, h2, outputs = self._forward(x)
+        h1, h2, outputs = _forward(self.weights, x)
         g = torch.sign(outputs - labels.unsqueeze(-1)).div_(x.shape[1])
         torch.bmm(h2.mT, g, out=dw3)
         torch.sum(g, 1, keepdim=True, out=db3)
@@ -109,6 +102,14 @@ class HeadStack:
             for part in gradients:
                 part.mul_(factor)
         self._optimizer.step()
+
+
+def _forward(weights: list[Tensor], x: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+    """Both hidden layers (M, b, hidden) and the output (M, b, 1)."""
+    w1, b1, w2, b2, w3, b3 = weights
+    h1 = functional.leaky_relu_(torch.bmm(x, w1).add_(b1), SLOPE)
+    h2 = functional.leaky_relu_(torch.bmm(h1, w2).add_(b2), SLOPE)
+    return h1, h2, torch.bmm(h2, w3).add_(b3)
 
 
 def _initial(n_features: int, hidden: int, seed: int) -> list[Tensor]:
@@ -172,21 +173,24 @@ def _orders(seeds: Sequence[int], epoch: int, n: int) -> np.ndarray:
 def predict_folds(
     embeddings: np.ndarray,
     values: np.ndarray,
+    splits: Splits,
     seeds: Sequence[int],
     batch_size: int,
     epochs: int = EPOCHS,
     progress: bool = False,
 ) -> np.ndarray:
-    """Predict each formula by the head that was trained on the folds without it.
+    """Predict each formula by the head that was trained on the fold without it.
 
     Parameters
     ----------
     embeddings : numpy.ndarray, shape (n, F) or (n_seeds, n, F)
         The latter where the encoder depends on the seed.
     values : numpy.ndarray, shape (n_targets, n)
-        Normalized here, by the training folds.
+        Normalized here, by the training rows.
+    splits : list of (numpy.ndarray, numpy.ndarray)
+        Training and test rows of each fold.
     seeds : sequence of int
-        Of folds, initial weights and orders.
+        Of initial weights and orders.
     batch_size, epochs : int
     progress : bool
         Show a bar over the epochs.
@@ -194,12 +198,13 @@ def predict_folds(
     Returns
     -------
     numpy.ndarray, shape (n_targets, n_seeds, n)
-        In the units of ``values``.
+        In the units of ``values``; NaN for rows in no test part.
 
     Examples
     --------
     >>> x, y = np.random.default_rng(0).normal(size=(30, 4)), np.ones((2, 30))
-    >>> predict_folds(x, y, seeds=[0, 1, 2], batch_size=8, epochs=1).shape
+    >>> splits = [(np.arange(20), np.arange(20, 30)), (np.arange(10, 30), np.arange(10))]
+    >>> predict_folds(x, y, splits, seeds=[0, 1, 2], batch_size=8, epochs=1).shape
     (2, 3, 30)
     """
     n = values.shape[1]
@@ -207,75 +212,68 @@ def predict_folds(
         raise ValueError(f"{embeddings.shape} embeddings of {n} formulas, {len(seeds)} seeds")
     table = torch.as_tensor(embeddings, dtype=torch.float32).reshape(-1, embeddings.shape[-1])
     members: dict[int, list[tuple[int, int, np.ndarray, np.ndarray]]] = {}  # by training rows
-    for i, seed in enumerate(seeds):
-        for train, test in KFold(FOLDS, shuffle=True, random_state=seed).split(values.T):
-            same_size = members.setdefault(len(train), [])
-            same_size.extend((target, i, train, test) for target in range(len(values)))
+    for train, test in splits:
+        members.setdefault(len(train), []).extend(
+            (target, i, train, test) for i in range(len(seeds)) for target in range(len(values))
+        )
     predictions = np.full((len(values), len(seeds), n), np.nan)
     for group in members.values():
         first = [n * i if embeddings.ndim == 3 else 0 for _, i, _, _ in group]
         labels = np.stack([values[target, train] for target, _, train, _ in group])
-        mean, std = labels.mean(1, keepdims=True), labels.std(1, keepdims=True)
+        mean, std = labels.mean(1), labels.std(1)
         std[std <= 1e-8 * (1 + np.abs(mean))] = 1.0
         heads = train_heads(
             table,
             np.stack([start + train for start, (_, _, train, _) in zip(first, group, strict=True)]),
-            (labels - mean) / std,
+            (labels - mean[:, None]) / std[:, None],
             [seeds[i] for _, i, _, _ in group],
             batch_size,
             tqdm(range(epochs), desc=f"{len(group)} heads", disable=not progress),
         )
-        held_out = np.stack([start + m[3] for start, m in zip(first, group, strict=True)])
-        outputs = heads.predict(table[torch.from_numpy(held_out)]).numpy() * std + mean
-        for (target, i, _, test), output in zip(group, outputs, strict=True):
-            predictions[target, i, test] = output
+        held_out = [start + member[3] for start, member in zip(first, group, strict=True)]
+        for j, (target, i, _, test) in enumerate(group):
+            outputs = heads.predict(table[torch.from_numpy(held_out[j])], j).numpy()
+            predictions[target, i, test] = outputs * std[j] + mean[j]
     return predictions
 
 
-def evaluate_encoder(
+def predict_targets(
     embed: Embed,
-    targets: Sequence[WetlabTarget],
+    targets: Sequence[Target],
     seeds: Sequence[int],
-    name: str = "encoder",
+    splits_of: Callable[[Target], Splits] = Target.splits,
     epochs: int = EPOCHS,
     progress: bool = False,
-) -> pd.DataFrame:
-    """Scores of an encoder in memory, five folds per seed.
+) -> dict[str, np.ndarray]:
+    """Predictions for every formula of several targets, five folds for each seed.
+
+    Targets on the same formulas are trained together, and their formulas embedded once.
 
     Parameters
     ----------
     embed : callable
         Formulas (list of n str) -> embeddings (n, F), or (n_seeds, n, F) of a random encoder.
-    targets : sequence of WetlabTarget
+    targets : sequence of Target
     seeds : sequence of int
-    name : str
-        Put into the column ``model``.
+    splits_of : callable
+        Target -> training and test rows of its folds; by default those of Matbench's rule.
     epochs : int
     progress : bool
 
     Returns
     -------
-    pandas.DataFrame
-        Columns suite, task, protocol, model, seed, fold, metric (mae, r2), value; the MAE is in
-        reported units.
+    dict of str to numpy.ndarray, shape (n_seeds, n)
+        By name of the target, in its units.
     """
-    together: dict[tuple[int, tuple[str, ...]], list[WetlabTarget]] = {}
+    together: dict[tuple[int, tuple[str, ...]], list[Target]] = {}
     for target in targets:
         together.setdefault((target.batch_size, tuple(target.formulas)), []).append(target)
-    rows: list[tuple[object, ...]] = []
+    found: dict[str, np.ndarray] = {}
     for (batch_size, formulas), group in together.items():
         values = np.stack([target.values for target in group])
-        predictions = predict_folds(
-            np.asarray(embed(list(formulas))), values, seeds, batch_size, epochs, progress
+        embeddings = np.asarray(embed(list(formulas)))
+        by_target = predict_folds(
+            embeddings, values, splits_of(group[0]), seeds, batch_size, epochs, progress
         )
-        for target, by_seed in zip(group, predictions, strict=True):
-            for seed, predicted in zip(seeds, by_seed, strict=True):
-                folds = KFold(FOLDS, shuffle=True, random_state=seed).split(predicted)
-                for fold, (_, test) in enumerate(folds):
-                    truth, output = target.values[test], predicted[test]
-                    mae = float(mean_absolute_error(truth, output)) * target.scale
-                    key = ("wetlab", target.name, "representation", name, seed, fold)
-                    rows.append((*key, "mae", mae))
-                    rows.append((*key, "r2", float(r2_score(truth, output))))
-    columns = ["suite", "task", "protocol", "model", "seed", "fold", "metric", "value"]
-    return pd.DataFrame(rows, columns=columns)
+        found |= {target.name: part for target, part in zip(group, by_target, strict=True)}
+    return found

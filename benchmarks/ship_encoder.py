@@ -15,7 +15,7 @@ from typing import Any
 
 import pandas as pd
 from folds import write_atomic
-from run_wetlab import paired_differences
+from paper_protocol import paired_differences
 
 from polysrl_dc import PolySRLConfig
 from polysrl_dc.checkpoints import SHIPPED, checkpoint_path, load_checkpoint, save_checkpoint

@@ -22,10 +22,10 @@ from matbench.bench import MatbenchBenchmark
 from matbench.constants import MBV01_KEY, REG_KEY
 from matbench.task import MatbenchTask
 from matbench.util import RecursiveDotDict
-from tasks import EMBEDDED_KEY, WETLAB_KEY, FoldRuleTask
+from tasks import FOLD_RULE_KEYS, FoldRuleTask
 
 RESULTS_FILE, INFO_FILE = "results.json.gz", "info.json"
-OWN_BENCHMARKS = (EMBEDDED_KEY, WETLAB_KEY)
+OWN_BENCHMARKS = tuple(FOLD_RULE_KEYS.values())
 REQUIREMENTS = ("torch", "deepchem", "matbench", "matminer", "pymatgen", "scikit-learn")
 
 
@@ -155,6 +155,8 @@ def write_record(
     descriptions: dict[str, dict[str, Any]],
     protocol: str,
     notes: str = "",
+    variant: str = "",
+    runner: str = "run_matbench.py",
 ) -> Path | None:
     """Merge the fully recorded tasks into a record; several processes may do so at once.
 
@@ -165,11 +167,13 @@ def write_record(
     tasks : sequence of MatbenchTask
         Tasks of one benchmark; those with an unrecorded fold are left out.
     descriptions : dict
-        For each task what made it: ``arguments`` (of ``run_matbench.py``), settings, seed.
+        For each task what made it: ``arguments`` (of the runner), settings, seed.
     protocol : str
-        ``frozen`` or ``finetune``.
-    notes : str
-        Goes into ``info.json``.
+        ``frozen`` (the paper: representation) or ``finetune`` (transfer).
+    notes, variant : str
+        Go into ``info.json``; the variant names one of several records of this project.
+    runner : str
+        Script that makes such records.
 
     Returns
     -------
@@ -193,9 +197,9 @@ def write_record(
         benchmark = _benchmark(name, complete, described)
         content = json.dumps(benchmark.as_dict(), allow_nan=False).encode()
         write_atomic(path, gzip.compress(content, mtime=0))
-        info = json.dumps(submission_info(protocol, notes), indent=2) + "\n"
+        info = json.dumps(submission_info(protocol, notes, variant), indent=2) + "\n"
         write_atomic(Path(folder) / INFO_FILE, info.encode())
-        write_atomic(run_file(folder), _run_script(described).encode())
+        write_atomic(run_file(folder), _run_script(described, runner).encode())
     return path
 
 
@@ -231,20 +235,21 @@ def _plain_metadata(task: MatbenchTask) -> dict[str, Any]:
     return {key: task.metadata[key] for key in keys}
 
 
-def submission_info(protocol: str, notes: str = "") -> dict[str, Any]:
+def submission_info(protocol: str, notes: str = "", variant: str = "") -> dict[str, Any]:
     """The content of ``info.json`` with every key that Matbench asks for."""
-    frozen = protocol != "finetune"
+    frozen = protocol not in ("finetune", "transfer")
+    marks = ", ".join(filter(None, ["frozen encoder" if frozen else "", variant]))
     return {
         "authors": "PolySRL-DC developers",
-        "algorithm": "PolySRL-DC (frozen encoder)" if frozen else "PolySRL-DC",
+        "algorithm": f"PolySRL-DC ({marks})" if marks else "PolySRL-DC",
         "algorithm_long": (
             "PolySRL in DeepChem: a graph network over the elements of a formula, which represents "
             "a stoichiometry by a Gaussian, and a small regression or classification head. Only "
             "compositions enter. "
             + ("The encoder is frozen." if frozen else "Encoder and head are trained together.")
-            + " Predictions are the mean of an ensemble. Learning rate and the scale of the "
-            "uncertainties are chosen on a part of each training fold. The settings of each task, "
-            "and the encoder it starts from, stand in user_metadata."
+            + " Predictions are the mean of the ensemble; what is tuned (learning rate, epochs, "
+            "scale of the uncertainties) is chosen on a part of each training fold. The settings "
+            "of each task, and the encoder it starts from, stand in user_metadata."
         ),
         "bibtex_refs": [
             "@misc{polysrl, title={Stoichiometry Representation Learning with Polymorphic Crystal "
@@ -264,7 +269,7 @@ def _version(package: str) -> str:
         return "unknown"
 
 
-def _run_script(described: dict[str, dict[str, Any]]) -> str:
+def _run_script(described: dict[str, dict[str, Any]], runner: str) -> str:
     """A script that repeats the runs of a record from the project's root."""
     runs = sorted({" ".join(entry.get("arguments", ())) for entry in described.values()} - {""})
     listed = "".join(
@@ -275,8 +280,8 @@ def _run_script(described: dict[str, dict[str, Any]]) -> str:
         "import subprocess\nimport sys\n\n"
         f"RUNS: list[str] = [\n{listed}]\n\n"
         "for run in RUNS:\n"
-        '    command = [sys.executable, "benchmarks/run_matbench.py", *run.split()]\n'
-        "    subprocess.run(command, check=True)\n"
+        f'    command = f"benchmarks/{runner} {{run}}".split()\n'
+        "    subprocess.run([sys.executable, *command], check=True)\n"
     )
 
 

@@ -40,6 +40,8 @@ PAPER_TASKS = (
 )
 EMBEDDED_KEY = "embedded_v0.1"
 WETLAB_KEY = "wetlab_v0.1"
+FOLD_RULE_KEYS = {"embedded": EMBEDDED_KEY, "wetlab": WETLAB_KEY, "paper": "paper_v0.1"}
+"""Names of the benchmarks outside Matbench by the suite that begins the names of their tasks."""
 EMBEDDED_FORMULAS = 5000
 """Formulas kept by the embedded suite, so that all its folds run in minutes on two cores."""
 FOLD_SEED = 18012019
@@ -96,7 +98,7 @@ class FoldRuleTask(MatbenchTask):
     --------
     >>> task = FoldRuleTask("wetlab_x", WETLAB_KEY, fold_rule_metadata("y", "eV", [1.0] * 10))
     >>> task.validation.fold_0.test
-    ['wl-x-00003', 'wl-x-00004']
+    ['wl-x-0003', 'wl-x-0004']
     """
 
     def __init__(
@@ -131,10 +133,11 @@ class FoldRuleTask(MatbenchTask):
 
 def fold_rule_ids(dataset_name: str, n_samples: int) -> list[str]:
     """The ids of a task outside Matbench: ``em-seebeck-00001`` and so on."""
-    prefix = {"embedded": "em", "wetlab": "wl"}
+    prefix = {"embedded": "em", "wetlab": "wl", "paper": "pm"}
     suite, _, rest = dataset_name.partition("_")
     stem = f"{prefix.get(suite, suite)}-{rest.replace('_', '-')}"
-    return [f"{stem}-{number:05d}" for number in range(1, n_samples + 1)]
+    digits = 4 if suite == "wetlab" else 5
+    return [f"{stem}-{number:0{digits}d}" for number in range(1, n_samples + 1)]
 
 
 def fold_rule_metadata(target: str, unit: str, values: Iterable[float]) -> dict[str, Any]:

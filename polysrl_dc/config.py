@@ -4,6 +4,7 @@ from dataclasses import asdict, dataclass, fields, replace
 from typing import Any
 
 _CHOICES = {
+    "element_source": ("matscholar", "random"),
     "structure_pooling": ("sum", "mean"),
     "convolution_init": ("glorot", "linear"),
     "loss_reduction": ("mean", "sum"),
@@ -19,6 +20,9 @@ class PolySRLConfig:
     ----------
     n_features : int
         F, width of every embedding.
+    element_source : {"matscholar", "random"}
+        Element features: word embeddings, or fixed random directions that say only which element
+        it is.
     stoichiometry_layers, structure_layers : int
         L' of f^a and of f^b.
     convolution_init : {"glorot", "linear"}
@@ -26,10 +30,14 @@ class PolySRLConfig:
         of ``torch.nn.Linear``. With a random encoder and the representation protocol the second
         brings the MAE of the formation enthalpies from 0.682 (0.016) to 0.604 (0.022) and leaves
         the three others tried within noise (mean over five folds and its standard error).
-    weighted_messages : bool
-        Weigh elements by their fractions in the GCN layers and in the attention of Set2Set, so that
-        an element fades out with its fraction. As published, a dopant changes the mean over the
-        elements as much as a main component.
+    message_power : float
+        Elements are weighed by this power of their fractions in the GCN layers. At 0, as published,
+        a dopant changes the mean over the elements as much as a main component; at 1 it fades out
+        with its fraction, and elements below a few per cent are hardly seen.
+    attention_power : float
+        Above 0, the attention of Set2Set is proportional to this power of the fraction times
+        ``exp(query . x_i)``, as in Roost (Goodall & Lee 2020). At 0, as published, the set is
+        ``r_i x_i`` instead, and a trace of an element takes its full share of the softmax.
     set2set_steps : int
         Processing steps of each Set2Set.
     edge_hidden : int
@@ -80,10 +88,12 @@ class PolySRLConfig:
     """
 
     n_features: int = 200
+    element_source: str = "matscholar"
     stoichiometry_layers: int = 3
     structure_layers: int = 3
     convolution_init: str = "glorot"
-    weighted_messages: bool = False
+    message_power: float = 0.0
+    attention_power: float = 0.0
     set2set_steps: int = 2
     edge_hidden: int = 400
     n_gaussians: int = 41

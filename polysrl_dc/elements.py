@@ -15,8 +15,14 @@ N_ELEMENTS = 119
 
 
 @cache
-def element_features() -> np.ndarray:
+def element_features(source: str = "matscholar") -> np.ndarray:
     """Element feature matrix X^a of the paper (Section 3.1).
+
+    Parameters
+    ----------
+    source : {"matscholar", "random"}
+        ``random`` replaces each embedding by a random direction, always the same: what a model can
+        do without knowledge of the elements.
 
     Returns
     -------
@@ -29,10 +35,15 @@ def element_features() -> np.ndarray:
     >>> element_features().shape
     (119, 200)
     """
-    source = MatscholarElementData(impute_nan=False)
+    table = MatscholarElementData(impute_nan=False)
     features = np.zeros((N_ELEMENTS, N_FEATURES), dtype=np.float32)
-    for symbol, row in source.all_element_data.items():
-        features[Element(symbol).Z] = [row[name] for name in source.prop_names]
+    for symbol, row in table.all_element_data.items():
+        features[Element(symbol).Z] = [row[name] for name in table.prop_names]
+    if source == "random":
+        directions = np.random.default_rng(0).normal(size=features.shape)
+        directions[~features.any(axis=1)] = 0.0
+        norms = np.linalg.norm(directions, axis=1, keepdims=True)
+        features = (directions / np.where(norms, norms, 1.0)).astype(np.float32)
     features.setflags(write=False)
     return features
 

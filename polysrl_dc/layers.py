@@ -24,11 +24,9 @@ class CompositionSet2Set(nn.Module):
         F.
     processing_steps : int
         Number of queries.
-    weighted : bool
-        True: the set is ``e_i + g_b`` and the attention of an element is proportional to
-        ``r_i exp(query . x_i)``, as in Roost (Goodall & Lee 2020), so that an element fades out
-        with its fraction. False: as printed; a trace of an element takes its full share of the
-        softmax.
+    attention_power : float
+        At 0 the set is ``r_i (e_i + g_b)``. Above, it is ``e_i + g_b`` and the attention of an
+        element is proportional to ``r_i ** attention_power * exp(query . x_i)``.
 
     Examples
     --------
@@ -37,11 +35,13 @@ class CompositionSet2Set(nn.Module):
     torch.Size([3, 8])
     """
 
-    def __init__(self, n_features: int, processing_steps: int, weighted: bool = False) -> None:
+    def __init__(
+        self, n_features: int, processing_steps: int, attention_power: float = 0.0
+    ) -> None:
         super().__init__()
         self.n_features = n_features
-        self.weighted = weighted
         self.processing_steps = processing_steps
+        self.attention_power = attention_power
         self.lstm = nn.LSTM(2 * n_features, n_features)
 
     def forward(self, fractions: Tensor, elements: Tensor, graphs: Tensor) -> Tensor:
@@ -81,13 +81,12 @@ class CompositionSet2Set(nn.Module):
     ) -> Tensor:
         """Attention-weighted sum (n_graphs, F) of the set for queries (n_graphs or 1, F)."""
         scores = query @ elements.T + (query * graphs).sum(-1, keepdim=True)
-        if self.weighted:
-            scores = scores + fractions.masked_fill(absent, 1.0).log()
+        if self.attention_power:
+            prior = self.attention_power * fractions.masked_fill(absent, 1.0).log()
+            attention = torch.softmax((scores + prior).masked_fill(absent, -torch.inf), dim=-1)
         else:
-            scores = fractions * scores
-        attention = torch.softmax(scores.masked_fill(absent, -torch.inf), dim=-1)
-        if not self.weighted:
-            attention = attention * fractions
+            scores = (fractions * scores).masked_fill(absent, -torch.inf)
+            attention = torch.softmax(scores, dim=-1) * fractions
         return attention @ elements + attention.sum(-1, keepdim=True) * graphs
 
 

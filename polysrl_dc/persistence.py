@@ -20,8 +20,10 @@ from polysrl_dc.distributed import process_rank
 
 ENCODER_FIELDS = (
     "n_features",
+    "element_source",
     "stoichiometry_layers",
-    "weighted_messages",
+    "message_power",
+    "attention_power",
     "set2set_steps",
     "feature_norm",
     "whitening",

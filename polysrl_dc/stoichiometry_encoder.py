@@ -14,14 +14,16 @@ class StoichiometryEncoder(nn.Module):
     """A formula becomes a Gaussian N(z_mu, diag(sigma^2)) in F dimensions (eq. 2, 3, 9 to 12).
 
     On a fully connected graph with self-loops the propagation of a GCN layer is the mean over the
-    elements, so the layer adds the same vector to every element of a graph: the state of element
-    ``i`` after any layer is its input feature plus a vector of the graph. Everything below is
-    exact and works on one vector per graph and one per chemical element.
+    elements (weighed by ``fraction ** message_power``), so the layer adds the same vector to every
+    element of a graph: the state of element ``i`` after any layer is its input feature plus a
+    vector of the graph. Everything below is exact and works on one vector per graph and one per
+    chemical element.
 
     Parameters
     ----------
     config : PolySRLConfig
-        ``n_features``, ``stoichiometry_layers``, ``set2set_steps``, ``feature_norm``.
+        ``n_features``, ``stoichiometry_layers``, ``message_power``,
+        ``attention_power``, ``set2set_steps``, ``feature_norm``, ``whitening``.
 
     Examples
     --------
@@ -40,13 +42,14 @@ class StoichiometryEncoder(nn.Module):
         width = config.n_features
         levels = config.stoichiometry_layers + 1
         self.config = config
-        self.register_buffer("element_features", torch.from_numpy(element_features().copy()))
+        features = torch.from_numpy(element_features(config.element_source).copy())
+        self.register_buffer("element_features", features)
         self.input = nn.Identity() if width == N_FEATURES else nn.Linear(N_FEATURES, width)
         self.convolutions = nn.ModuleList(
             _convolution(width, config.convolution_init) for _ in range(config.stoichiometry_layers)
         )
         self.jumping_knowledge = nn.Linear(levels * width, width)
-        pooling = (width, config.set2set_steps, config.weighted_messages)
+        pooling = (width, config.set2set_steps, config.attention_power)
         self.mean_pooling = CompositionSet2Set(*pooling)
         self.mean_output = nn.Linear(2 * width, width)
         self.sigma_pooling = CompositionSet2Set(*pooling)
@@ -67,21 +70,18 @@ class StoichiometryEncoder(nn.Module):
             Row ``i`` of Z^a of graph ``b`` is ``elements[Z_i] + graphs[b]``.
         """
         features = self.input(self.element_features)
-        if self.config.weighted_messages:
-            mean = fractions.to(features.dtype) @ features
-        else:
-            present = (fractions > 0).to(features.dtype)
-            mean = (present / present.sum(-1, keepdim=True)) @ features
-        weights = self.jumping_knowledge.weight.chunk(len(self.convolutions) + 1, dim=1)
+        senders = fractions.to(features.dtype) ** self.config.message_power
+        senders = senders.masked_fill(fractions == 0, 0.0)  # 0 ** 0 is 1
+        mean = (senders / senders.sum(-1, keepdim=True)) @ features
         shift = torch.zeros_like(mean)
         shifts = []
         for convolution in self.convolutions:
             shift = shift + functional.elu(convolution(mean + shift))
             shifts.append(shift)
-        elements = functional.linear(features, torch.stack(weights).sum(0))
-        graphs = functional.linear(
-            torch.cat(shifts, dim=-1), torch.cat(weights[1:], dim=1), self.jumping_knowledge.bias
-        )
+        weight, bias = self.jumping_knowledge.weight, self.jumping_knowledge.bias
+        width = features.shape[-1]
+        elements = functional.linear(features, weight.unflatten(1, (-1, width)).sum(1))
+        graphs = functional.linear(torch.cat(shifts, dim=-1), weight[:, width:], bias)
         return elements, graphs
 
     def forward(self, batch: StoichiometryBatch) -> tuple[Tensor, Tensor]:

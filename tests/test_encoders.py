@@ -11,7 +11,7 @@ import pytest
 import search
 import ship_encoder
 import torch
-from wetlab import wetlab_targets
+from targets import wetlab_targets
 
 import polysrl_dc
 from polysrl_dc.checkpoints import DEFAULT_ENCODER, SHIPPED, load_checkpoint, shipped_encoders

@@ -3,9 +3,11 @@
 import numpy as np
 import pytest
 import torch
-from representation import evaluate_encoder
-from run_wetlab import encoder_embeddings
-from wetlab import wetlab_targets
+from paper_protocol import encoder_embeddings
+from paper_records import prediction_scores
+from representation import predict_targets
+from search import folds_of
+from targets import wetlab_targets
 
 #: Number of formulas, and the MAE of the random start measured independently before this code.
 RANDOM_START = {
@@ -31,7 +33,10 @@ def test_targets_have_the_sizes_of_the_paper(data_dir):
 def test_random_start_is_reproduced(data_dir, name):
     torch.set_num_threads(1)
     target = next(t for t in wetlab_targets(data_dir) if t.name == name)
-    scores = evaluate_encoder(encoder_embeddings(None, [0]), [target], [0])
+    folds = folds_of(0)
+    embed = encoder_embeddings(None, [0], "paper")
+    (predictions,) = predict_targets(embed, [target], [0], folds)[name]
+    scores = prediction_scores(target, predictions, folds(target), "", "", "", 0)
     errors = scores.loc[scores["metric"] == "mae", "value"].to_numpy()
     assert len(errors) == 5
     # both means are over five folds with about the same spread

@@ -1,19 +1,15 @@
 """Heads trained side by side are the heads that would have been trained alone."""
 
 import numpy as np
-import pandas as pd
 import pytest
 import torch
-from representation import HeadStack, evaluate_encoder, predict_folds, train_heads
-from run_wetlab import main, paired_differences
+from representation import HeadStack, predict_folds, predict_targets, train_heads
 from sklearn.model_selection import KFold
+from targets import Target
 from torch import nn
-from wetlab import WetlabTarget, wetlab_targets
 
 from polysrl_dc.batches import batch_rows
 from polysrl_dc.heads import PredictionHead
-
-COLUMNS = ["suite", "task", "protocol", "model", "seed", "fold", "metric", "value"]
 
 
 def plain_head(
@@ -71,14 +67,18 @@ def test_clipping_one_member_leaves_another_alone() -> None:
     assert torch.allclose(stack.predict(x.expand(2, -1, -1))[0], alone.predict(x[None])[0])
 
 
+def five_folds(n: int) -> list[tuple[np.ndarray, np.ndarray]]:
+    return list(KFold(5, shuffle=True, random_state=1).split(np.arange(n)))
+
+
 def test_folds_of_unequal_size_are_those_of_plain_heads() -> None:
     x, y = data(23)  # training folds of 18 and 19 rows
     values = np.stack([y.numpy(), 7 + 3 * y.numpy() ** 2]).astype(float)
     seeds = [4, 2]
-    predicted = predict_folds(x.numpy(), values, seeds, batch_size=6, epochs=2)
+    predicted = predict_folds(x.numpy(), values, five_folds(23), seeds, batch_size=6, epochs=2)
     for target, i in np.ndindex(2, 2):
         expected = np.full(23, np.nan)
-        for train, test in KFold(5, shuffle=True, random_state=seeds[i]).split(values.T):
+        for train, test in five_folds(23):
             mean, std = values[target, train].mean(), values[target, train].std()
             labels = torch.as_tensor((values[target] - mean) / std, dtype=torch.float32)
             head = plain_head(x[train], labels[train], seeds[i], 6, 2)
@@ -86,52 +86,38 @@ def test_folds_of_unequal_size_are_those_of_plain_heads() -> None:
         np.testing.assert_allclose(predicted[target, i], expected, rtol=1e-4, atol=1e-4)
 
 
+def test_rows_in_no_test_part_have_no_prediction() -> None:
+    x, y = data(12)
+    splits = [(np.arange(6), np.arange(6, 9)), (np.arange(6), np.arange(9, 11))]
+    predicted = predict_folds(x.numpy(), y.numpy()[None], splits, [0], batch_size=4, epochs=1)
+    assert np.isnan(predicted[0, 0]).tolist() == [True] * 6 + [False] * 5 + [True]
+
+
 def test_each_seed_reads_its_own_embeddings() -> None:
     x = np.stack([data(15)[0].numpy(), 2 * data(15)[0].numpy()])
     values = data(15)[1].numpy()[None].astype(float)
-    both = predict_folds(x, values, [0, 1], batch_size=4, epochs=1)
+    both = predict_folds(x, values, five_folds(15), [0, 1], batch_size=4, epochs=1)
     for i in range(2):
-        alone = predict_folds(x[i], values, [i], batch_size=4, epochs=1)
+        alone = predict_folds(x[i], values, five_folds(15), [i], batch_size=4, epochs=1)
         np.testing.assert_allclose(both[:, i], alone[:, 0], rtol=1e-4, atol=1e-5)
     with pytest.raises(ValueError, match="3 seeds"):
-        predict_folds(x, values, [0, 1, 2], batch_size=4, epochs=1)
+        predict_folds(x, values, five_folds(15), [0, 1, 2], batch_size=4, epochs=1)
 
 
-def target(name: str, scale: float = 1.0) -> WetlabTarget:
-    formulas = np.array([f"Na{i}Cl" for i in range(1, 31)])
-    return WetlabTarget(name, "1", formulas, np.linspace(1, 2, 30), scale, 8)
-
-
-def test_scores_are_in_reported_units_and_formulas_embedded_once() -> None:
+def test_targets_on_the_same_formulas_are_embedded_once() -> None:
     calls = []
 
     def embed(formulas: list[str]) -> np.ndarray:
         calls.append(formulas)
         return np.random.default_rng(0).normal(size=(len(formulas), 5))
 
-    scores = evaluate_encoder(embed, [target("a"), target("b", 10.0)], [0, 1], "it", epochs=2)
-    assert list(scores.columns) == COLUMNS and len(scores) == 2 * 2 * 5 * 2 and len(calls) == 1
-    errors = scores[scores["metric"] == "mae"].pivot(
-        index=["seed", "fold"], columns="task", values="value"
-    )
-    np.testing.assert_allclose(errors["b"], 10 * errors["a"], rtol=1e-4)
-
-
-def test_paired_differences() -> None:
-    def rows(model: str, values: list[float]) -> pd.DataFrame:
-        keys = [("wetlab", "t", "representation", model, 0, fold, "mae") for fold in range(3)]
-        return pd.DataFrame(
-            [(*key, value) for key, value in zip(keys, values, strict=False)], columns=COLUMNS
-        )
-
-    scores = pd.concat([rows("new", [1.0, 2.0, 9.0]), rows("old", [2.0, 5.0])])
-    (row,) = paired_differences(scores, "new", "old").itertuples()
-    assert (row.mae, row.baseline, row.difference, row.pairs) == (1.5, 3.5, -2.0, 2)
-    assert row.standard_error == pytest.approx(1.0)  # of -1 and -3
-
-
-def test_dry_run_writes_nothing(data_dir, tmp_path, capsys) -> None:
-    main(["--data-dir", str(data_dir), "--output-dir", str(tmp_path), "--dry-run"])
-    printed = capsys.readouterr().out
-    assert all(known.name in printed for known in wetlab_targets(data_dir))
-    assert not list(tmp_path.iterdir())
+    formulas = np.array([f"Na{i}Cl" for i in range(1, 31)])
+    values = np.linspace(1, 2, 30)
+    targets = [
+        Target("a", "1", formulas, values, 1.0, 8),
+        Target("b", "1", formulas, 3 * values, 1.0, 8),
+    ]
+    found = predict_targets(embed, targets, [0, 1], epochs=2)
+    assert len(calls) == 1 and found["a"].shape == (2, 30)
+    np.testing.assert_allclose(found["b"], 3 * found["a"], rtol=1e-4)
+    assert not np.allclose(found["a"][0], found["a"][1])

@@ -96,71 +96,39 @@ def test_gradients_equal_those_of_the_literal_form():
     assert fast.abs().max() > 1e-3
 
 
-def literal_weighted(encoder, numbers, fractions):
-    """One formula, one element after the other, with messages and attention by fraction."""
-    width, config = encoder.config.n_features, encoder.config
-    n = len(numbers)
-    h = [encoder.input(encoder.element_features[z]) for z in numbers]
-    levels = [[vector] for vector in h]
-    for convolution in encoder.convolutions:
-        message = sum(fractions[j] * h[j] for j in range(n))
-        h = [vector + functional.elu(convolution(message)) for vector in h]
-        for i in range(n):
-            levels[i].append(h[i])
-    z = [encoder.jumping_knowledge(torch.cat(level)) for level in levels]
-    pooled = sum(fractions[i] * z[i] for i in range(n))
-
-    def set2set(pool):
-        state, read = None, torch.zeros(2 * width, dtype=torch.float64)
-        for _ in range(config.set2set_steps):
-            query, state = pool.lstm(read.reshape(1, 1, -1), state)
-            query = query.reshape(-1)
-            attention = torch.stack([fractions[i] * torch.exp(query @ z[i]) for i in range(n)])
-            attention = attention / attention.sum()
-            read = torch.cat([query, sum(attention[i] * z[i] for i in range(n))])
-        return read
-
-    mean = encoder.mean_output(set2set(encoder.mean_pooling)) + pooled
-    if config.feature_norm:
-        norm = encoder.mean_norm
-        mean = (mean - norm.running_mean) / (norm.running_var + norm.eps).sqrt()
-    log_sigma = encoder.sigma_output(set2set(encoder.sigma_pooling)) + pooled
-    return mean / mean.norm(), log_sigma + config.log_sigma_shift
-
-
-@pytest.mark.parametrize(
-    "changes",
-    [
-        {"n_features": 16, "log_sigma_shift": -3.0},
-        {"n_features": 200, "feature_norm": True},
-        {"n_features": 8, "stoichiometry_layers": 2, "set2set_steps": 3},
-    ],
-    ids=str,
-)
-def test_weighted_messages_equal_a_loop_over_the_elements(changes):
-    encoder = make_encoder(weighted_messages=True, **changes)
+@pytest.mark.parametrize("power", [0.5, 1.0])
+def test_messages_by_fraction_equal_a_loop_over_the_elements(power):
+    encoder = make_encoder(n_features=16, message_power=power)
     formulas = random_formulas(12)
-    mean, log_sigma = encoder(to_batch(formulas))
+    elements, graphs = encoder.embed_elements(to_batch(formulas).fractions)
     for row, (numbers, fractions) in enumerate(formulas):
-        expected_mean, expected_log_sigma = literal_weighted(encoder, numbers, fractions)
-        torch.testing.assert_close(mean[row], expected_mean, rtol=0, atol=1e-10)
-        torch.testing.assert_close(log_sigma[row], expected_log_sigma, rtol=0, atol=1e-10)
+        h = [encoder.input(encoder.element_features[z]) for z in numbers]
+        levels = [[vector] for vector in h]
+        weights = fractions**power / (fractions**power).sum()
+        for convolution in encoder.convolutions:
+            message = sum(weight * vector for weight, vector in zip(weights, h, strict=True))
+            h = [vector + functional.elu(convolution(message)) for vector in h]
+            for level, vector in zip(levels, h, strict=True):
+                level.append(vector)
+        for number, level in zip(numbers, levels, strict=True):
+            expected = encoder.jumping_knowledge(torch.cat(level))
+            torch.testing.assert_close(elements[number] + graphs[row], expected)
 
 
-def test_a_trace_of_an_element_changes_nothing_only_with_weighted_messages():
+def test_a_trace_of_an_element_fades_out_with_the_power_of_its_fraction():
     pure = (torch.tensor([11, 17]), torch.tensor([0.5, 0.5], dtype=torch.float64))
-    changes = {}
-    for weighted in (False, True):
-        encoder = make_encoder(n_features=32, weighted_messages=weighted)
-        before = encoder(to_batch([pure]))
-        for trace in (1e-3, 1e-6):
+    change = {}
+    for power in (0.0, 0.5, 1.0):
+        encoder = make_encoder(n_features=32, message_power=power)
+        before = encoder.embed_elements(to_batch([pure]).fractions)[1]
+        for trace in (1e-4, 1e-6):
             fractions = torch.tensor([0.5 - trace, 0.5, trace], dtype=torch.float64)
-            after = encoder(to_batch([(torch.tensor([11, 17, 26]), fractions)]))
-            changes[weighted, trace] = [
-                (a - b).abs().max().item() for a, b in zip(after, before, strict=True)
-            ]
-    assert max(changes[True, 1e-6]) < 1e-3 < min(changes[False, 1e-6])
-    assert max(changes[True, 1e-6]) < 0.01 * max(changes[True, 1e-3])  # it fades out
+            doped = to_batch([(torch.tensor([11, 17, 26]), fractions)]).fractions
+            after = encoder.embed_elements(doped)[1]
+            change[power, trace] = (after - before).abs().max().item()
+    assert change[0.0, 1e-6] == pytest.approx(change[0.0, 1e-4], rel=1e-2)
+    assert change[0.5, 1e-6] == pytest.approx(change[0.5, 1e-4] / 10, rel=0.2)
+    assert change[1.0, 1e-6] == pytest.approx(change[1.0, 1e-4] / 100, rel=0.2)
 
 
 def test_log_sigma_shift_is_added_to_log_sigma_only():

@@ -1,0 +1,90 @@
+"""The honest baseline without a neural network: Magpie features with ridge or a random forest."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+
+import numpy as np
+from matminer.featurizers.composition import ElementProperty
+from pymatgen.core import Composition
+from sklearn.ensemble import RandomForestRegressor
+from sklearn.linear_model import RidgeCV
+from sklearn.pipeline import make_pipeline
+from sklearn.preprocessing import StandardScaler
+from targets import Splits, Target
+from tqdm import tqdm
+
+BASELINES = ("magpie_ridge", "magpie_forest")
+TREES = 300
+
+
+def magpie_features(formulas: Sequence[str]) -> np.ndarray:
+    """Statistics of 22 elemental properties over each formula (Ward et al. 2016), as in matminer.
+
+    Returns
+    -------
+    numpy.ndarray, shape (n, 132)
+
+    Raises
+    ------
+    ValueError
+        A feature is not finite, naming formula and feature.
+
+    Examples
+    --------
+    >>> magpie_features(["NaCl", "Fe2O3"]).shape
+    (2, 132)
+    """
+    featurizer = ElementProperty.from_preset("magpie", impute_nan=False)
+    rows = [featurizer.featurize(Composition(formula)) for formula in formulas]
+    features = np.asarray(rows, dtype=float)
+    bad = np.argwhere(~np.isfinite(features))
+    if len(bad):
+        row, column = bad[0]
+        raise ValueError(f"{formulas[row]}: {featurizer.feature_labels()[column]} is not finite")
+    return features
+
+
+def predict_baseline(
+    model: str,
+    targets: Sequence[Target],
+    seeds: Sequence[int],
+    splits_of: Callable[[Target], Splits] = Target.splits,
+) -> dict[str, np.ndarray]:
+    """Predictions of a baseline for every formula, trained on the folds without it.
+
+    Parameters
+    ----------
+    model : {"magpie_ridge", "magpie_forest"}
+        Ridge on standardized features, its penalty by leave-one-out among 15 powers of ten, or a
+        forest of 300 trees. Ridge is the same for every seed.
+    targets : sequence of Target
+    seeds : sequence of int
+    splits_of : callable
+        As for :func:`representation.predict_targets`.
+
+    Returns
+    -------
+    dict of str to numpy.ndarray, shape (n_seeds, n)
+        By name of the target.
+    """
+    cache: dict[tuple[str, ...], np.ndarray] = {}
+    found = {}
+    for target in tqdm(targets, desc=model):
+        key = tuple(target.formulas)
+        x = cache[key] if key in cache else cache.setdefault(key, magpie_features(key))
+        predictions = np.full((len(seeds), len(x)), np.nan)
+        for train, test in splits_of(target):
+            for i, seed in enumerate(seeds):
+                if model == "magpie_ridge" and i:
+                    predictions[i, test] = predictions[0, test]
+                    continue
+                regressor = (
+                    make_pipeline(StandardScaler(), RidgeCV(np.logspace(-4, 10, 15)))
+                    if model == "magpie_ridge"
+                    else RandomForestRegressor(TREES, random_state=seed)
+                )
+                regressor.fit(x[train], target.values[train])
+                predictions[i, test] = regressor.predict(x[test])
+        found[target.name] = predictions
+    return found

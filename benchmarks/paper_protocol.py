@@ -1,0 +1,438 @@
+"""The paper's two protocols on its targets: every model, the same five folds.
+
+Representation: the encoder is frozen and run once; heads of all folds and seeds are trained side by
+side, 300 epochs at 1e-3. Transfer: encoder and head are trained together for 500 epochs, at a rate
+that is chosen on a fifth of each training fold, once, with seed 0. Folds are Matbench's, so all
+models are paired. Predictions go to ``<output-dir>/<suite>_v0.1/`` in Matbench's format, a record
+for each model, protocol and seed; scores to ``<output-dir>/<suite>_scores.csv``. What is there is
+not run again.
+"""
+
+from __future__ import annotations
+
+import argparse
+import logging
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from typing import Any
+
+import deepchem as dc
+import numpy as np
+import pandas as pd
+import torch
+import transfer
+from folds import FoldStore
+from joblib import Parallel, delayed
+from magpie import BASELINES, predict_baseline
+from paper_records import load_record, prediction_scores, save_predictions
+from representation import EPOCHS, Embed, predict_targets
+from scores import merge_scores
+from targets import Splits, Target
+from tasks import DataNotFoundError, find_data_dir
+from tqdm import tqdm
+
+from polysrl_dc import PolySRLModel, StoichiometryGraphFeaturizer
+from polysrl_dc.checkpoints import DEFAULT_ENCODER, checkpoint_path
+from polysrl_dc.sources import file_digest
+
+#: The models of the paper's tables. All have the same encoder and differ in its pretraining, which
+#: ``pretrain.py --objective NAME --output-dir runs/NAME`` runs; ``polysrl`` is the shipped encoder.
+MODELS = (
+    "rand_init",
+    "graphcl",
+    "mp_band_gap",
+    "mp_formation_energy",
+    "infomax3d",
+    "without_sampling",
+    "polysrl",
+)
+PROTOCOLS = ("representation", "transfer")
+PAIR = ["task", "seed", "fold"]
+#: Command that makes the records of a suite.
+RUNNERS = {"wetlab": "run_wetlab.py", "paper": "run_matbench.py --paper"}
+TargetsOf = Callable[[Path | None], list[Target]]
+#: The seed whose trials choose the learning rate of each fold of the transfer protocol.
+RATE_SEED = 0
+
+
+def encoder_of(model: str, encoders: Path) -> str | None:
+    """Saved encoder of one of :data:`MODELS`: None for random weights."""
+    if model == "rand_init":
+        return None
+    return DEFAULT_ENCODER if model == "polysrl" else str(encoders / model)
+
+
+def encoder_embeddings(encoder: str | None, seeds: Sequence[int], config: str = "default") -> Embed:
+    """The embedding function of a saved model, or of random encoders, one for each seed.
+
+    Parameters
+    ----------
+    encoder : str or None
+        Name, folder or file of a saved model; None for random weights.
+    seeds : sequence of int
+        Of the random weights.
+    config : str
+        Configuration of the random encoders.
+    """
+    if encoder is not None:
+        models = [PolySRLModel.from_pretrained(encoder)]
+    else:
+        models = [PolySRLModel(config=config, pretrained=None, seed=seed) for seed in seeds]
+
+    def embed(formulas: list[str]) -> np.ndarray:
+        dataset = dc.data.NumpyDataset(StoichiometryGraphFeaturizer().featurize(formulas))
+        parts = np.stack([model.predict_embedding(dataset) for model in models])
+        return parts[0] if encoder is not None else parts
+
+    return embed
+
+
+def part_of_training(fraction: float) -> Callable[[Target], Splits]:
+    """The folds of a target with the first ``fraction`` of each shuffled training part."""
+
+    def splits(target: Target) -> Splits:
+        return [
+            (np.random.default_rng(fold).permutation(train)[: round(fraction * len(train))], test)
+            for fold, (train, test) in enumerate(target.splits())
+        ]
+
+    return splits
+
+
+#: Ways to make the five folds; all but the first are marked in the suite of the table of scores.
+FOLDS: dict[str, Callable[[Target], Splits]] = {
+    "matbench": Target.splits,
+    "grouped": lambda target: target.splits(grouped=True),
+    "10%": part_of_training(0.1),
+    "25%": part_of_training(0.25),
+    "50%": part_of_training(0.5),
+}
+
+
+def suite_name(suite: str, folds: str) -> str:
+    """Value of the column suite: ``wetlab``, ``wetlab_grouped``, ``wetlab_10%``, ..."""
+    return suite if folds == "matbench" else f"{suite}_{folds}"
+
+
+def paired_differences(
+    scores: pd.DataFrame,
+    model: str,
+    baseline: str,
+    protocol: str = "representation",
+    suite: str = "wetlab",
+) -> pd.DataFrame:
+    """Mean absolute errors of two models on the same seeds and folds, by target.
+
+    Returns
+    -------
+    pandas.DataFrame
+        Columns mae, baseline, difference, standard_error (of the difference, over the pairs),
+        pairs; reported units. Without a row where the two share no fold.
+    """
+    errors = scores[(scores["metric"] == "mae") & (scores["protocol"] == protocol)]
+    errors = errors[errors["suite"] == suite]
+    ours, theirs = (
+        errors[errors["model"] == name].set_index(PAIR)["value"] for name in (model, baseline)
+    )
+    pairs = pd.DataFrame({"mae": ours, "baseline": theirs}).dropna()
+    pairs["difference"] = pairs["mae"] - pairs["baseline"]
+    by_task = pairs.groupby("task", sort=False)
+    table = by_task.mean()
+    table["standard_error"] = by_task["difference"].sem()
+    table["pairs"] = by_task.size()
+    return table
+
+
+def published(data_dir: str | Path, protocol: str, model: str = "polysrl") -> pd.Series | None:
+    """MAE by target of a model in the paper, if its tables lie beside the data.
+
+    Tables 1, 6 and 7 for the representation protocol, 8 (which repeats 2) for transfer.
+    """
+    path = Path(data_dir) / ".." / "paper" / "tables.csv"
+    if not path.exists():
+        return None
+    table = pd.read_csv(path)
+    chosen = table[(table["protocol"] == protocol) & (table["model"] == model)]
+    chosen = chosen[(chosen["metric"] == "mae") & chosen["table"].isin([1, 6, 7, 8])]
+    return chosen.set_index("dataset")["mean"].rename("paper") if len(chosen) else None
+
+
+def run_representation(
+    model: str, encoder: str | None, targets: list[Target], arguments: argparse.Namespace
+) -> None:
+    """Train what is missing of a model's heads; write records and scores."""
+    settings = settings_of(model, encoder, "representation", arguments, EPOCHS)
+    seeds, scored = arguments.seeds, _scored(arguments)
+    changed: set[str] = set()
+    for folds, splits_of in FOLDS.items():
+        if folds not in ("matbench", *arguments.folds):
+            continue
+        suite = suite_name(arguments.suite, folds)
+        todo = []
+        for target in targets:
+            done = all(
+                (suite, target.name, model, seed) in scored
+                and _recorded(target, settings, seed, arguments)
+                for seed in seeds
+            )
+            if not done or target.name in changed:
+                todo.append(target)
+        if not todo:
+            continue
+        if model in BASELINES:
+            found = predict_baseline(model, todo, seeds, splits_of)
+        else:
+            embed = encoder_embeddings(encoder, seeds, arguments.config)
+            found = predict_targets(embed, todo, seeds, splits_of, EPOCHS, progress=True)
+        for target in todo:
+            changed.add(target.name)
+            for seed, predictions in zip(seeds, found[target.name], strict=True):
+                if folds == "matbench":
+                    params: list[dict[str, Any]] = [{} for _ in splits_of(target)]
+                    _save(target, settings, seed, predictions, params, arguments)
+                _score(target, predictions, folds, settings, seed, arguments)
+
+
+def run_transfer(
+    model: str, encoder: str | None, targets: list[Target], arguments: argparse.Namespace
+) -> None:
+    """Train the folds of a model that are missing, seed after seed; write records and scores."""
+    settings = settings_of(model, encoder, "transfer", arguments, transfer.EPOCHS)
+    for seed in arguments.seeds:
+        for target in targets:
+            if _recorded(target, settings, seed, arguments):
+                continue
+            rates: list[Sequence[float]] = [transfer.LEARNING_RATES for _ in target.splits()]
+            first = _recorded(target, settings, RATE_SEED, arguments)
+            if first and seed != RATE_SEED:
+                rates = [(params["learning_rate"],) for params in first[1]]
+            predictions, params = _train_folds(target, encoder, seed, rates, settings, arguments)
+            _save(target, settings, seed, predictions, params, arguments)
+            _score(target, predictions, "matbench", settings, seed, arguments)
+
+
+def _train_folds(
+    target: Target,
+    encoder: str | None,
+    seed: int,
+    rates: Sequence[Sequence[float]],
+    settings: dict[str, Any],
+    arguments: argparse.Namespace,
+) -> tuple[np.ndarray, list[dict[str, Any]]]:
+    """All folds of a target, those aside that an interrupted run has left behind."""
+    splits, task = target.splits(), target.task
+    key = {**settings, "seed": seed, "rates": [list(part) for part in rates]}
+    store = FoldStore(arguments.output_dir / "folds", task.dataset_name, key)
+    tests = [task.validation[name].test for name in task.folds_keys]
+    kept = {fold: store.load(fold, ids) for fold, ids in enumerate(tests)}
+    missing = [fold for fold, record in kept.items() if record is None]
+    calls = (
+        delayed(_train_fold)(fold, target, splits[fold], encoder, seed, rates[fold])
+        for fold in missing
+    )
+    with tqdm(total=len(splits), initial=len(splits) - len(missing), unit="fold") as bar:
+        bar.set_description(f"{settings['model']}, seed {seed}, {target.name}")
+        for fold, predictions, params in Parallel(
+            n_jobs=arguments.jobs, return_as="generator_unordered"
+        )(calls):
+            store.save(fold, tests[fold], [float(value) for value in predictions], None, params)
+            bar.update()
+    records = [store.load(fold, ids) or {} for fold, ids in enumerate(tests)]
+    predictions = np.empty(len(target.values))
+    for (_, test), record in zip(splits, records, strict=True):
+        predictions[test] = record["predictions"]
+    return predictions, [record["params"] for record in records]
+
+
+def _train_fold(fold: int, *call: Any) -> tuple[int, np.ndarray, dict[str, Any]]:
+    return fold, *transfer.predict_fold(*call)
+
+
+def settings_of(
+    model: str,
+    encoder: str | None,
+    protocol: str,
+    arguments: argparse.Namespace,
+    epochs: int,
+) -> dict[str, Any]:
+    """What makes the predictions of a run, and the command that repeats them."""
+    source = "random weights" if encoder is None else file_digest(checkpoint_path(encoder))
+    named = f"--models {model}" if model in (*MODELS, *BASELINES) else f"--encoder {encoder}"
+    return {
+        "model": model,
+        "protocol": protocol,
+        "encoder": "none" if model in BASELINES else source,
+        "config": arguments.config,
+        "epochs": epochs,
+        "arguments": f"{named} --protocols {protocol} --seeds {len(arguments.seeds)}".split(),
+    }
+
+
+def _recorded(
+    target: Target, settings: dict[str, Any], seed: int, arguments: argparse.Namespace
+) -> Any:
+    """The record of a target if it was made by the same encoder and settings, else None."""
+    run = (target.suite, settings["model"], settings["protocol"], seed)
+    record = load_record(arguments.output_dir, *run).get(target.name)
+    same = ("encoder", "config", "epochs")
+    if record is None or any(record[2].get(name) != settings[name] for name in same):
+        return None
+    return record
+
+
+def scores_path(arguments: argparse.Namespace) -> Path:
+    """The table of scores of a suite."""
+    return Path(arguments.output_dir) / f"{arguments.suite}_scores.csv"
+
+
+def _scored(arguments: argparse.Namespace) -> set[tuple[str, str, str, int]]:
+    """Suite, task, model and seed of the scores of the representation protocol."""
+    if not scores_path(arguments).exists():
+        return set()
+    table = pd.read_csv(scores_path(arguments)).query("protocol == 'representation'")
+    return set(table[["suite", "task", "model", "seed"]].itertuples(index=False, name=None))
+
+
+def _save(
+    target: Target,
+    settings: dict[str, Any],
+    seed: int,
+    predictions: np.ndarray,
+    params: list[dict[str, Any]],
+    arguments: argparse.Namespace,
+) -> None:
+    run = (settings["model"], settings["protocol"], seed)
+    runner = RUNNERS[target.suite]
+    save_predictions(arguments.output_dir, target, *run, predictions, params, settings, runner)
+
+
+def _score(
+    target: Target,
+    predictions: np.ndarray,
+    folds: str,
+    settings: dict[str, Any],
+    seed: int,
+    arguments: argparse.Namespace,
+) -> None:
+    run = (suite_name(arguments.suite, folds), settings["protocol"], settings["model"], seed)
+    fresh = prediction_scores(target, predictions, FOLDS[folds](target), *run)
+    merge_scores(scores_path(arguments), fresh)
+
+
+def arguments_of(
+    argv: list[str] | None, suite: str, targets_of: TargetsOf, description: str
+) -> argparse.Namespace:
+    """Parse the command line; what cannot be run ends it with one line."""
+    parser = argparse.ArgumentParser(
+        description=f"{description}\n{__doc__}",
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+    )
+    add = parser.add_argument
+    known = (*MODELS, *BASELINES)
+    add("--models", nargs="+", choices=known, default=known, metavar="MODEL", help=", ".join(known))
+    add("--protocols", nargs="+", choices=PROTOCOLS, default=PROTOCOLS)
+    add("--targets", nargs="+", metavar="TARGET", help="names; default: all")
+    add("--folds", nargs="+", choices=list(FOLDS), default=["matbench"], help="representation only")
+    add("--encoders", type=Path, default=Path("runs"), help="folder of the baselines' encoders")
+    add("--encoder", help="run this saved model (name, folder or file) instead of the models")
+    add("--name", help="label of --encoder in the column model; default: name of its folder")
+    add("--config", default="default", choices=("paper", "default"), help="of random weights")
+    add("--baseline", default="rand_init", help="model to compare with, fold by fold")
+    add("--data-dir", help="layout of the shared data; or POLYSRL_DATA")
+    add("--output-dir", type=Path, default=Path("benchmarks"))
+    add("--seed", type=int, default=0, help="first seed")
+    add("--seeds", type=int, default=1, help="number of seeds")
+    add("--jobs", type=int, default=1, help="folds trained at once in transfer, a process each")
+    add("--threads", type=int, default=1, help="of the representation protocol")
+    add("--dry-run", action="store_true", help="show what would run; train and write nothing")
+    arguments = parser.parse_args(argv)
+    arguments.suite = suite
+    if min(arguments.seeds, arguments.jobs, arguments.threads) < 1:
+        parser.error("--seeds, --jobs and --threads must be at least 1")
+    arguments.seeds = list(range(arguments.seed, arguments.seed + arguments.seeds))
+    if arguments.encoder:
+        name = arguments.name or Path(arguments.encoder).name
+        arguments.models = {name: arguments.encoder}
+    else:
+        arguments.models = {
+            model: None if model in BASELINES else encoder_of(model, arguments.encoders)
+            for model in arguments.models
+        }
+    try:
+        arguments.data_dir = find_data_dir(arguments.data_dir)
+        targets = {target.name: target for target in targets_of(arguments.data_dir)}
+    except DataNotFoundError as error:
+        parser.error(str(error))
+    for model, encoder in arguments.models.items():
+        if encoder is not None and not checkpoint_path(encoder).is_file():
+            how = f"; pretrain.py --objective {model} makes it" if model in MODELS else ""
+            parser.error(f"{model}: no encoder in {encoder}{how}")
+    unknown = sorted(set(arguments.targets or ()) - set(targets))
+    if unknown:
+        parser.error(f"no target is named {unknown[0]!r}; the targets are: {', '.join(targets)}")
+    arguments.targets = [targets[name] for name in arguments.targets or targets]
+    return arguments
+
+
+def comparison(scores: pd.DataFrame, model: str, arguments: argparse.Namespace) -> str:
+    """MAE of a model by target and protocol beside a baseline's and the paper's, as text."""
+    baseline, suite, data_dir = arguments.baseline, arguments.suite, arguments.data_dir
+    tables = []
+    for protocol in PROTOCOLS:
+        table = paired_differences(scores, model, baseline, protocol, suite)
+        if model == baseline or not len(table):
+            errors = scores[(scores["model"] == model) & (scores["protocol"] == protocol)]
+            errors = errors[(errors["metric"] == "mae") & (errors["suite"] == suite)]
+            table = errors.groupby("task", sort=False)["value"].agg(["mean", "std", "count"])
+        if not len(table):
+            continue
+        table = table.reindex([t.name for t in arguments.targets if t.name in table.index])
+        known = model if model in MODELS else "polysrl"
+        if data_dir is not None and (paper := published(data_dir, protocol, known)) is not None:
+            table = table.join(paper.rename(f"paper, {known}"))
+        lines = [f"{model}, {protocol}", table.round(3).to_string()]
+        if "difference" in table:
+            better = int((table["difference"] < 0).sum())
+            lines.append(f"{model} is better than {baseline} on {better} of {len(table)} targets")
+        tables.append("\n".join(lines))
+    return "\n\n".join(tables)
+
+
+def main(
+    argv: list[str] | None, suite: str, targets_of: TargetsOf, description: str
+) -> pd.DataFrame | None:
+    """Run what is missing; print each model beside the baseline and the paper.
+
+    Parameters
+    ----------
+    argv : list of str or None
+    suite : {"wetlab", "paper"}
+    targets_of : callable
+        Data folder -> targets of the suite.
+    description : str
+        Of the command.
+
+    Returns
+    -------
+    pandas.DataFrame or None
+        All scores of the file; None after a dry run.
+    """
+    arguments = arguments_of(argv, suite, targets_of, description)
+    for target in arguments.targets:
+        print(f"{target.name}: {target.account}; batch size {target.batch_size}")
+    if arguments.dry_run:
+        print("DRY RUN: nothing is trained and nothing is written")
+        print(f"models {', '.join(arguments.models)}; protocols {', '.join(arguments.protocols)}")
+        print(f"seeds {arguments.seeds}, 5 folds")
+        return None
+    torch.set_num_threads(arguments.threads)
+    logging.getLogger("matbench").setLevel(logging.ERROR)
+    for model, encoder in arguments.models.items():
+        if "representation" in arguments.protocols:
+            run_representation(model, encoder, arguments.targets, arguments)
+        if "transfer" in arguments.protocols and model not in BASELINES:
+            run_transfer(model, encoder, arguments.targets, arguments)
+    scores = pd.read_csv(scores_path(arguments))
+    for model in arguments.models:
+        print(comparison(scores, model, arguments), end="\n\n")
+    return scores

@@ -1,0 +1,120 @@
+"""Predictions of the paper's protocols, kept as records in Matbench's format, and their scores.
+
+One record for each model, protocol and seed: ``wetlab_v0.1/polysrl_transfer_seed0`` holds the
+predictions of the five folds of every target that is done.
+"""
+
+from __future__ import annotations
+
+import functools
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pandas as pd
+from scores import COLUMNS
+from sklearn.metrics import mean_absolute_error, r2_score
+from submission import RESULTS_FILE, read_benchmark, record_fold, write_record
+from targets import Splits, Target
+from tasks import FOLD_RULE_KEYS
+
+
+def record_path(output_dir: str | Path, suite: str, model: str, protocol: str, seed: int) -> Path:
+    """Folder of the record of a run; the suite is ``wetlab`` or ``paper``."""
+    return Path(output_dir) / FOLD_RULE_KEYS[suite] / f"{model}_{protocol}_seed{seed}"
+
+
+def save_predictions(
+    output_dir: str | Path,
+    target: Target,
+    model: str,
+    protocol: str,
+    seed: int,
+    predictions: np.ndarray,
+    params: list[dict[str, Any]],
+    settings: dict[str, Any],
+    runner: str,
+) -> Path:
+    """Add a target, or replace it, in the record of a run.
+
+    Parameters
+    ----------
+    predictions : numpy.ndarray, shape (n,)
+        Each of the fold that holds the row out; kept with seven digits.
+    params : list of dict
+        What was chosen on each fold.
+    settings : dict
+        What made the predictions, such as the encoder's digest; with ``arguments`` of the runner.
+    runner : str
+        The command, ``run_wetlab.py``.
+    """
+    task = target.task
+    for fold, (_, test) in enumerate(target.splits()):
+        values = [float(f"{value:.7g}") for value in predictions[test]]
+        record_fold(task, fold, values, params=params[fold])
+    folder = record_path(output_dir, target.suite, model, protocol, seed)
+    variant = f"{model}, seed {seed}"
+    described = {task.dataset_name: {**settings, "account": target.account}}
+    write_record(folder, [task], described, protocol, "", variant, runner)
+    return folder
+
+
+def load_record(
+    output_dir: str | Path, suite: str, model: str, protocol: str, seed: int
+) -> dict[str, tuple[np.ndarray, list[dict[str, Any]], dict[str, Any]]]:
+    """What a record holds, by name of the target.
+
+    Returns
+    -------
+    dict of str to (predictions, params, settings)
+        Predictions (n,) in the order of the target's rows, chosen parameters of each fold, and
+        settings; empty if there is no record.
+    """
+    path = record_path(output_dir, suite, model, protocol, seed) / RESULTS_FILE
+    return _load(path, path.stat().st_mtime_ns) if path.exists() else {}
+
+
+@functools.lru_cache(maxsize=64)
+def _load(
+    path: Path, _changed: int
+) -> dict[str, tuple[np.ndarray, list[dict[str, Any]], dict[str, Any]]]:
+    benchmark = read_benchmark(path.parent)
+    found = {}
+    for name, task in benchmark.tasks_map.items():
+        by_id: dict[str, float] = {}
+        for fold in task.folds_keys:
+            by_id |= task.results[fold]["data"]
+        values = np.array([by_id[sample] for sample in sorted(by_id)])
+        params = [dict(task.results[fold]["parameters"]) for fold in task.folds_keys]
+        settings = dict(benchmark.user_metadata["tasks"][name])
+        found[name.partition("_")[2]] = (values, params, settings)
+    return found
+
+
+def prediction_scores(
+    target: Target,
+    predictions: np.ndarray,
+    splits: Splits,
+    suite: str,
+    protocol: str,
+    model: str,
+    seed: int,
+) -> pd.DataFrame:
+    """MAE, in reported units, and R² of each fold.
+
+    Parameters
+    ----------
+    predictions : numpy.ndarray, shape (n,)
+
+    Returns
+    -------
+    pandas.DataFrame
+        Columns suite, task, protocol, model, seed, fold, metric, value.
+    """
+    rows: list[tuple[Any, ...]] = []
+    for fold, (_, test) in enumerate(splits):
+        key = (suite, target.name, protocol, model, seed, fold)
+        truth, output = target.values[test], predictions[test]
+        mae = float(mean_absolute_error(truth, output)) * target.scale
+        rows += [(*key, "mae", mae), (*key, "r2", float(r2_score(truth, output)))]
+    return pd.DataFrame(rows, columns=COLUMNS)

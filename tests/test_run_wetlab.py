@@ -1,0 +1,206 @@
+"""The wet-lab runner: both protocols, records, what is done already, scores."""
+
+import json
+
+import magpie
+import numpy as np
+import pandas as pd
+import paper_protocol
+import pytest
+import run_wetlab
+import transfer
+from check_submission import check_records
+from magpie import magpie_features, predict_baseline
+from paper_protocol import FOLDS, encoder_embeddings, paired_differences, part_of_training
+from paper_records import load_record, prediction_scores, record_path
+from run_wetlab import main
+from sklearn.metrics import mean_absolute_error
+from targets import Target, wetlab_targets
+
+from polysrl_dc import PolySRLModel
+
+COLUMNS = ["suite", "task", "protocol", "model", "seed", "fold", "metric", "value"]
+
+
+def small_target(name: str = "small", n: int = 20, scale: float = 1.0) -> Target:
+    salts = ("Na{}Cl", "Na{}I", "K{}Cl", "K{}I")
+    formulas = np.array([salt.format(i) for i in range(1, 6) for salt in salts])
+    return Target(name, "eV", formulas[:n], np.linspace(1, 2, n), scale, 8)
+
+
+@pytest.fixture
+def quick(monkeypatch, tmp_path):
+    """Two small targets, few epochs; runs the command with a folder of its own."""
+    found = [small_target("one"), small_target("two", 18, 10.0)]
+    monkeypatch.setattr(run_wetlab, "wetlab_targets", lambda data_dir: found)
+    monkeypatch.setattr(paper_protocol, "EPOCHS", 2)
+    monkeypatch.setattr(transfer, "EPOCHS", 1)
+    monkeypatch.setattr(transfer, "LEARNING_RATES", (1e-3, 1e-4))
+    embed = lambda formulas: np.array([[len(f), i] for i, f in enumerate(formulas)], float)  # noqa: E731
+    monkeypatch.setattr(paper_protocol, "encoder_embeddings", lambda *_: embed)
+    calls = []
+
+    def predict_fold(target, split, encoder, seed, rates):
+        calls.append((target.name, seed, list(rates)))
+        return target.values[split[1]] + 0.5, {"learning_rate": rates[-1]}
+
+    monkeypatch.setattr(transfer, "predict_fold", predict_fold)
+
+    def run(*arguments: str) -> pd.DataFrame:
+        calls.clear()
+        return main([*arguments, "--output-dir", str(tmp_path)])
+
+    run.calls, run.folder, run.targets = calls, tmp_path, found
+    return run
+
+
+def test_representation_writes_records_that_are_accepted_and_scores_of_them(quick):
+    scores = quick("--models", "rand_init", "--protocols", "representation", "--seeds", "2")
+    assert list(scores.columns) == COLUMNS and len(scores) == 2 * 2 * 5 * 2
+    run = (quick.folder, "wetlab", "rand_init", "representation")
+    assert check_records([record_path(*run, seed) for seed in (0, 1)]) == []
+    for target in quick.targets:
+        predictions = load_record(*run, 1)[target.name][0]
+        errors = scores.query("task == @target.name and seed == 1 and metric == 'mae'")["value"]
+        expected = [
+            mean_absolute_error(target.values[test], predictions[test]) * target.scale
+            for _, test in target.splits()
+        ]
+        np.testing.assert_allclose(errors, expected, rtol=1e-4)  # predictions are rounded
+
+
+def test_transfer_chooses_rates_with_the_first_seed_only(quick):
+    scores = quick("--models", "rand_init", "--protocols", "transfer", "--seeds", "2")
+    assert quick.calls[:5] == [("one", 0, [1e-3, 1e-4])] * 5
+    assert quick.calls[10:15] == [("one", 1, [1e-4])] * 5
+    errors = scores[scores["metric"] == "mae"].groupby("task")["value"].mean()
+    assert errors.to_dict() == pytest.approx({"one": 0.5, "two": 5.0})
+    record = load_record(quick.folder, "wetlab", "rand_init", "transfer", 1)["one"]
+    assert record[1] == [{"learning_rate": 1e-4}] * 5
+
+
+def test_what_is_there_is_not_run_again_unless_the_encoder_changes(quick, tmp_path):
+    quick("--models", "rand_init", "--protocols", "transfer")
+    assert len(quick.calls) == 10
+    quick("--models", "rand_init", "--protocols", "transfer")
+    assert quick.calls == []
+    PolySRLModel(pretrained=None).save(tmp_path / "mine")
+    chosen = ("--encoder", str(tmp_path / "mine"), "--name", "rand_init", "--protocols", "transfer")
+    quick(*chosen)
+    assert len(quick.calls) == 10
+
+
+def test_interrupted_folds_are_kept(quick, monkeypatch):
+    kind = transfer.predict_fold
+    started = []
+
+    def dies(*call):
+        started.append(call)
+        if len(started) == 4:
+            raise KeyboardInterrupt
+        return kind(*call)
+
+    monkeypatch.setattr(transfer, "predict_fold", dies)
+    with pytest.raises(KeyboardInterrupt):
+        quick("--models", "rand_init", "--protocols", "transfer", "--targets", "one")
+    quick("--models", "rand_init", "--protocols", "transfer", "--targets", "one")
+    assert len(quick.calls) == 2
+
+
+def test_other_folds_and_parts_of_the_training_rows(quick):
+    arguments = ("--models", "rand_init", "--protocols", "representation", "--folds", *FOLDS)
+    scores = quick(*arguments)
+    assert set(scores["suite"]) == {"wetlab", *(f"wetlab_{name}" for name in list(FOLDS)[1:])}
+    for fraction, rows in ((0.1, 2), (0.5, 8), (1.0, 16)):
+        for (part, test), (train, same) in zip(
+            part_of_training(fraction)(quick.targets[0]), quick.targets[0].splits(), strict=True
+        ):
+            assert len(part) == rows and set(part) <= set(train) and (test == same).all()
+
+
+def test_bad_arguments_end_with_one_line(quick, capsys):
+    for arguments, message in (
+        (["--models", "rand_init", "--targets", "three"], "no target is named 'three'"),
+        (["--models", "graphcl"], "graphcl: no encoder in"),
+        (["--encoder", "nowhere"], "nowhere: no encoder"),
+        (["--seeds", "0"], "at least 1"),
+    ):
+        with pytest.raises(SystemExit) as ended:
+            quick(*arguments)
+        assert ended.value.code == 2 and message in capsys.readouterr().err
+
+
+def test_dry_run_writes_nothing(data_dir, tmp_path, capsys):
+    place = ("--data-dir", str(data_dir), "--output-dir", str(tmp_path))
+    main([*place, "--models", "rand_init", "--dry-run"])
+    printed = capsys.readouterr().out
+    assert all(f"{known.name}: {known.account}" in printed for known in wetlab_targets(data_dir))
+    assert not list(tmp_path.iterdir())
+
+
+def test_transfer_learns_and_repeats():
+    target = small_target()
+    split = (np.arange(16), np.arange(16, 20))
+    runs = [
+        transfer.predict_fold(target, split, None, 0, learning_rates=(1e-3, 1e-9), epochs=30)
+        for _ in range(2)
+    ]
+    np.testing.assert_array_equal(runs[0][0], runs[1][0])
+    assert runs[0][1]["learning_rate"] == 1e-3
+    assert set(runs[0][1]["validation_mae"]) == {"0.001", "1e-09"}
+    fixed = transfer.predict_fold(target, split, None, 0, learning_rates=(1e-3,), epochs=30)
+    np.testing.assert_array_equal(fixed[0], runs[0][0])
+    assert fixed[1] == {"learning_rate": 1e-3}
+
+
+def test_random_encoders_differ_by_seed_and_saved_ones_do_not(tmp_path):
+    random = encoder_embeddings(None, [0, 1])(["NaCl", "KCl"])
+    assert random.shape == (2, 2, 200) and not np.allclose(random[0], random[1])
+    PolySRLModel(pretrained=None, seed=1).save(tmp_path / "saved")
+    saved = encoder_embeddings(str(tmp_path / "saved"), [0, 1])(["NaCl", "KCl"])
+    np.testing.assert_allclose(saved, random[1], atol=1e-6)
+
+
+def test_magpie_baselines_see_training_rows_only(monkeypatch):
+    monkeypatch.setattr(magpie, "TREES", 10)
+    target = small_target()
+    assert magpie_features(["NaCl", "Fe2O3"]).shape == (2, 132)
+    for model in ("magpie_ridge", "magpie_forest"):
+        found = predict_baseline(model, [target], [0, 1])[target.name]
+        changed = Target(**{**target.__dict__, "values": target.values.copy()})
+        _, test = target.splits()[0]
+        changed.values[test] += 100
+        again = predict_baseline(model, [changed], [0, 1])[target.name]
+        np.testing.assert_allclose(again[:, test], found[:, test])
+        assert np.abs(found - target.values).mean() < 0.5
+    with pytest.raises(ValueError, match="Xe"):
+        magpie_features(["NaCl", "XeOg"])
+
+
+def test_scores_are_in_reported_units():
+    target = small_target(scale=10.0)
+    predictions = target.values + 0.25
+    table = prediction_scores(target, predictions, target.splits(), "s", "p", "m", 3)
+    assert list(table.columns) == COLUMNS and len(table) == 10
+    np.testing.assert_allclose(table[table["metric"] == "mae"]["value"], 2.5)
+
+
+def test_paired_differences():
+    def rows(model: str, values: list[float]) -> pd.DataFrame:
+        keys = [("wetlab", "t", "representation", model, 0, fold, "mae") for fold in range(3)]
+        return pd.DataFrame(
+            [(*key, value) for key, value in zip(keys, values, strict=False)], columns=COLUMNS
+        )
+
+    scores = pd.concat([rows("new", [1.0, 2.0, 9.0]), rows("old", [2.0, 5.0])])
+    (row,) = paired_differences(scores, "new", "old").itertuples()
+    assert (row.mae, row.baseline, row.difference, row.pairs) == (1.5, 3.5, -2.0, 2)
+    assert row.standard_error == pytest.approx(1.0)  # of -1 and -3
+
+
+def test_records_name_the_command_that_makes_them(quick):
+    quick("--models", "rand_init", "--protocols", "representation")
+    folder = record_path(quick.folder, "wetlab", "rand_init", "representation", 0)
+    (script,) = folder.glob("*.py")
+    assert "run_wetlab.py" in script.read_text() and "--models rand_init" in script.read_text()
+    assert "rand_init" in json.loads((folder / "info.json").read_text())["algorithm"]

@@ -1,0 +1,343 @@
+"""The page of results: cells, intervals, tests, what is missing, claims, and the files it writes."""
+
+import numpy as np
+import pandas as pd
+import pytest
+from claims import CLAIMS, MATBENCH, WETLAB, ZT, Claim, better, verdict
+from results import (
+    ALL,
+    CURVES,
+    GROUPED,
+    MATBENCH_TRANSFER,
+    TABLES,
+    ZT_TABLES,
+    Cell,
+    cells_of,
+    numbers_of,
+    read_paper,
+    reached,
+    shortfall,
+)
+from scipy import stats
+from scores import COLUMNS
+from summarize import MP_FOOTNOTE, main
+
+#: Errors relative to the random start.
+FACTORS = {
+    "rand_init": 1.0,
+    "graphcl": 1.01,
+    "mp_band_gap": 0.97,
+    "mp_formation_energy": 0.95,
+    "infomax3d": 0.9,
+    "without_sampling": 0.85,
+    "polysrl": 0.8,
+    "magpie_ridge": 1.2,
+    "magpie_forest": 1.1,
+}
+BY_NAME = {table.name: table for table in TABLES}
+
+
+def scores_of(table, factors, seeds=3, folds=5, metrics=("mae", "r2")):
+    """Made-up scores of a table's targets; errors grow with the number of the target and fold."""
+    rows = []
+    for number, task in enumerate(table.tasks):
+        for model, factor in factors.items():
+            for seed in range(seeds):
+                for fold in range(folds):
+                    wiggle = 0.002 * ((3 * fold + 2 * seed + len(model)) % 5)
+                    error = factor * (0.2 + 0.02 * number) + 0.01 * fold + wiggle
+                    key = (table.suite, task, table.protocol, model, seed, fold)
+                    values = {"mae": error, "r2": 1 - error}
+                    rows += [(*key, metric, values[metric]) for metric in metrics]
+    return pd.DataFrame(rows, columns=COLUMNS)
+
+
+def screening_of(table, factors):
+    rows = []
+    for task in ZT:
+        for model, factor in factors.items():
+            found = {"precision": 0.9, "recall": 0.8, "f1": 1 - factor / 2, "n_true": 12.0}
+            found["n_predicted"] = 9.0
+            key = (table.suite, task, table.protocol, model, 0, -1)
+            rows += [(*key, *item) for item in found.items()]
+    return pd.DataFrame(rows, columns=COLUMNS)
+
+
+def write_scores(folder, factors=FACTORS, seeds=3):
+    """All three files, complete for three seeds."""
+    wetlab = [BY_NAME["Table 1"], BY_NAME["Table 2"], GROUPED, *list(CURVES.values())[:-1]]
+    wetlab[0] = list(CURVES.values())[-1]
+    matbench = [BY_NAME["Table 6"], MATBENCH_TRANSFER]
+    zt = list(ZT_TABLES.values())
+    folder.mkdir(parents=True, exist_ok=True)
+    for name, tables in (("wetlab_scores", wetlab), ("paper_scores", matbench)):
+        parts = [scores_of(table, factors, seeds) for table in tables]
+        pd.concat(parts).to_csv(folder / f"{name}.csv", index=False)
+    parts = [scores_of(table, factors, seeds) for table in zt]
+    parts += [screening_of(table, factors) for table in zt]
+    pd.concat(parts).to_csv(folder / "thermoelectrics.csv", index=False)
+
+
+@pytest.fixture
+def folder(tmp_path):
+    """Data folder with the paper's tables beside it; its values are the errors of FACTORS."""
+    (tmp_path / "data").mkdir()
+    (tmp_path / "paper").mkdir()
+    rows = []
+    for table in TABLES[:-1]:
+        for number, task in enumerate(table.tasks):
+            for model in list(FACTORS)[:7]:
+                error = FACTORS[model] * (0.2 + 0.02 * number)
+                value = 1 - error if table.metric == "r2" else error
+                source = (
+                    7
+                    if table.name == "Table 1" and model == "without_sampling"
+                    else table.sources[0]
+                )
+                rows.append((source, table.protocol, model, task, table.metric, value, 0.012))
+    columns = ["table", "protocol", "model", "dataset", "metric", "mean", "std"]
+    pd.DataFrame(rows, columns=columns).to_csv(tmp_path / "paper" / "tables.csv", index=False)
+    return tmp_path
+
+
+def run(folder, *arguments, **options):
+    """The page that the command writes."""
+    given = ["--data-dir", str(folder / "data"), "--output-dir", str(folder / "out"), *arguments]
+    assert main(given, **options) == 0
+    page = folder / "out" / "RESULTS.md"
+    return page.read_text() if page.exists() else None
+
+
+def part_of(page, title):
+    """A section of the page."""
+    (found,) = [part for part in page.split("\n## ")[1:] if part.startswith(title)]
+    return found
+
+
+def test_means_intervals_and_p_are_those_of_the_folds_after_averaging_over_seeds():
+    rng = np.random.default_rng(0)
+    ours, base = rng.random((2, 3)), rng.random((2, 3))
+    rows = [
+        ("wetlab", "band_gap", "transfer", model, seed, fold, "mae", values[seed, fold])
+        for model, values in (("polysrl", ours), ("rand_init", base))
+        for seed in range(2)
+        for fold in range(3)
+    ]
+    cells = cells_of(pd.DataFrame(rows, columns=COLUMNS), "rand_init")
+    cell = cells["wetlab", "transfer", "mae", "band_gap", "polysrl"]
+    folds, other = ours.mean(axis=0), base.mean(axis=0)
+    t = 4.302652729696142  # 97.5 % of Student's t with two degrees of freedom
+    assert cell.mean == pytest.approx(ours.mean())
+    assert cell.half == pytest.approx(t * np.std(folds, ddof=1) / 3**0.5)
+    assert (cell.seeds, cell.folds, cell.size) == (2, 3, "2\N{MULTIPLICATION SIGN}3")
+    assert cell.difference == pytest.approx((folds - other).mean())
+    assert cell.difference_half == pytest.approx(t * np.std(folds - other, ddof=1) / 3**0.5)
+    assert cell.p == pytest.approx(stats.ttest_rel(folds, other).pvalue)
+    assert np.isnan(cells["wetlab", "transfer", "mae", "band_gap", "rand_init"].p)
+
+
+def test_only_seeds_and_folds_of_both_models_are_paired():
+    scores = scores_of(BY_NAME["Table 2"], {"rand_init": 1.0, "polysrl": 0.9})
+    first = scores[(scores["model"] != "polysrl") | (scores["seed"] == 0)]
+    key = ("wetlab", "transfer", "mae", "band_gap", "polysrl")
+    cell = cells_of(first, "rand_init")[key]
+    errors = first[(first["metric"] == "mae") & (first["task"] == "band_gap")].query("seed == 0")
+    ours, base = (
+        errors[errors["model"] == model]["value"].to_numpy() for model in ("polysrl", "rand_init")
+    )
+    assert cell.p == pytest.approx(stats.ttest_rel(ours, base).pvalue)
+    assert cell.p != pytest.approx(cells_of(scores, "rand_init")[key].p)
+    one_fold = cells_of(first[first["fold"] == 0], "rand_init")[key]
+    assert np.isnan(one_fold.p) and np.isnan(one_fold.half)
+
+
+def test_a_complete_page_shows_ours_and_the_papers_and_names_nothing_as_missing(folder):
+    write_scores(folder / "out")
+    page = run(folder)
+    assert "not run" not in page.replace("0 not run", "") and "Not run" not in page
+    assert "Everything was run with at least 3 seeds and 5 folds" in page
+    table = part_of(page, "Table 1")
+    cells = cells_of(pd.read_csv(folder / "out" / "wetlab_scores.csv"), "rand_init")
+    cell = cells["wetlab", "representation", "mae", "band_gap", "polysrl"]
+    change = 100 * (cell.mean / 0.16 - 1)
+    assert (
+        f"| polysrl | **{cell.mean:.3f}** ± {cell.half:.3f}<br>0.160 (0.012), {change:+.1f} % |"
+        in table
+    )
+    assert f"**{cell.difference:+.3f} ± {cell.difference_half:.3f}**<br>p < 0.001" in table
+    assert "| 11 (11) | 0 (0) |" in table and table.count("**0.") == 11
+    r2 = part_of(page, "Table 4")
+    assert (
+        f"**{1 - cell.mean:.3f}** ± {cell.half:.3f}<br>0.840 (0.012), {0.16 - cell.mean:+.3f}" in r2
+    )
+    assert "| minus polysrl |" in part_of(page, "Table 7")
+    for title in ("Not in the paper: Matbench, transfer", "Not in the paper: wet lab in grouped"):
+        assert "| polysrl | **" in part_of(page, title)
+
+
+def test_learning_curves_and_screening(folder):
+    write_scores(folder / "out")
+    page = run(folder)
+    curves = part_of(page, "Not in the paper: learning curves")
+    (row,) = [line for line in curves.splitlines() if line.startswith("| polysrl ")]
+    assert "10 % / 25 % / 50 % / 100 %" in curves and row.count("**") == 2 * 4 * 9
+    assert "+0.0 / +0.0" not in row and row.split("|")[-2].count("-") == 4
+    screening = part_of(page, "ZT and screening, transfer")
+    assert "**0.600** | 9 / 12" in screening and "0.500 | 9 / 12" in screening
+
+
+def test_missing_and_shortened_parts_are_named(folder):
+    out = folder / "out"
+    out.mkdir()
+    table = list(CURVES.values())[-1]
+    short = scores_of(table, {"polysrl": 0.8}, seeds=1)
+    whole = scores_of(table, {"rand_init": 1.0})
+    whole = whole[(whole["task"] != "metallic")]
+    pd.concat([short, whole]).to_csv(out / "wetlab_scores.csv", index=False)
+    page = run(folder)
+    top = page[: page.index("## In short")]
+    assert "Table 2: wet lab, transfer: not run" in top and "Table 6: Matbench" in top
+    assert "rand_init: not run for glass, ZT300, ZT600" in top
+    assert "polysrl: 1\N{MULTIPLICATION SIGN}5 for gap, form." in top
+    assert "in grouped folds, representation: not run" in top and "10 % of the" in top
+    row = next(line for line in page.splitlines() if line.startswith("| polysrl | "))
+    assert "[1\N{MULTIPLICATION SIGN}5]<br>0.160 (0.012)" in row and "not run<br>" in row
+    assert "Table 2, transfer, 9 targets: not run" in page
+    assert "Not run." in part_of(page, "ZT and screening, representation")
+    assert "Learning" not in page and "Not run." in part_of(page, "Not in the paper: learning")
+
+
+def test_shortfall_sees_seeds_that_lack_folds_and_metrics_that_are_missing():
+    table = BY_NAME["Table 2"]
+    scores = scores_of(table, dict.fromkeys(table.models, 1.0))
+    assert shortfall(cells_of(scores, "rand_init"), table) == ""
+    lost = (scores["model"] == "graphcl") & (scores["seed"] == 1) & (scores["fold"] == 4)
+    text = shortfall(cells_of(scores[~lost], "rand_init"), table)
+    assert text == "graphcl: 3\N{MULTIPLICATION SIGN}4"
+    lost = (scores["task"] == "band_gap") & (scores["metric"] == "r2")
+    text = shortfall(cells_of(scores[~lost], "rand_init"), table)
+    assert text == f"{', '.join(table.models)}: not run for gap"
+
+
+def test_claims_hold_and_flip_with_the_numbers(folder):
+    write_scores(folder / "out")
+    held = part_of(run(folder), "Claims")
+    beats = (
+        "| Table 2 | PolySRL consistently transfers positively: it beats the random start. | all "
+    )
+    assert f"{beats}| **holds** | 9 of 9 | 9 of 9 |" in held
+    write_scores(folder / "out", {**FACTORS, "rand_init": 0.8, "polysrl": 1.0})
+    page = run(folder)
+    names = ", ".join(WETLAB.values())
+    assert f"{beats}| **does not hold** | 0 of 9; not {names} | 9 of 9 |" in page
+    assert page.count("**holds**") < held.count("**holds**")
+    tally = f"Claims of the paper: {page.count('**holds**')} of {len(CLAIMS)} hold, 0 not run"
+    assert tally in page
+
+
+@pytest.mark.parametrize(
+    ("rule", "values", "word"),
+    [
+        ("all", [True, True, np.nan], "not run"),
+        ("all", [False, True, np.nan], "does not hold"),
+        ("most", [True, True, np.nan], "holds"),
+        ("most", [True, False, np.nan], "not run"),
+        ("most", [True, False], "does not hold"),
+        ("some", [False, np.nan], "not run"),
+        ("some", [False, True], "holds"),
+        ("some", [False, False], "does not hold"),
+        ("paper", [True, False], "holds"),
+        ("paper", [False, False], "does not hold"),
+    ],
+)
+def test_rules_of_claims(rule, values, word):
+    items = {
+        "ours": pd.Series(values, dtype=object),
+        "paper": pd.Series([True, False], dtype=object),
+    }
+    claim = Claim("here", "text", rule, lambda numbers: items[numbers])
+    found, count, published = verdict(claim, "ours", "paper")
+    assert found == word and published == "1 of 2"
+    assert count.startswith(f"{values.count(True)} of {sum(v is not np.nan for v in values)}")
+
+
+def test_better_needs_all_numbers_and_takes_no_tie():
+    errors = pd.DataFrame({"a": [1.0, 2.0], "b": [1.0, 1.0], "c": [1.0, np.nan]}, index=["x", "y"])
+    assert better(errors, "x", ["y"]).tolist()[:2] == [True, False]
+    assert np.isnan(better(errors, "x", ["y"])["c"])
+
+
+def test_the_papers_own_numbers_agree_with_its_claims(data_dir):
+    paper = read_paper(data_dir)
+    if paper.empty:
+        pytest.skip("no paper/tables.csv beside the data")
+    rows = []
+    for table in TABLES:
+        for (model, task), value in table.published(paper)["mean"].items():
+            rows.append(((table.suite, table.protocol, table.metric, task, model), value))
+    cells = {key: Cell(value, 0.0, 3, 5) for key, value in rows}
+    ours, theirs = numbers_of(cells, paper)
+    words = {claim: verdict(claim, ours, theirs)[0] for claim in CLAIMS}
+    without = [claim.where for claim, word in words.items() if word != "holds"]
+    assert without == ["Figure 8", "Figure 8"]
+    nine = reached(cells, paper, BY_NAME["Table 1"], tuple(WETLAB))
+    assert "9 of 9" in nine
+
+
+def test_reached_compares_at_three_digits_and_names_the_misses(folder):
+    paper = read_paper(folder / "data")
+    table, tasks = BY_NAME["Table 6"], tuple(MATBENCH)
+    key = ("paper", "representation", "mae")
+    values = {tasks[0]: 0.1604, tasks[1]: 0.1776}
+    cells = {(*key, task, "polysrl"): Cell(value, 0.0, 3, 5) for task, value in values.items()}
+    text = reached(cells, paper, table, tasks[:3])
+    assert text == (
+        "Table 6, representation, 3 targets: 1 of 3; at or below: perovskites 0.160 (0.160); "
+        "above: dielectric 0.178 (0.176); not run: log_gvrh"
+    )
+
+
+def test_the_same_scores_in_any_order_give_the_same_bytes(folder):
+    write_scores(folder / "out")
+    first = run(folder)
+    for path in (folder / "out").glob("*.csv"):
+        pd.read_csv(path).sample(frac=1, random_state=1).to_csv(path, index=False)
+    assert run(folder) == first
+
+
+def test_dry_run_prints_the_tally_and_writes_nothing(folder, capsys):
+    write_scores(folder / "out")
+    before = sorted((folder / "out").iterdir())
+    assert run(folder, "--dry-run") is None
+    printed = capsys.readouterr().out
+    assert "DRY RUN" in printed and "Claims of the paper" in printed
+    assert sorted((folder / "out").iterdir()) == before
+
+
+def test_another_baseline_other_models_and_the_footnote(folder):
+    write_scores(folder / "out", {**FACTORS, "another": 0.7})
+    page = run(folder, "--baseline", "graphcl", footnote=MP_FOOTNOTE)
+    assert "| minus graphcl |" in page and "| minus rand_init |" not in page
+    models = [line.split(" | ")[0][2:] for line in part_of(page, "Table 6").splitlines()]
+    assert [name for name in models if name in {*ALL, "another"}][:10] == [*ALL, "another"]
+    assert f"† {MP_FOOTNOTE}" in part_of(page, "Table 6")
+    assert page.count("†") == 3
+    assert "†" not in run(folder)
+
+
+def test_what_cannot_be_read_ends_with_a_line(folder, capsys):
+    given = ["--output-dir", str(folder / "out")]
+    assert main(given) == 2 and "wetlab_scores.csv" in capsys.readouterr().err
+    (folder / "out").mkdir()
+    (folder / "out" / "wetlab_scores.csv").write_text("suite,task\nwetlab,band_gap\n")
+    assert main(given) == 2 and "'protocol'" in capsys.readouterr().err
+    assert main([*given, "--data-dir", str(folder / "none")]) == 2
+
+
+def test_without_the_papers_tables_the_page_says_so(folder, monkeypatch):
+    monkeypatch.delenv("POLYSRL_DATA", raising=False)
+    write_scores(folder / "out")
+    assert main(["--output-dir", str(folder / "out")]) == 0
+    page = (folder / "out" / "RESULTS.md").read_text()
+    assert "no `paper/tables.csv` beside the data folder" in page
+    assert "| polysrl | **" in part_of(page, "Table 1")
