@@ -20,6 +20,15 @@ from polysrl_dc.errors import InvalidInputError
 from polysrl_dc.stoichiometry import parse_formula, reduced_formula
 
 
+def readable(formula: str) -> bool:
+    """Whether the formula parses and each of its elements has features."""
+    try:
+        parse_formula(formula)
+    except InvalidInputError:
+        return False
+    return True
+
+
 @functools.cache
 def group_key(formula: str) -> str:
     """The reduced formula, or the text itself where it is no formula."""

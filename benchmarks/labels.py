@@ -5,13 +5,13 @@ from __future__ import annotations
 from pathlib import Path
 
 import deepchem as dc
+import numpy as np
 import pandas as pd
 from folds import group_key
-from targets import wetlab_targets
+from targets import matbench_target, wetlab_targets
 from tasks import MATBENCH_TASKS, load_task, task_inputs
 
 from polysrl_dc import StoichiometryGraphFeaturizer
-from polysrl_dc.datasets import drop_skipped
 
 EXCLUDED = ("wetlab", "matbench", "wetlab+matbench", "test-folds")
 
@@ -43,37 +43,24 @@ def labelled_formulas(data_dir: str | Path, which: str) -> set[str]:
 def mp_property_dataset(
     name: str, data_dir: str | Path, exclude: str | None = None
 ) -> dc.data.Dataset:
-    """Formulas and DFT labels of a Matbench table, one row per formula: that of lowest energy.
-
-    Matbench's table of band gaps has no energies, so the mean over the polymorphs is taken there.
+    """Formulas and DFT labels of a Matbench table, one row per formula.
 
     Parameters
     ----------
     name : {"matbench_mp_gap", "matbench_mp_e_form"}
+        Values as :func:`targets.matbench_target` has them: of the stable polymorph.
     data_dir : path
     exclude : str, optional
         As ``which`` of :func:`labelled_formulas`.
     """
-    table = _table(data_dir, name)
-    target = next(column for column in table if column not in _KEYS)
-    keys = table["composition"].map(group_key)
-    if exclude:
-        kept = ~keys.isin(labelled_formulas(data_dir, exclude))
-        table, keys = table[kept], keys[kept]
-    grouped = table.groupby(keys.to_numpy(), sort=True)[target]
-    labels = grouped.min() if name == "matbench_mp_e_form" else grouped.mean()
-    graphs = StoichiometryGraphFeaturizer(on_error="skip").featurize(labels.index.to_numpy())
-    return drop_skipped(dc.data.NumpyDataset(graphs, labels.to_numpy(float), ids=labels.index))
-
-
-_KEYS = ("mbid", "composition", "space_group_number")
-
-
-def _table(data_dir: str | Path, name: str) -> pd.DataFrame:
-    return pd.read_csv(
-        Path(data_dir) / "matbench" / f"{name}.csv.gz", converters={"composition": str}
-    )
+    target = matbench_target(name, data_dir)
+    excluded = labelled_formulas(data_dir, exclude) if exclude else set()
+    kept = np.array([formula not in excluded for formula in target.formulas])
+    formulas = target.formulas[kept]
+    graphs = StoichiometryGraphFeaturizer().featurize(formulas)
+    return dc.data.NumpyDataset(graphs, target.values[kept], ids=formulas)
 
 
 def _compositions(data_dir: str | Path, name: str) -> pd.Series:
-    return _table(data_dir, name)["composition"]
+    path = Path(data_dir) / "matbench" / f"{name}.csv.gz"
+    return pd.read_csv(path, converters={"composition": str})["composition"]

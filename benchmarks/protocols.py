@@ -12,7 +12,7 @@ from itertools import product
 from typing import Any
 
 import numpy as np
-from folds import split_validation
+from folds import readable, split_validation
 from sklearn.metrics import mean_absolute_error, roc_auc_score
 
 from polysrl_dc.checkpoints import checkpoint_path
@@ -94,8 +94,8 @@ def train_and_predict(
     if settings.threads:
         torch.set_num_threads(settings.threads)
     targets = np.asarray(train_targets, dtype=float).reshape(-1, 1)
-    readable = _readable(train_formulas)
-    formulas, targets = _select(train_formulas, readable), targets[readable]
+    parsed = np.array([readable(formula) for formula in train_formulas])
+    formulas, targets = _select(train_formulas, parsed), targets[parsed]
     trials = _trials(task_type, formulas, targets, protocol, settings)
     best = min(trials, key=lambda point: trials[point][0])
     rate, epochs = best
@@ -111,7 +111,7 @@ def train_and_predict(
 
     model = _model(task_type, protocol, settings, rate, settings.ensemble)
     model.fit(_dataset(formulas, targets), nb_epoch=epochs, checkpoint_interval=0)
-    known = _readable(test_formulas)
+    known = np.array([readable(formula) for formula in test_formulas])
     test = _dataset(_select(test_formulas, known))
     predictions = np.full(len(test_formulas), targets.mean())
     params["constant_predictions"] = int((~known).sum())
@@ -171,21 +171,6 @@ def _model(task_type: str, protocol: str, settings: Settings, rate: float, ensem
         device=settings.device,
         seed=settings.seed,
     )
-
-
-def _readable(formulas: Sequence[str]) -> np.ndarray:
-    """(n,) bool: whether every element of the formula has an embedding."""
-    from polysrl_dc.errors import InvalidInputError
-    from polysrl_dc.stoichiometry import parse_formula
-
-    def readable(formula: str) -> bool:
-        try:
-            parse_formula(formula)
-        except InvalidInputError:
-            return False
-        return True
-
-    return np.array([readable(formula) for formula in formulas], dtype=bool)
 
 
 def _select(formulas: Sequence[str], mask: np.ndarray) -> list[str]:

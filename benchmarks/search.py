@@ -108,11 +108,12 @@ def run_row(name: str, arguments: argparse.Namespace) -> pd.DataFrame:
         splits_of = folds_of(seed)
         found = predict_targets(embed, targets, [seed], splits_of)
         for target in targets:
-            run = (splits_of(target), "wetlab", "representation", name, seed)
-            parts.append(prediction_scores(target, found[target.name][0], *run))
+            run = ("wetlab", "representation", name, seed)
+            folds = splits_of(target)
+            parts.append(prediction_scores(target, found[target.name][0], folds, *run))
     scores = pd.concat(parts).query("metric == 'mae'")
     scores = scores[["task", "seed", "fold", "metric", "value"]]
-    found = {
+    diagnostics = {
         "retrieval@1": log["retrieval@1"],
         "retrieval@10": log["retrieval@10"],
         "rank_formulas": log["rank_formulas"],
@@ -124,7 +125,7 @@ def run_row(name: str, arguments: argparse.Namespace) -> pd.DataFrame:
     for checkpoint in folder.glob("checkpoint*.safetensors"):
         checkpoint.unlink()
     return pd.concat(
-        [scores, pd.DataFrame({"metric": list(found), "value": list(found.values())})]
+        [scores, pd.DataFrame({"metric": list(diagnostics), "value": list(diagnostics.values())})]
     ).assign(row=name)
 
 

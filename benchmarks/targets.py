@@ -13,7 +13,7 @@ from pathlib import Path
 
 import numpy as np
 import pandas as pd
-from folds import group_key
+from folds import group_key, readable
 from sklearn.model_selection import GroupKFold, KFold, train_test_split
 from tasks import (
     FOLD_RULE_KEYS,
@@ -24,9 +24,6 @@ from tasks import (
     fold_rule_metadata,
     load_task,
 )
-
-from polysrl_dc.errors import InvalidInputError
-from polysrl_dc.stoichiometry import parse_formula
 
 N_FOLDS = 5
 WETLAB_SOURCES = {
@@ -123,18 +120,18 @@ def wetlab_targets(data_dir: str | Path | None) -> list[Target]:
     """
     gaps = _wetlab_table("expt_gap", data_dir)
     zero = gaps["gap expt"] == 0
-    readable = gaps["formula"].map(_readable)
+    parsed = gaps["formula"].map(readable)
     enthalpies = _wetlab_table("expt_formation_enthalpy", data_dir)
     metallic = _wetlab_table("metallic_glass_trg", data_dir)
     targets = [
         _averaged(
             "band_gap",
             "eV",
-            gaps[~zero & readable],
+            gaps[~zero & parsed],
             ("formula", "gap expt"),
             1.0,
             f"{len(gaps):,} measurements, {zero.sum():,} of no gap and "
-            f"{(~readable & ~zero).sum()} without a formula left out",
+            f"{(~parsed & ~zero).sum()} without a formula left out",
         ),
         _averaged(
             "formation_enthalpy",
@@ -238,8 +235,8 @@ def matbench_target(name: str, data_dir: str | Path | None) -> Target:
     task = load_task(name, data_dir)
     table = task.df.rename(columns={task.metadata.target: "value"})
     keys = table[task.metadata.input_type].map(group_key)
-    readable = keys.map(_readable)
-    table, keys = table[readable], keys[readable]
+    known = keys.map(readable)
+    table, keys = table[known], keys[known]
     how = "mean"
     by_formula = table.groupby(keys.to_numpy(), sort=True)["value"]
     if name == "matbench_mp_e_form":
@@ -254,7 +251,7 @@ def matbench_target(name: str, data_dir: str | Path | None) -> Target:
     else:
         values = by_formula.mean()
     account = (
-        f"{len(readable):,} rows, {(~readable).sum()} with an element without features left out, "
+        f"{len(known):,} rows, {(~known).sum()} with an element without features left out, "
         f"{len(values):,} formulas ({how})"
     )
     return Target(
@@ -332,11 +329,3 @@ def _averaged(
         128,
         f"{account}, {averaged:,} averaged away: {len(values):,} formulas",
     )
-
-
-def _readable(formula: str) -> bool:
-    try:
-        parse_formula(formula)
-    except InvalidInputError:
-        return False
-    return True

@@ -1,0 +1,280 @@
+"""Scores as the cells of tables: means, intervals, paired differences, and what is missing."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pandas as pd
+from claims import MATBENCH, SHORT, SUPERVISED, WETLAB, ZT, Numbers
+from magpie import BASELINES
+from paper_protocol import FOLDS, MODELS, PROTOCOLS, suite_name
+from scipy import stats
+from scores import COLUMNS
+
+FILES = ("wetlab_scores.csv", "thermoelectrics.csv", "paper_scores.csv")
+N_SEEDS, N_FOLDS = 3, 5
+LEVEL = 0.05
+NOT_RUN = "not run"
+TIMES = "\N{MULTIPLICATION SIGN}"
+PAPER_COLUMNS = ["table", "protocol", "model", "dataset", "metric", "mean", "std"]
+
+ALL = (*MODELS, *BASELINES)
+Key = tuple[str, str, str, str, str]
+"""Suite, protocol, metric, task, model."""
+
+
+@dataclass(frozen=True)
+class Cell:
+    """Mean of a score over the folds, after that over the seeds, and its paired comparison.
+
+    ``half`` and ``difference_half`` are half widths of 95 % intervals, NaN for a single fold.
+    """
+
+    mean: float
+    half: float
+    seeds: int
+    folds: int
+    difference: float = np.nan
+    difference_half: float = np.nan
+    p: float = np.nan
+
+    @property
+    def size(self) -> str:
+        """Seeds times folds of a run that has too few of them, else nothing."""
+        complete = self.seeds >= N_SEEDS and self.folds >= N_FOLDS
+        return "" if complete else f"{self.seeds}{TIMES}{self.folds}"
+
+
+Cells = dict[Key, Cell]
+
+
+def ordered(models: Iterable[str]) -> list[str]:
+    """Models in the order of the paper's tables, then others by name."""
+    given = set(models)
+    return [model for model in ALL if model in given] + sorted(given - set(ALL))
+
+
+@dataclass(frozen=True)
+class Table:
+    """A table of the page.
+
+    Attributes
+    ----------
+    sources : tuple of int
+        Tables of the paper, in its file ``tables.csv``, with the values beside ours.
+    models : sequence of str
+        They have a row and are named as missing even if they have not been run.
+    others : bool
+        Other models that have been run have a row as well.
+    """
+
+    name: str
+    title: str
+    sources: tuple[int, ...]
+    suite: str
+    protocol: str
+    metric: str
+    tasks: Sequence[str]
+    models: Sequence[str]
+    others: bool = True
+
+    def row(self, cells: Cells, model: str) -> list[Cell | None]:
+        """The cells of a model, None where it has not been run."""
+        key = (self.suite, self.protocol, self.metric)
+        return [cells.get((*key, task, model)) for task in self.tasks]
+
+    def rows(self, cells: Cells) -> dict[str, list[Cell | None]]:
+        """The cells of all models, those of the paper first."""
+        models = set(self.models)
+        if self.others:
+            where = (self.suite, self.protocol, self.metric)
+            models |= {key[4] for key in cells if key[:3] == where and key[3] in self.tasks}
+        return {model: self.row(cells, model) for model in ordered(models)}
+
+    def published(self, paper: pd.DataFrame) -> pd.DataFrame:
+        """The paper's values by model and target: columns mean and std."""
+        rows = paper[paper["table"].isin(self.sources)]
+        return rows.set_index(["model", "dataset"])[["mean", "std"]]
+
+
+NINE = tuple(WETLAB)
+TABLES = (
+    Table("Table 1", "wet lab", (1, 7), "wetlab", "representation", "mae", (*NINE, *ZT), ALL),
+    Table("Table 2", "wet lab", (8,), "wetlab", "transfer", "mae", NINE, MODELS),
+    Table("Table 4", "wet lab", (4,), "wetlab", "representation", "r2", NINE, ALL),
+    Table("Table 5", "wet lab", (5,), "wetlab", "transfer", "r2", NINE, MODELS),
+    Table("Table 6", "Matbench", (6,), "paper", "representation", "mae", tuple(MATBENCH), ALL),
+    Table(
+        "Table 7",
+        "ablation on the wet lab",
+        (1, 7),
+        "wetlab",
+        "representation",
+        "mae",
+        NINE,
+        ("infomax3d", "without_sampling", "polysrl"),
+        others=False,
+    ),
+)
+
+
+def _extra(title: str, suite: str, protocol: str, tasks: Sequence[str]) -> Table:
+    return Table("Not in the paper", title, (), suite, protocol, "mae", tasks, ())
+
+
+MATBENCH_TRANSFER = _extra("Matbench", "paper", "transfer", tuple(MATBENCH))
+ZT_TABLES = {name: _extra("ZT", "wetlab", name, tuple(ZT)) for name in PROTOCOLS}
+GROUPED = _extra(
+    "wet lab in grouped folds", suite_name("wetlab", "grouped"), "representation", NINE
+)
+#: Learning curves, by part of the training rows, ascending.
+CURVES = {
+    part.replace("%", " %"): _extra(
+        f"wet lab, {part.replace('%', ' %')} of the training rows", suite, "representation", NINE
+    )
+    for part, suite in (
+        *((part, suite_name("wetlab", part)) for part in FOLDS if part.endswith("%")),
+        ("100%", "wetlab"),
+    )
+}
+
+
+def read_scores(output_dir: Path) -> pd.DataFrame:
+    """The tables of scores that exist, one after the other, with the column ``file``.
+
+    Raises
+    ------
+    ValueError
+        A file lacks a column, naming both.
+    """
+    tables = []
+    for name in FILES:
+        if (output_dir / name).is_file():
+            table = pd.read_csv(output_dir / name)
+            lacking = [column for column in COLUMNS if column not in table]
+            if lacking:
+                raise ValueError(f"{output_dir / name} has no column {lacking[0]!r}")
+            tables.append(table.dropna(subset="value").assign(file=name))
+    return pd.concat(tables, ignore_index=True) if tables else pd.DataFrame(columns=COLUMNS)
+
+
+def read_paper(data_dir: Path | None) -> pd.DataFrame:
+    """Means and standard deviations of the paper if its tables lie beside the data, else no row."""
+    path = None if data_dir is None else data_dir / ".." / "paper" / "tables.csv"
+    found = path is not None and path.is_file()
+    return pd.read_csv(path) if found else pd.DataFrame(columns=PAPER_COLUMNS)
+
+
+def half_width(values: np.ndarray) -> float:
+    """Half width of the 95 % t interval for a mean, (n,) -> float; NaN for fewer than two values.
+
+    Examples
+    --------
+    >>> round(half_width(np.array([1.0, 2.0, 3.0])), 4)
+    2.4841
+    """
+    n = len(values)
+    if n < 2:
+        return float("nan")
+    return float(stats.t.ppf(1 - LEVEL / 2, n - 1) * values.std(ddof=1) / np.sqrt(n))
+
+
+def cells_of(scores: pd.DataFrame, baseline: str) -> Cells:
+    """Every mean with its interval and its difference to the baseline.
+
+    Seeds repeat the same folds, so they are averaged first, and n is the number of folds. Pairs are
+    the seeds and folds that both models have; their t-test is that of the folds' mean differences
+    against zero, which is the paired one.
+    """
+    cells: Cells = {}
+    for where, group in scores.groupby(["suite", "protocol", "metric", "task"]):
+        runs = group.pivot_table(index=["seed", "fold"], columns="model", values="value")
+        pairs = runs.sub(runs[baseline] if baseline in runs else np.nan, axis=0)
+        folds, differences = (table.groupby("fold").mean() for table in (runs, pairs))
+        by_seed = runs.groupby("seed").count().replace(0, np.nan)
+        for model in runs:
+            own, paired = (table[model].dropna().to_numpy() for table in (folds, differences))
+            compared: dict[str, Any] = {}
+            if len(paired) and model != baseline:
+                compared = {"difference": paired.mean(), "difference_half": half_width(paired)}
+            if len(paired) > 1 and model != baseline:
+                compared["p"] = stats.ttest_1samp(paired, 0).pvalue
+            size = (int(by_seed[model].count()), int(by_seed[model].min()))
+            cells[(*where, str(model))] = Cell(own.mean(), half_width(own), *size, **compared)
+    return cells
+
+
+def numbers_of(cells: Cells, paper: pd.DataFrame) -> tuple[Numbers, Numbers]:
+    """Errors by table, ours and the paper's; Roost and CrabNet are the paper's in both."""
+    ours, theirs = {}, {}
+    rows = [*MODELS, *SUPERVISED]
+    for table in TABLES:
+        own = _means(cells, table).reindex(rows)
+        other = table.published(paper)["mean"].astype(float).unstack()
+        other = other.reindex(index=rows, columns=list(table.tasks))
+        own.loc[list(SUPERVISED)] = other.loc[list(SUPERVISED)]
+        higher = table.metric == "r2"
+        ours[table.name], theirs[table.name] = (1 - own, 1 - other) if higher else (own, other)
+    found = Table("", "", (), "wetlab", "representation", "f1", tuple(ZT), MODELS)
+    ours["screening"] = 1 - _means(cells, found).reindex(rows)
+    theirs["screening"] = ours["screening"] * np.nan
+    return ours, theirs
+
+
+def shortfall(cells: Cells, table: Table) -> str:
+    """What a table lacks of three seeds and five folds, by model; empty if it is complete."""
+    groups: dict[str, list[str]] = {}
+    for model in table.rows(cells):
+        states: dict[str, list[str]] = {}
+        for task in table.tasks:
+            keys = [(table.suite, table.protocol, name, task, model) for name in ("mae", "r2")]
+            run = [cells[key].size for key in keys if key in cells]
+            state = min(filter(None, run), default="") if len(run) == 2 else NOT_RUN
+            states.setdefault(state, []).append(SHORT[task])
+        states.pop("", None)
+        parts = [
+            state if len(tasks) == len(table.tasks) else f"{state} for {', '.join(tasks)}"
+            for state, tasks in states.items()
+        ]
+        if parts:
+            groups.setdefault("; ".join(parts), []).append(model)
+    if groups.get(NOT_RUN, []) == list(table.rows(cells)):
+        return NOT_RUN
+    return " | ".join(f"{', '.join(models)}: {state}" for state, models in groups.items())
+
+
+def best_of(rows: Sequence[Sequence[Cell | None]], metric: str) -> list[float]:
+    """The best mean of each column, least for MAE and else largest; NaN where nothing was run."""
+    table = pd.DataFrame([[np.nan if c is None else c.mean for c in row] for row in rows])
+    return list(table.min() if metric == "mae" else table.max())
+
+
+def reached(cells: Cells, paper: pd.DataFrame, table: Table, tasks: Sequence[str]) -> str:
+    """On how many targets polysrl is at or below the paper's, at the three digits of its tables."""
+    theirs = table.published(paper)["mean"]
+    own = dict(zip(table.tasks, table.row(cells, "polysrl"), strict=True))
+    groups: dict[str, list[str]] = {"at or below": [], "above": [], NOT_RUN: []}
+    for task in tasks:
+        cell, value = own[task], theirs.get(("polysrl", task), np.nan)
+        if cell is None or np.isnan(value):
+            groups[NOT_RUN].append(SHORT[task])
+        else:
+            word = "at or below" if round(cell.mean, 3) <= value else "above"
+            groups[word].append(f"{SHORT[task]} {cell.mean:.3f} ({value:.3f})")
+    title = f"{table.name}, {table.protocol}, {len(tasks)} targets"
+    if len(groups[NOT_RUN]) == len(tasks):
+        return f"{title}: {NOT_RUN}"
+    details = [f"{word}: {', '.join(names)}" for word, names in groups.items() if names]
+    return f"{title}: {len(groups['at or below'])} of {len(tasks)}; {'; '.join(details)}"
+
+
+def _means(cells: Cells, table: Table) -> pd.DataFrame:
+    rows = {
+        model: [np.nan if cell is None else cell.mean for cell in table.row(cells, model)]
+        for model in MODELS
+    }
+    return pd.DataFrame.from_dict(rows, "index", dtype=float, columns=list(table.tasks))

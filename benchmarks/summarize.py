@@ -1,0 +1,346 @@
+"""One page of all results beside the paper's: its Tables 1, 2 and 4 to 7, and its claims.
+
+    python benchmarks/summarize.py --data-dir DATA
+
+reads the tables of scores in the output folder and writes ``RESULTS.md`` there. Nothing is trained;
+what is missing, or was run with fewer than three seeds or five folds, is named at the top.
+"""
+
+from __future__ import annotations
+
+import argparse
+import sys
+from collections.abc import Sequence
+from pathlib import Path
+
+import numpy as np
+import pandas as pd
+from claims import CLAIMS, MATBENCH, PROPERTIES, RULES, SHORT, WETLAB, ZT, verdict
+from folds import write_atomic
+from results import (
+    CURVES,
+    FILES,
+    GROUPED,
+    LEVEL,
+    MATBENCH_TRANSFER,
+    N_FOLDS,
+    N_SEEDS,
+    NOT_RUN,
+    TABLES,
+    TIMES,
+    ZT_TABLES,
+    Cell,
+    Cells,
+    Table,
+    best_of,
+    cells_of,
+    numbers_of,
+    ordered,
+    reached,
+    read_paper,
+    read_scores,
+    shortfall,
+)
+from tasks import DataNotFoundError, find_data_dir
+
+PAGE = "RESULTS.md"
+METRICS = {"mae": "MAE", "r2": "R²", "precision": "precision", "recall": "recall", "f1": "F1"}
+#: For ``footnote`` of :func:`main`, where it is true of the encoders; the cells that it marks.
+MP_FOOTNOTE = "trained on Matbench's MP tables without any formula that is scored"
+MARKED = {"mp_band_gap": "matbench_mp_gap", "mp_formation_energy": "matbench_mp_e_form"}
+BY_NAME = {table.name: table for table in TABLES}
+
+INTRODUCTION = """Made by `python benchmarks/summarize.py`; no result is typed by hand.
+
+The paper's two protocols on its targets. Representation: the encoder is frozen and a head is
+trained on its means. Transfer: both are trained. All models share the same five folds (Matbench's
+rule). Encoders differ only in their pretraining: none (rand_init), contrasting augmented formulas
+(graphcl), DFT labels (mp_band_gap, mp_formation_energy), structures (infomax3d), and structures of
+all polymorphs (polysrl, and without_sampling, for which the paper's values are those of its Table
+7). The Magpie models fit tabulated features without an encoder. Rows beneath them are further
+encoders of ours.
+
+Columns: gap (eV), form. (formation enthalpy, eV/atom {x} 10), glass (T_rg {x} 10); {sigma} (ln
+S/m), {kappa} (ln W/mK) and S (min-max scaled {x} 10) are electrical conductivity, thermal
+conductivity and Seebeck coefficient of ESTM at 300 and 600 K, and ZT the figure of merit from the
+three. Matbench: without the prefix `matbench_`; log_kvrh {x} 10, jdft2d the logarithm.
+
+Cells: our mean ± half of its 95 % interval, the best of a column in bold; beneath, the paper's
+mean (its standard deviation) and how far ours is from it, in per cent or, for R², as a difference.
+A mark [seeds{x}folds] says that fewer than {seeds} seeds or {folds} folds were run.
+
+Intervals and tests: seeds repeat the same folds, so they are no further samples. Scores are
+averaged over the seeds first; the interval is that of Student's t over the means of the {folds}
+folds, and it contains how much the folds differ. To compare models, look at the second table of
+each pair: paired differences on the same seeds and folds, their 95 % interval, and p of a paired
+t-test over the folds' means (bold: p < {level}). Its last columns count the targets where the
+model is better and worse than the baseline, in brackets those with p < {level}. The training parts
+of folds overlap, so p is somewhat too small; and of many tests about one in twenty would be bold
+without any effect.
+"""
+
+
+def markdown(head: Sequence[str], rows: Sequence[Sequence[str]]) -> list[str]:
+    """Lines of a Markdown table, and the empty one after it."""
+    lines = [head, ["---"] * len(head), *rows]
+    return [f"| {' | '.join(line)} |" for line in lines] + [""]
+
+
+def mean_text(cell: Cell | None, best: float) -> str:
+    """The mean, in bold if it is the best at the digits shown."""
+    if cell is None:
+        return NOT_RUN
+    text = f"{cell.mean:.3f}"
+    return f"**{text}**" if text == f"{best:.3f}" else text
+
+
+def cell_text(cell: Cell | None, best: float) -> str:
+    """Mean, half width and, if the run is short, its size."""
+    if cell is None:
+        return NOT_RUN
+    half = "" if np.isnan(cell.half) else f" ± {cell.half:.3f}"
+    return mean_text(cell, best) + half + f" [{cell.size}]" * bool(cell.size)
+
+
+def paper_text(cell: Cell | None, paper: pd.Series, metric: str) -> str:
+    """The line beneath: mean (std) of the paper, and how far ours is from it."""
+    text = f"<br>{paper['mean']:.3f} ({paper['std']:.3f})"
+    if cell is None:
+        return text
+    if metric == "mae":
+        return f"{text}, {100 * (cell.mean / paper['mean'] - 1):+.1f} %"
+    return f"{text}, {cell.mean - paper['mean']:+.3f}"
+
+
+def score_lines(cells: Cells, paper: pd.DataFrame, table: Table, footnote: str) -> list[str]:
+    """A table of means beside the paper's."""
+    rows, theirs, lines = table.rows(cells), table.published(paper), []
+    best = best_of(list(rows.values()), table.metric)
+    for model, row in rows.items():
+        line = [model]
+        for task, cell, top in zip(table.tasks, row, best, strict=True):
+            text = cell_text(cell, top)
+            text += " †" * bool(footnote and MARKED.get(model) == task)
+            if (model, task) in theirs.index:
+                text += paper_text(cell, theirs.loc[(model, task)], table.metric)
+            line.append(text)
+        lines.append(line)
+    notes = [f"† {footnote}", ""] if any("†" in text for line in lines for text in line) else []
+    return markdown(["model", *(SHORT[task] for task in table.tasks)], lines) + notes
+
+
+def difference_text(cell: Cell | None) -> str:
+    """Difference to the baseline, half width, and p."""
+    if cell is None or np.isnan(cell.difference):
+        return NOT_RUN
+    if np.isnan(cell.p):
+        return f"{cell.difference:+.3f}"
+    text = f"{cell.difference:+.3f} ± {cell.difference_half:.3f}"
+    p = "p < 0.001" if cell.p < 0.001 else f"p = {cell.p:.3f}"
+    return f"**{text}**<br>{p}" if cell.p < LEVEL else f"{text}<br>{p}"
+
+
+def difference_lines(cells: Cells, table: Table, baseline: str) -> list[str]:
+    """A table of paired differences to the baseline; nothing if there is none."""
+    sign, lines = 1 if table.metric == "mae" else -1, []
+    for model, row in table.rows(cells).items():
+        pairs = [cell for cell in row if cell is not None and not np.isnan(cell.difference)]
+        if pairs:
+            better = [cell for cell in pairs if sign * cell.difference < 0]
+            worse = [cell for cell in pairs if sign * cell.difference > 0]
+            counts = [
+                f"{len(group)} ({sum(cell.p < LEVEL for cell in group)})"
+                for group in (better, worse)
+            ]
+            lines.append([model, *map(difference_text, row), *counts])
+    head = [f"minus {baseline}", *(SHORT[task] for task in table.tasks), "better", "worse"]
+    return markdown(head, lines) if lines else []
+
+
+def section(
+    cells: Cells, paper: pd.DataFrame, table: Table, baseline: str, footnote: str = ""
+) -> list[str]:
+    """Heading, means and paired differences of a table."""
+    title = f"{table.name}: {table.title}, {table.protocol}, {METRICS[table.metric]}"
+    if not table.rows(cells):
+        return [f"## {title}", "", "Not run.", ""]
+    means = score_lines(cells, paper, table, footnote)
+    return [f"## {title}", "", *means, *difference_lines(cells, table, baseline)]
+
+
+def curve_lines(cells: Cells, baseline: str) -> list[str]:
+    """MAE by part of the training rows, and its mean change from the baseline."""
+    rows = {part: table.rows(cells) for part, table in CURVES.items()}
+    parts, full = list(rows), list(rows)[-1]
+    models = ordered(model for part in parts if part != full for model in rows[part])
+    lines = [f"## Not in the paper: learning curves, wet lab, representation, {METRICS['mae']}", ""]
+    if not models:
+        return [*lines, "Not run.", ""]
+    texts: dict[str, list[list[str]]] = {model: [] for model in models}
+    for table in CURVES.values():
+        best = best_of([table.row(cells, model) for model in models], "mae")
+        start = table.row(cells, baseline)
+        for model in models:
+            row = table.row(cells, model)
+            changes = [
+                cell.difference / base.mean
+                for cell, base in zip(row, start, strict=True)
+                if cell is not None and base is not None
+            ]
+            change = np.mean(changes) if len(changes) == len(row) else np.nan
+            texts[model].append([mean_text(*pair) for pair in zip(row, best, strict=True)])
+            texts[model][-1].append("-" if np.isnan(change) else f"{100 * change:+.1f}")
+    lines += [
+        f"Each cell: {' / '.join(parts)} of the training rows; the test rows stay the same. Last: "
+        f"mean change from {baseline} over the targets, %.",
+        "",
+    ]
+    head = ["model", *(SHORT[task] for task in CURVES[full].tasks), "change"]
+    body = [[model, *map(" / ".join, zip(*texts[model], strict=True))] for model in models]
+    return lines + markdown(head, body)
+
+
+def screening_lines(cells: Cells, table: Table) -> list[str]:
+    """Errors of ZT, and how well materials of high ZT are found, of one protocol."""
+    models = list(table.rows(cells))
+    lines = [f"## ZT and screening, {table.protocol}", ""]
+    if not models:
+        return [*lines, "Not run.", ""]
+    head, columns = ["model"], []
+    for task, name in ZT.items():
+        found = {
+            metric: [cells.get((table.suite, table.protocol, metric, task, m)) for m in models]
+            for metric in (*METRICS, "n_predicted", "n_true")
+        }
+        for metric, title in METRICS.items():
+            (best,) = best_of([[cell] for cell in found[metric]], metric)
+            head.append(f"{name} {title}")
+            columns.append([mean_text(cell, best) for cell in found[metric]])
+        head.append("found / there")
+        counts = zip(found["n_predicted"], found["n_true"], strict=True)
+        columns.append([f"{a.mean:.3g} / {b.mean:.3g}" if a and b else NOT_RUN for a, b in counts])
+    lines += [
+        "MAE and R² as above; precision, recall and F1 of finding the rows of high ZT, all folds "
+        "together, means over the seeds; *found / there*: rows predicted to be such, and "
+        "rows that are.",
+        "",
+    ]
+    return lines + markdown(head, [list(row) for row in zip(models, *columns, strict=True)])
+
+
+def claims_of(cells: Cells, paper: pd.DataFrame) -> tuple[list[str], str]:
+    """The table of claims, and the tally."""
+    ours, theirs = numbers_of(cells, paper)
+    rows, words = [], []
+    for claim in CLAIMS:
+        word, count, published = verdict(claim, ours, theirs)
+        words.append(word)
+        rows.append([claim.where, claim.text, claim.rule, f"**{word}**", count, published])
+    held, undecided = words.count("holds"), words.count(NOT_RUN)
+    tally = f"Claims of the paper: {held} of {len(words) - undecided} hold, {undecided} not run"
+    lines = [
+        "## Claims of the paper",
+        "",
+        "Each is judged by mean errors, without regard to p. Rule: in how many comparisons it has "
+        f"to be so; {'; '.join(f'*{rule}*: {meaning}' for rule, meaning in RULES.items())}.",
+        "",
+        *markdown(["from", "claim", "rule", "verdict", "ours", "the paper's own"], rows),
+    ]
+    return lines, tally
+
+
+def missing_lines(cells: Cells, paper: pd.DataFrame) -> list[str]:
+    """What the page lacks, a line for each part."""
+    parts = [BY_NAME[name] for name in ("Table 1", "Table 2", "Table 6")]
+    parts += [MATBENCH_TRANSFER, ZT_TABLES["transfer"], GROUPED, *list(CURVES.values())[:-1]]
+    found = {table: shortfall(cells, table) for table in parts}
+    lines = [f"- {t.name}: {t.title}, {t.protocol}: {text}" for t, text in found.items() if text]
+    if paper.empty:
+        lines.append("- The paper's values: no `paper/tables.csv` beside the data folder")
+    if not lines:
+        return [f"Everything was run with at least {N_SEEDS} seeds and {N_FOLDS} folds.", ""]
+    return [f"**Missing, or shorter than the protocol (seeds{TIMES}folds):**", "", *lines, ""]
+
+
+def page(
+    scores: pd.DataFrame, paper: pd.DataFrame, baseline: str, footnote: str = ""
+) -> tuple[str, str]:
+    """The whole page, and its tally.
+
+    Parameters
+    ----------
+    scores : pandas.DataFrame
+        Of :func:`results.read_scores`.
+    paper : pandas.DataFrame
+        Of :func:`results.read_paper`.
+    baseline : str
+        Model of the paired differences.
+    footnote : str
+        Put under Table 6, and marked (†) where a model was trained on the task's own property.
+    """
+    cells = cells_of(scores, baseline)
+    claims, tally = claims_of(cells, paper)
+    goals = [("Table 1", WETLAB), ("Table 2", WETLAB), ("Table 1", ZT), ("Table 6", MATBENCH)]
+    summary = [f"- {tally}."]
+    for name, tasks in goals:
+        line = reached(cells, paper, BY_NAME[name], tuple(tasks))
+        summary.append(f"- At or below the paper's PolySRL: {line}.")
+    files = [
+        f"- `{name}`: {len(rows):,} scores of {rows['model'].nunique()} models, seeds "
+        f"{_listed(rows['seed'])}, folds {_listed(rows['fold'][rows['fold'] >= 0])}"
+        for name, rows in scores.groupby("file")
+    ]
+    signs = {"x": TIMES, "sigma": PROPERTIES["electrical_conductivity"]}
+    signs["kappa"] = PROPERTIES["thermal_conductivity"]
+    introduction = INTRODUCTION.format(seeds=N_SEEDS, folds=N_FOLDS, level=LEVEL, **signs)
+    lines = ["# Results", "", *missing_lines(cells, paper), "## In short", "", *summary, ""]
+    lines += ["## What is compared", "", introduction, "Read:", "", *files, ""]
+    for table in TABLES[:-1]:
+        lines += section(cells, paper, table, baseline, footnote)
+    frozen = scores.query("suite == 'wetlab' and protocol == 'representation' and metric == 'mae'")
+    lines += section(cells_of(frozen, "polysrl"), paper, BY_NAME["Table 7"], "polysrl")
+    for table in (MATBENCH_TRANSFER, GROUPED):
+        lines += section(cells, paper, table, baseline)
+    lines += curve_lines(cells, baseline)
+    for table in ZT_TABLES.values():
+        lines += screening_lines(cells, table)
+    return "\n".join([*lines, *claims]).rstrip() + "\n", "\n".join(summary)
+
+
+def _listed(values: pd.Series) -> str:
+    return ", ".join(str(int(value)) for value in sorted(values.unique()))
+
+
+def main(argv: Sequence[str] | None = None, footnote: str = "") -> int:
+    """Run the command; 2 if a file cannot be read as scores."""
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    add = parser.add_argument
+    add("--data-dir", help="the paper's tables are in ../paper beside it; or POLYSRL_DATA")
+    add("--output-dir", type=Path, default=Path("benchmarks"), help="folder of the scores")
+    add("--baseline", default="rand_init", help="model of the paired differences")
+    add("--dry-run", action="store_true", help="print the tally; write nothing")
+    arguments = parser.parse_args(argv)
+    try:
+        scores = read_scores(arguments.output_dir)
+        paper = read_paper(find_data_dir(arguments.data_dir))
+    except (ValueError, DataNotFoundError) as error:
+        print(f"error: {error}", file=sys.stderr)
+        return 2
+    if scores.empty:
+        where = f"none of {', '.join(FILES)} in {arguments.output_dir} has a score"
+        print(f"error: {where}; run_wetlab.py makes the first", file=sys.stderr)
+        return 2
+    text, tally = page(scores, paper, arguments.baseline, footnote)
+    if arguments.dry_run:
+        print("DRY RUN: nothing is written")
+    else:
+        write_atomic(arguments.output_dir / PAGE, text.encode())
+        print(f"page: {arguments.output_dir / PAGE}")
+    print(tally)
+    return 0
+
+
+if __name__ == "__main__":
+    raise SystemExit(main())
