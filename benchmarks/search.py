@@ -41,7 +41,6 @@ ROWS: dict[str, list[str]] = {
     "paper, its learning rate": [
         *("--config", "paper", "--learning-rate", "5e-5", "--schedule", "constant")
     ],
-    "paper, one cycle to 1e-3": ["--config", "paper"],
     "no feature normalization": ["--set", "feature_norm=false", "whitening=0"],
     "no whitening": ["--set", "whitening=0"],
     "whitening 1": ["--set", "whitening=1.0"],
@@ -63,9 +62,6 @@ ROWS: dict[str, list[str]] = {
     "messages by fraction": ["--set", "message_power=1.0"],
     "random element features": ["--set", "element_source=random"],
     "messages, attention by square root": ["--set", "message_power=0.5", "attention_power=0.5"],
-    "the same, edge hidden 100": [
-        *("--set", "message_power=0.5", "attention_power=0.5", "edge_hidden=100")
-    ],
     "1 epoch": ["--epochs", "1"],
     "4 epochs": ["--epochs", "4"],
     "without sampling": ["--objective", "without_sampling"],

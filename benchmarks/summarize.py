@@ -45,8 +45,8 @@ from tasks import DataNotFoundError, find_data_dir
 
 PAGE = "RESULTS.md"
 METRICS = {"mae": "MAE", "r2": "R²", "precision": "precision", "recall": "recall", "f1": "F1"}
-#: For ``footnote`` of :func:`main`, where it is true of the encoders; the cells that it marks.
-MP_FOOTNOTE = "trained on Matbench's MP tables without any formula that is scored"
+#: Encoders that ``pretrain.py`` trains on the labels of a whole table, and that table.
+LEAK = "pretrained on the labels of this very table, test rows included: no fair score"
 MARKED = {"mp_band_gap": "matbench_mp_gap", "mp_formation_energy": "matbench_mp_e_form"}
 BY_NAME = {table.name: table for table in TABLES}
 
@@ -112,7 +112,7 @@ def paper_text(cell: Cell | None, paper: pd.Series, metric: str) -> str:
     return f"{text}, {cell.mean - paper['mean']:+.3f}"
 
 
-def score_lines(cells: Cells, paper: pd.DataFrame, table: Table, footnote: str) -> list[str]:
+def score_lines(cells: Cells, paper: pd.DataFrame, table: Table) -> list[str]:
     """A table of means beside the paper's."""
     rows, theirs, lines = table.rows(cells), table.published(paper), []
     best = best_of(list(rows.values()), table.metric)
@@ -120,12 +120,12 @@ def score_lines(cells: Cells, paper: pd.DataFrame, table: Table, footnote: str) 
         line = [model]
         for task, cell, top in zip(table.tasks, row, best, strict=True):
             text = cell_text(cell, top)
-            text += " †" * bool(footnote and MARKED.get(model) == task)
+            text += " †" * (MARKED.get(model) == task)
             if (model, task) in theirs.index:
                 text += paper_text(cell, theirs.loc[(model, task)], table.metric)
             line.append(text)
         lines.append(line)
-    notes = [f"† {footnote}", ""] if any("†" in text for line in lines for text in line) else []
+    notes = [f"† {LEAK}", ""] if any("†" in text for line in lines for text in line) else []
     return markdown(["model", *(SHORT[task] for task in table.tasks)], lines) + notes
 
 
@@ -157,14 +157,12 @@ def difference_lines(cells: Cells, table: Table, baseline: str) -> list[str]:
     return markdown(head, lines) if lines else []
 
 
-def section(
-    cells: Cells, paper: pd.DataFrame, table: Table, baseline: str, footnote: str = ""
-) -> list[str]:
+def section(cells: Cells, paper: pd.DataFrame, table: Table, baseline: str) -> list[str]:
     """Heading, means and paired differences of a table."""
     title = f"{table.name}: {table.title}, {table.protocol}, {METRICS[table.metric]}"
     if not table.rows(cells):
         return [f"## {title}", "", "Not run.", ""]
-    means = score_lines(cells, paper, table, footnote)
+    means = score_lines(cells, paper, table)
     return [f"## {title}", "", *means, *difference_lines(cells, table, baseline)]
 
 
@@ -262,9 +260,7 @@ def missing_lines(cells: Cells, paper: pd.DataFrame) -> list[str]:
     return [f"**Missing, or shorter than the protocol (seeds{TIMES}folds):**", "", *lines, ""]
 
 
-def page(
-    scores: pd.DataFrame, paper: pd.DataFrame, baseline: str, footnote: str = ""
-) -> tuple[str, str]:
+def page(scores: pd.DataFrame, paper: pd.DataFrame, baseline: str) -> tuple[str, str]:
     """The whole page, and its tally.
 
     Parameters
@@ -275,8 +271,6 @@ def page(
         Of :func:`results.read_paper`.
     baseline : str
         Model of the paired differences.
-    footnote : str
-        Put under Table 6, and marked (†) where a model was trained on the task's own property.
     """
     cells = cells_of(scores, baseline)
     claims, tally = claims_of(cells, paper)
@@ -296,7 +290,7 @@ def page(
     lines = ["# Results", "", *missing_lines(cells, paper), "## In short", "", *summary, ""]
     lines += ["## What is compared", "", introduction, "Read:", "", *files, ""]
     for table in TABLES[:-1]:
-        lines += section(cells, paper, table, baseline, footnote)
+        lines += section(cells, paper, table, baseline)
     frozen = scores.query("suite == 'wetlab' and protocol == 'representation' and metric == 'mae'")
     lines += section(cells_of(frozen, "polysrl"), paper, BY_NAME["Table 7"], "polysrl")
     for table in (MATBENCH_TRANSFER, GROUPED):
@@ -311,7 +305,7 @@ def _listed(values: pd.Series) -> str:
     return ", ".join(str(int(value)) for value in sorted(values.unique()))
 
 
-def main(argv: Sequence[str] | None = None, footnote: str = "") -> int:
+def main(argv: Sequence[str] | None = None) -> int:
     """Run the command; 2 if a file cannot be read as scores."""
     parser = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
@@ -332,7 +326,7 @@ def main(argv: Sequence[str] | None = None, footnote: str = "") -> int:
         where = f"none of {', '.join(FILES)} in {arguments.output_dir} has a score"
         print(f"error: {where}; run_wetlab.py makes the first", file=sys.stderr)
         return 2
-    text, tally = page(scores, paper, arguments.baseline, footnote)
+    text, tally = page(scores, paper, arguments.baseline)
     if arguments.dry_run:
         print("DRY RUN: nothing is written")
     else:

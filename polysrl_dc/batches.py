@@ -172,7 +172,7 @@ class PolymorphData:
     max_edges: int | None = None
 
     @classmethod
-    def from_dataset(cls, dataset: Dataset, **sampling: Any) -> "PolymorphData":
+    def from_dataset(cls, dataset: Dataset, least: int = 2, **sampling: Any) -> "PolymorphData":
         """Check a dataset; one that is no PolymorphDataset is packed; errors name row and id."""
         if not isinstance(dataset, PolymorphDataset):
             for row, graph in enumerate(dataset.X):
@@ -182,7 +182,7 @@ class PolymorphData:
                         "the graphs of StructureGraphFeaturizer"
                     )
             dataset = PolymorphDataset.from_graphs(dataset.X, dataset.ids)
-        if len(dataset) < 2:
+        if len(dataset) < least:
             raise InvalidInputError("pretraining contrasts structures and needs at least two")
         return cls(dataset, **sampling)
 

@@ -9,13 +9,17 @@ from deepchem.data import Dataset
 from deepchem.metrics import Metric
 from deepchem.trans import Transformer, undo_transforms
 from torch import Tensor, nn
+from tqdm import tqdm
 
-from polysrl_dc.batches import stoichiometries
+from polysrl_dc import losses
+from polysrl_dc.batches import PolymorphData, stoichiometries
 from polysrl_dc.errors import InvalidInputError
 from polysrl_dc.graphs import StoichiometryBatch
 from polysrl_dc.persistence import PersistentModel
 
 _CHUNK = 1024  # formulas embedded at once: their activations stay in the cache of a core
+_STRUCTURES = 256  # structures embedded at once
+_PAIRS = 5_000_000  # pairs of a sample and a structure compared at once: 20 MB
 
 
 def _refuse(name: str, instead: str) -> Callable[..., Any]:
@@ -137,6 +141,91 @@ class PredictingModel(PersistentModel):
             return torch.exp(2 * log_sigmas.mean((0, 2)))
 
         return torch.cat(self._map(dataset, variance)).cpu().numpy()
+
+    def predict_structure_embedding(self, structures: Dataset) -> np.ndarray:
+        """Representation of each structure, z^b of eq. 1, shape (n, F), of unit length.
+
+        Parameters
+        ----------
+        structures : PolymorphDataset, or dc.data.Dataset of structure graphs
+        """
+        network = self._matching_network()
+        rows, parts = PolymorphData.from_dataset(structures, least=1).dataset, []
+        for start in tqdm(range(0, len(rows), _STRUCTURES), disable=len(rows) <= _STRUCTURES):
+            chosen = np.arange(start, min(start + _STRUCTURES, len(rows)))
+            with torch.no_grad():
+                parts.append(network.structure_encoder(rows.batch(chosen)[1].to(self.device)))
+        return torch.cat(parts).cpu().numpy()
+
+    def retrieve(
+        self, formulas: Dataset, structures: Dataset, k: int = 10, n_samples: int = 64
+    ) -> tuple[np.ndarray, np.ndarray]:
+        """Structures that a formula is most likely to have, by the match probability of eq. 4.
+
+        Parameters
+        ----------
+        formulas : dc.data.Dataset of n stoichiometry graphs
+        structures : PolymorphDataset, or dc.data.Dataset of m structure graphs
+            Candidates.
+        k : int
+            Candidates to return, at most m.
+        n_samples : int
+            J, samples of each Gaussian, from a fixed seed.
+
+        Returns
+        -------
+        indices : numpy.ndarray, shape (n, k), int64
+            Rows of ``structures``, the likeliest first.
+        probabilities : numpy.ndarray, shape (n, k)
+            That formula and structure match.
+
+        Raises
+        ------
+        ValueError
+            The model is not one of pretraining, or ``k`` is not between 1 and m.
+
+        Examples
+        --------
+        >>> import deepchem as dc, polysrl_dc
+        >>> from pymatgen.core import Lattice, Structure
+        >>> cell = Structure.from_spacegroup("Fm-3m", Lattice.cubic(5.6), ["Na", "Cl"],
+        ...                                  [[0, 0, 0], [0.5, 0.5, 0.5]])
+        >>> candidates = polysrl_dc.PolymorphDataset([cell, Structure(cell.lattice, ["Na"],
+        ...                                           [[0, 0, 0]])], progress=False)
+        >>> graphs = dc.feat.StoichiometryGraphFeaturizer().featurize(["NaCl"])
+        >>> model = dc.models.PolySRLModel.from_pretrained("polysrl-mp")
+        >>> indices, probabilities = model.retrieve(dc.data.NumpyDataset(graphs), candidates, k=2)
+        >>> indices.shape, bool(probabilities[0, 0] >= probabilities[0, 1])
+        ((1, 2), True)
+        """
+        network = self._matching_network()
+        if not 1 <= k <= len(structures):
+            raise ValueError(f"k is {k}: must be between 1 and {len(structures)}, the candidates")
+        crystals = torch.from_numpy(self.predict_structure_embedding(structures)).to(self.device)
+        generator = torch.Generator(self.device).manual_seed(0)
+        together = max(1, _PAIRS // (n_samples * len(crystals)))
+
+        def likeliest(batch: StoichiometryBatch) -> tuple[Tensor, Tensor]:
+            found = []
+            means, log_sigmas = (part.split(together) for part in network.encoder(batch))
+            for mean, log_sigma in zip(means, log_sigmas, strict=True):
+                samples = losses.sample_gaussian(mean, log_sigma, n_samples, generator)
+                logits = losses.match_logits(samples, crystals, network.c, network.d)
+                found.append(losses.log_match_probability(logits, network.config.match_form))
+            return torch.topk(torch.cat(found), k, dim=1)
+
+        logs, indices = zip(*self._map(formulas, likeliest), strict=True)
+        return torch.cat(indices).cpu().numpy(), torch.cat(logs).exp().cpu().numpy()
+
+    def _matching_network(self) -> Any:
+        """The network with both encoders, in evaluation mode."""
+        if self.settings["task"] != "pretraining":
+            raise ValueError(
+                f"the model is one of {self.settings['task']}, without a structure encoder: use a "
+                'pretraining model, e.g. PolySRLModel.from_pretrained("polysrl-mp")'
+            )
+        self._ensure_built()
+        return self.model.eval()
 
     def evaluate(
         self,

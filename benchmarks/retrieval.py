@@ -1,0 +1,100 @@
+"""How often a formula finds its structures among thousands of others.
+
+    python benchmarks/retrieval.py --data-dir DATA
+
+The stoichiometries are those that ``pretrain.py`` held out (same seed); the candidates are all
+their structures, filled up with random others. A formula counts as found at k if one of its
+polymorphs is among the k likeliest candidates. Scores go to ``<output-dir>/retrieval.csv``.
+"""
+
+from __future__ import annotations
+
+import argparse
+import time
+from pathlib import Path
+
+import deepchem as dc
+import numpy as np
+import pandas as pd
+import torch
+from folds import write_atomic
+from pretrain import split
+from tasks import find_data_dir
+
+from polysrl_dc import PolymorphDataset, PolySRLModel, StoichiometryGraphFeaturizer
+
+RANKS = (1, 10, 100)
+
+
+def recall(indices: np.ndarray, groups: np.ndarray, wanted: np.ndarray) -> dict[int, float]:
+    """Share of the formulas with a structure of theirs among the first k, by k.
+
+    Parameters
+    ----------
+    indices : numpy.ndarray, shape (n, 100)
+        Candidates of each formula, the likeliest first.
+    groups : numpy.ndarray, shape (m,)
+        Formula of each candidate.
+    wanted : numpy.ndarray, shape (n,)
+        Formula that was asked for.
+
+    Examples
+    --------
+    >>> recall(np.array([[0, 1], [1, 0]]), np.array([7, 8]), np.array([7, 7]))[1]
+    0.5
+    """
+    hits = groups[indices] == wanted[:, None]
+    return {k: float(hits[:, :k].any(axis=1).mean()) for k in RANKS}
+
+
+def main(argv: list[str] | None = None) -> None:
+    """Measure and print."""
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    add = parser.add_argument
+    add("--data-dir", help="layout of the shared data; or POLYSRL_DATA")
+    add("--structures", help="as for pretrain.py; default: DATA/mp")
+    add("--cache-dir", help="of packed structures; or POLYSRL_CACHE")
+    add("--output-dir", type=Path, default=Path("benchmarks"))
+    add("--encoder", default="polysrl-mp", help="saved pretraining model")
+    add("--candidates", type=int, default=10_000)
+    add("--hold-out", type=int, default=2000, help="as in the pretraining")
+    add("--seed", type=int, default=0, help="as in the pretraining")
+    add("--threads", type=int, default=1)
+    add("--dry-run", action="store_true", help="say what would be done, and stop")
+    arguments = parser.parse_args(argv)
+    data_dir = find_data_dir(arguments.data_dir)
+    path = arguments.structures or (data_dir and Path(data_dir) / "mp" / "structures.parquet")
+    if not path:
+        parser.error("no structures: pass --structures, --data-dir or set POLYSRL_DATA")
+    torch.set_num_threads(arguments.threads)
+    dataset = PolymorphDataset(path, on_error="skip", cache_dir=arguments.cache_dir)
+    rest, held_out = split(dataset, arguments.hold_out, set(), arguments.seed)
+    others = max(0, min(arguments.candidates - len(held_out), len(rest)))
+    chosen = np.random.default_rng(arguments.seed).choice(len(rest), others, replace=False)
+    is_held = np.isin(dataset.groups, held_out.groups)
+    rows = np.concatenate([np.flatnonzero(is_held), np.flatnonzero(~is_held)[chosen]])
+    candidates = dataset.select(rows)
+    wanted, first = np.unique(held_out.groups, return_index=True)
+    print(f"{len(wanted):,} held-out stoichiometries, {len(candidates):,} candidate structures")
+    if arguments.dry_run:
+        return
+    model = PolySRLModel.from_pretrained(arguments.encoder)
+    graphs = StoichiometryGraphFeaturizer().featurize(held_out.formulas[first])
+    start = time.perf_counter()
+    indices, _ = model.retrieve(dc.data.NumpyDataset(graphs), candidates, k=max(RANKS))
+    seconds = time.perf_counter() - start
+    found = recall(indices, candidates.groups, wanted)
+    sizes = np.bincount(np.searchsorted(wanted, held_out.groups))
+    alone = recall(indices[sizes == 1], candidates.groups, wanted[sizes == 1])
+    many = recall(indices[sizes > 1], candidates.groups, wanted[sizes > 1])
+    table = pd.DataFrame(
+        {"all": found, "one structure": alone, "several polymorphs": many}
+    ).rename_axis("k")
+    print(table.round(3).to_markdown())
+    print(f"{seconds:.0f} s, structures embedded included")
+    path = arguments.output_dir / "retrieval.csv"
+    write_atomic(path, table.to_csv(float_format="%.6g").encode())
+
+
+if __name__ == "__main__":
+    main()

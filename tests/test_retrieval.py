@@ -1,0 +1,78 @@
+"""Structures found for formulas by the match probability of eq. 4."""
+
+from dataclasses import replace
+
+import deepchem as dc
+import numpy as np
+import pytest
+import torch
+from crystals import CONFIG
+
+from polysrl_dc import PolymorphDataset, PolySRLModel, StoichiometryGraphFeaturizer
+
+
+@pytest.fixture(scope="module")
+def prototypes(tmp_path_factory):
+    folder = tmp_path_factory.mktemp("cache")
+    return PolymorphDataset("aflow", max_sites=8, cache_dir=folder, progress=False)
+
+
+def formulas_of(dataset):
+    return dc.data.NumpyDataset(StoichiometryGraphFeaturizer().featurize(dataset.formulas))
+
+
+def test_the_order_is_that_of_the_match_probability(prototypes):
+    config = replace(CONFIG, log_sigma_shift=-4.0)  # else the probability is one of rare samples
+    model = PolySRLModel("pretraining", config=config, seed=1)
+    candidates, asked = prototypes.select(range(20)), formulas_of(prototypes.select(range(5)))
+    indices, probabilities = model.retrieve(asked, candidates, k=20, n_samples=4000)
+    network = model.model.eval()
+    batch, structures, _ = candidates.batch(np.arange(20))
+    with torch.no_grad():
+        mean, log_sigma = network.encoder(batch)
+        noise = torch.randn(5, 4000, mean.shape[1], generator=torch.Generator().manual_seed(9))
+        samples = mean[:5, None] + log_sigma[:5, None].exp() * noise
+        distance = torch.cdist(samples, network.structure_encoder(structures)[None])
+        expected = torch.sigmoid(network.d - network.c * distance).mean(1).numpy()
+    assert (np.diff(probabilities, axis=1) <= 0).all()
+    found = np.take_along_axis(expected, indices, 1)
+    np.testing.assert_allclose(probabilities, found, rtol=0.1)  # other samples
+    assert sorted(indices[0]) == list(range(20))
+
+
+def test_the_shipped_encoder_finds_structures_of_real_formulas(prototypes):
+    model = PolySRLModel.from_pretrained("polysrl-mp")
+    asked = formulas_of(prototypes)
+    indices, probabilities = model.retrieve(asked, prototypes, k=10)
+    again = model.retrieve(asked, prototypes, k=10)
+    np.testing.assert_array_equal(indices, again[0])
+    assert ((probabilities >= 0) & (probabilities <= 1)).all()
+    hit = prototypes.groups[indices] == prototypes.groups[:, None]
+    assert hit.any(1).mean() > 0.5 > 3 * 10 / len(prototypes)  # by chance: 10 / n
+
+
+def test_chunks_do_not_matter(prototypes, monkeypatch):
+    model = PolySRLModel("pretraining", config=CONFIG)
+    whole = model.predict_structure_embedding(prototypes)
+    monkeypatch.setattr("polysrl_dc.prediction._STRUCTURES", 7)
+    np.testing.assert_allclose(model.predict_structure_embedding(prototypes), whole, atol=1e-5)
+    np.testing.assert_allclose(np.linalg.norm(whole, axis=1), 1, atol=1e-5)
+
+
+def test_structure_graphs_of_a_deepchem_dataset_are_candidates_too(prototypes):
+    model = PolySRLModel("pretraining", config=CONFIG)
+    graphs = dc.data.NumpyDataset(prototypes.select(range(3)).X)
+    expected = model.predict_structure_embedding(prototypes.select(range(3)))
+    np.testing.assert_allclose(model.predict_structure_embedding(graphs), expected, atol=1e-5)
+
+
+def test_what_cannot_be_asked_is_refused(prototypes):
+    asked = formulas_of(prototypes.select(range(2)))
+    with pytest.raises(ValueError, match="without a structure encoder"):
+        PolySRLModel(pretrained=None).retrieve(asked, prototypes)
+    model = PolySRLModel("pretraining", config=CONFIG)
+    for k in (0, len(prototypes) + 1):
+        with pytest.raises(ValueError, match=f"k is {k}"):
+            model.retrieve(asked, prototypes, k=k)
+
+
