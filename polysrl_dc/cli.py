@@ -1,4 +1,4 @@
-"""The console command ``polysrl``: embed, train, predict and pretrain without writing Python."""
+"""The console command ``polysrl``: embed, train, predict, retrieve and pretrain."""
 
 import argparse
 import sys
@@ -24,6 +24,7 @@ examples:
   polysrl train --input gaps.csv --target gap --epochs 100 --hold-out 0.2 --output-dir gap_model
   polysrl predict --model gap_model GaN AlN
   polysrl predict --model gap_model --input new.csv --output predictions.csv
+  polysrl retrieve TiO2 --structures structures.parquet -k 5
   polysrl pretrain structures.parquet --epochs 20 --output-dir encoder
   polysrl pretrain cifs/*.cif --epochs 20 --output-dir encoder
 """
@@ -109,6 +110,24 @@ def predict(options: argparse.Namespace) -> None:
     _write(frame, options.output)
 
 
+def retrieve(options: argparse.Namespace) -> None:
+    """Formulas and candidate structures -> the ``k`` likeliest candidates of each formula."""
+    frame, dataset = _formulas(options)
+    candidates = _structures(options.structures, options.on_error)
+    if not isinstance(candidates, PolymorphDataset):
+        candidates = PolymorphDataset.from_graphs(candidates.X, candidates.ids)
+    k = min(options.k, len(candidates))
+    indices, probabilities = PolySRLModel.from_pretrained(options.model).retrieve(
+        dataset, candidates, k
+    )
+    found = frame.loc[frame.index.repeat(k)].reset_index(drop=True)
+    found["rank"] = np.tile(np.arange(1, k + 1), len(frame))
+    found["structure"] = candidates.ids[indices.ravel()]
+    found["structure_formula"] = candidates.formulas[indices.ravel()]
+    found["probability"] = probabilities.ravel()
+    _write(found, options.output)
+
+
 def pretrain(options: argparse.Namespace) -> None:
     """Crystal structures -> a folder with a pretrained encoder."""
     dataset = _structures(options.structures, options.on_error)
@@ -144,9 +163,11 @@ def _formulas(
 
 
 def _read(path: str, columns: Sequence[str]) -> pd.DataFrame:
-    """A CSV or Parquet table that has ``columns``; the first of them is read as text."""
+    """A CSV, JSON or Parquet table with ``columns``; the first of them is read as text."""
     if path.endswith(".parquet"):
         frame = pd.read_parquet(path)
+    elif path.endswith(".json"):
+        frame = pd.read_json(path, dtype={columns[0]: str}, convert_dates=False)
     else:
         # a converter keeps pandas from reading the formula NaN as a missing value
         frame = pd.read_csv(path, converters={columns[0]: str})
@@ -244,7 +265,7 @@ def _parser() -> argparse.ArgumentParser:
     def add_table(sub: argparse.ArgumentParser, needed: bool = False) -> None:
         if not needed:
             sub.add_argument("formulas", nargs="*", help="formulas, instead of --input")
-        sub.add_argument("--input", required=needed, help="table of formulas: .csv or .parquet")
+        sub.add_argument("--input", required=needed, help="table: .csv, .json or .parquet")
         sub.add_argument("--column", default="formula", help="its column of formulas")
 
     def add_training(sub: argparse.ArgumentParser, epochs: int, batch_size: int) -> None:
@@ -264,6 +285,15 @@ def _parser() -> argparse.ArgumentParser:
     sub = add(predict, "Write the prediction of a trained model and its standard deviation.")
     add_table(sub)
     sub.add_argument("--model", required=True, help="folder that polysrl train has written")
+    sub.add_argument("--output", type=_output, help=".csv, .csv.gz or .parquet; else CSV to stdout")
+
+    sub = add(retrieve, "Rank candidate structures by the probability that a formula forms them.")
+    add_table(sub)
+    sub.add_argument("--structures", nargs="+", required=True, help=STRUCTURES)
+    sub.add_argument("-k", type=_positive, default=10, help="candidates to write for each formula")
+    sub.add_argument(
+        "--model", default=DEFAULT_ENCODER, help="folder of polysrl pretrain, or shipped encoder"
+    )
     sub.add_argument("--output", type=_output, help=".csv, .csv.gz or .parquet; else CSV to stdout")
 
     sub = add(train, "Train a model on formulas with measured or computed values.")

@@ -217,3 +217,29 @@ def test_help_shows_examples(capsys: pytest.CaptureFixture[str]) -> None:
     text = capsys.readouterr().out
     for command in ("embed", "predict", "train", "pretrain"):
         assert f"polysrl {command} " in text
+
+
+def test_retrieve_ranks_structures(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    files = []
+    for anion, length in [("Cl", 5.64), ("F", 4.63), ("I", 6.47)]:
+        salt = Structure.from_spacegroup(
+            "Fm-3m", Lattice.cubic(length), ["Na", anion], [[0, 0, 0], [0.5, 0.5, 0.5]]
+        )
+        files.append(f"{tmp_path}/Na{anion}.cif")
+        salt.to(files[-1])
+    asked = tmp_path / "asked.json"
+    pd.DataFrame({"formula": ["NaCl", "NaF"], "note": [1, 2]}).to_json(asked)
+    output = f"{tmp_path}/found.parquet"
+    command = ["retrieve", "--input", str(asked), "--structures", *files, "--output", output]
+    assert main(command) == 0
+    frame = pd.read_parquet(output)
+    assert frame["formula"].tolist() == ["NaCl"] * 3 + ["NaF"] * 3
+    assert frame["note"].tolist() == [1] * 3 + [2] * 3
+    assert frame["rank"].tolist() == [1, 2, 3] * 2
+    assert set(frame["structure"]) == set(files)
+    assert frame["structure_formula"].str.startswith("Na").all()
+    assert frame.groupby("formula")["probability"].is_monotonic_decreasing.all()
+    assert main(["retrieve", "NaCl", "--structures", *files, "-k", "1"]) == 0
+    assert len(capsys.readouterr().out.splitlines()) == 2
+    line = error_of(["retrieve", "NaCl", "--structures", f"{tmp_path}/none.parquet"], capsys)
+    assert "none.parquet" in line
