@@ -146,7 +146,7 @@ def test_matbench_folds_are_the_fold_rule(data_dir):
     rule = tasks.FoldRuleTask("wetlab_x", tasks.WETLAB_KEY, dict(task.metadata))
     position = {mbid: row for row, mbid in enumerate(task.df.index)}
     for fold in task.folds_keys:
-        rows = [int(mbid[-5:]) - 1 for mbid in rule.validation[fold].test]
+        rows = [int(mbid.rpartition("-")[2]) - 1 for mbid in rule.validation[fold].test]
         assert [position[mbid] for mbid in task.validation[fold].test] == rows
 
 
