@@ -257,7 +257,9 @@ def settings_of(
 ) -> dict[str, Any]:
     """What makes the predictions of a run, and the command that repeats them."""
     source = "random weights" if encoder is None else file_digest(checkpoint_path(encoder))
-    named = f"--models {model}" if model in (*MODELS, *BASELINES) else f"--encoder {encoder}"
+    named = f"--models {model}"
+    if model not in (*MODELS, *BASELINES):  # a record names no folder of the machine it was made on
+        named = f"--encoder {Path(str(encoder)).name} --name {model}"
     return {
         "model": model,
         "protocol": protocol,

@@ -121,7 +121,7 @@ def test_other_folds_and_parts_of_the_training_rows(quick):
 def test_bad_arguments_end_with_one_line(quick, capsys):
     for arguments, message in (
         (["--models", "rand_init", "--targets", "three"], "no target is named 'three'"),
-        (["--models", "graphcl"], "graphcl: no encoder in"),
+        (["--models", "graphcl", "--encoders", "none"], "graphcl: no encoder in"),
         (["--encoder", "nowhere"], "nowhere: no encoder"),
         (["--seeds", "0"], "at least 1"),
     ):
