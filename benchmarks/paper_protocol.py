@@ -48,6 +48,7 @@ MODELS = (
 )
 PROTOCOLS = ("representation", "transfer")
 PAIR = ["task", "seed", "fold"]
+PAPER_COLUMNS = ["table", "protocol", "model", "dataset", "metric", "mean", "std"]
 #: Command that makes the records of a suite.
 RUNNERS = {"wetlab": "run_wetlab.py", "paper": "run_matbench.py --paper"}
 TargetsOf = Callable[[Path | None], list[Target]]
@@ -143,15 +144,19 @@ def paired_differences(
     return table
 
 
-def published(data_dir: str | Path, protocol: str, model: str = "polysrl") -> pd.Series | None:
+def read_paper(data_dir: Path | None) -> pd.DataFrame:
+    """Means and standard deviations of the paper if its tables lie beside the data, else no row."""
+    path = None if data_dir is None else data_dir / ".." / "paper" / "tables.csv"
+    found = path is not None and path.is_file()
+    return pd.read_csv(path) if found else pd.DataFrame(columns=PAPER_COLUMNS)
+
+
+def published(data_dir: Path | None, protocol: str, model: str = "polysrl") -> pd.Series | None:
     """MAE by target of a model in the paper, if its tables lie beside the data.
 
     Tables 1, 6 and 7 for the representation protocol, 8 (which repeats 2) for transfer.
     """
-    path = Path(data_dir) / ".." / "paper" / "tables.csv"
-    if not path.exists():
-        return None
-    table = pd.read_csv(path)
+    table = read_paper(data_dir)
     chosen = table[(table["protocol"] == protocol) & (table["model"] == model)]
     chosen = chosen[(chosen["metric"] == "mae") & chosen["table"].isin([1, 6, 7, 8])]
     return chosen.set_index("dataset")["mean"].rename("paper") if len(chosen) else None
@@ -390,7 +395,7 @@ def comparison(scores: pd.DataFrame, model: str, arguments: argparse.Namespace) 
             continue
         table = table.reindex([t.name for t in arguments.targets if t.name in table.index])
         known = model if model in MODELS else "polysrl"
-        if data_dir is not None and (paper := published(data_dir, protocol, known)) is not None:
+        if (paper := published(data_dir, protocol, known)) is not None:
             table = table.join(paper.rename(f"paper, {known}"))
         lines = [f"{model}, {protocol}", table.round(3).to_string()]
         if "difference" in table:

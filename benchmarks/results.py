@@ -20,7 +20,6 @@ N_SEEDS, N_FOLDS = 3, 5
 LEVEL = 0.05
 NOT_RUN = "not run"
 TIMES = "\N{MULTIPLICATION SIGN}"
-PAPER_COLUMNS = ["table", "protocol", "model", "dataset", "metric", "mean", "std"]
 
 ALL = (*MODELS, *BASELINES)
 Key = tuple[str, str, str, str, str]
@@ -160,13 +159,6 @@ def read_scores(output_dir: Path) -> pd.DataFrame:
                 raise ValueError(f"{output_dir / name} has no column {lacking[0]!r}")
             tables.append(table.dropna(subset="value").assign(file=name))
     return pd.concat(tables, ignore_index=True) if tables else pd.DataFrame(columns=COLUMNS)
-
-
-def read_paper(data_dir: Path | None) -> pd.DataFrame:
-    """Means and standard deviations of the paper if its tables lie beside the data, else no row."""
-    path = None if data_dir is None else data_dir / ".." / "paper" / "tables.csv"
-    found = path is not None and path.is_file()
-    return pd.read_csv(path) if found else pd.DataFrame(columns=PAPER_COLUMNS)
 
 
 def half_width(values: np.ndarray) -> float:

@@ -17,6 +17,7 @@ import numpy as np
 import pandas as pd
 from claims import CLAIMS, MATBENCH, PROPERTIES, RULES, SHORT, WETLAB, ZT, verdict
 from folds import write_atomic
+from paper_protocol import read_paper
 from results import (
     CURVES,
     FILES,
@@ -37,7 +38,6 @@ from results import (
     numbers_of,
     ordered,
     reached,
-    read_paper,
     read_scores,
     shortfall,
 )
@@ -268,7 +268,7 @@ def page(scores: pd.DataFrame, paper: pd.DataFrame, baseline: str) -> tuple[str,
     scores : pandas.DataFrame
         Of :func:`results.read_scores`.
     paper : pandas.DataFrame
-        Of :func:`results.read_paper`.
+        Of :func:`paper_protocol.read_paper`.
     baseline : str
         Model of the paired differences.
     """

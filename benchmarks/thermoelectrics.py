@@ -269,7 +269,7 @@ def table_of(scores: pd.DataFrame, data_dir: Path | None) -> pd.DataFrame:
     errors = scores[scores["metric"] == "mae"].groupby(keys, sort=False)["value"]
     table = errors.agg(mae="mean", std="std")
     for key in table.index:
-        paper = None if data_dir is None else published(data_dir, key[0], key[1])
+        paper = published(data_dir, key[0], key[1])
         if paper is not None and key[2] in paper:
             table.loc[key, "paper"] = paper[key[2]]
     whole = scores[scores["fold"] == -1]

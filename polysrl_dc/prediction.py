@@ -1,6 +1,7 @@
 """Prediction and evaluation of a fitted model, with and without uncertainty."""
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
 from typing import Any
 
 import numpy as np
@@ -44,19 +45,25 @@ class PredictingModel(PersistentModel):
     compute_saliency = _refuse("compute_saliency", "predict(dataset)")
     load_from_pretrained = _refuse("load_from_pretrained", "load_encoder or from_pretrained")
 
-    def _map(self, dataset: Dataset, function: Callable[[StoichiometryBatch], Any]) -> list[Any]:
-        """Apply to batches of formulas in evaluation mode; the mode is restored afterwards."""
+    @contextmanager
+    def _evaluating(self) -> Iterator[None]:
+        """Evaluation mode without gradients; the mode is restored afterwards."""
         self._ensure_built()
         training = self.model.training
         self.model.eval()
-        results, row = [], 0
         try:
             with torch.no_grad():
-                for X, _, _, ids in dataset.iterbatches(_CHUNK, deterministic=True):
-                    results.append(function(stoichiometries(X, ids, row).to(self.device)))
-                    row += len(X)
+                yield
         finally:
             self.model.train(training)
+
+    def _map(self, dataset: Dataset, function: Callable[[StoichiometryBatch], Any]) -> list[Any]:
+        """Apply to batches of formulas in evaluation mode."""
+        results, row = [], 0
+        with self._evaluating():
+            for X, _, _, ids in dataset.iterbatches(_CHUNK, deterministic=True):
+                results.append(function(stoichiometries(X, ids, row).to(self.device)))
+                row += len(X)
         if not results:
             raise InvalidInputError("the dataset has no row")
         return results
@@ -151,9 +158,10 @@ class PredictingModel(PersistentModel):
         """
         network = self._matching_network()
         rows, parts = PolymorphData.from_dataset(structures, least=1).dataset, []
-        for start in tqdm(range(0, len(rows), _STRUCTURES), disable=len(rows) <= _STRUCTURES):
-            chosen = np.arange(start, min(start + _STRUCTURES, len(rows)))
-            with torch.no_grad():
+        starts = tqdm(range(0, len(rows), _STRUCTURES), disable=len(rows) <= _STRUCTURES)
+        with self._evaluating():
+            for start in starts:
+                chosen = np.arange(start, min(start + _STRUCTURES, len(rows)))
                 parts.append(network.structure_encoder(rows.batch(chosen)[1].to(self.device)))
         return torch.cat(parts).cpu().numpy()
 
@@ -218,14 +226,13 @@ class PredictingModel(PersistentModel):
         return torch.cat(indices).cpu().numpy(), torch.cat(logs).exp().cpu().numpy()
 
     def _matching_network(self) -> Any:
-        """The network with both encoders, in evaluation mode."""
+        """The network with both encoders."""
         if self.settings["task"] != "pretraining":
             raise ValueError(
                 f"the model is one of {self.settings['task']}, without a structure encoder: use a "
                 'pretraining model, e.g. PolySRLModel.from_pretrained("polysrl-mp")'
             )
-        self._ensure_built()
-        return self.model.eval()
+        return self.model
 
     def evaluate(
         self,

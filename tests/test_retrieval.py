@@ -25,7 +25,9 @@ def test_the_order_is_that_of_the_match_probability(prototypes):
     config = replace(CONFIG, log_sigma_shift=-4.0)  # else the probability is one of rare samples
     model = PolySRLModel("pretraining", config=config, seed=1)
     candidates, asked = prototypes.select(range(20)), formulas_of(prototypes.select(range(5)))
+    model.model.train()
     indices, probabilities = model.retrieve(asked, candidates, k=20, n_samples=4000)
+    assert model.model.training  # as it was
     network = model.model.eval()
     batch, structures, _ = candidates.batch(np.arange(20))
     with torch.no_grad():

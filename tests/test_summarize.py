@@ -4,7 +4,7 @@ import numpy as np
 import pandas as pd
 import pytest
 from claims import CLAIMS, MATBENCH, SUPERVISED, WETLAB, ZT, Claim, better, verdict
-from paper_protocol import MODELS
+from paper_protocol import MODELS, read_paper
 from results import (
     ALL,
     CURVES,
@@ -16,7 +16,6 @@ from results import (
     cells_of,
     numbers_of,
     reached,
-    read_paper,
     shortfall,
 )
 from scipy import stats
