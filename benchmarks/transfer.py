@@ -1,4 +1,7 @@
-"""Transfer protocol of the paper (Appendix E): encoder and head are trained together."""
+"""Transfer protocol of the paper (Appendix E): encoder and head are trained together.
+
+Adam at a constant rate for 500 epochs, without early stopping.
+"""
 
 from __future__ import annotations
 
@@ -63,6 +66,7 @@ def predict_fold(
             pretrained=encoder,
             batch_size=target.batch_size,
             learning_rate=rate,
+            schedule="constant",
             seed=seed,
         )
         model.fit(_dataset(target, rows), nb_epoch=epochs, checkpoint_interval=0)
