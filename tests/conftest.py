@@ -2,6 +2,7 @@
 
 import os
 import random
+from collections import Counter
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -12,9 +13,39 @@ import torch
 ROOT = Path(__file__).resolve().parents[1]
 
 
+COUNTS = pytest.StashKey[Counter[str]]()
+
+
+def pytest_addoption(parser: pytest.Parser) -> None:
+    """``--deep``: as many generated inputs, kills and damaged files as the README states."""
+    parser.addoption("--deep", action="store_true", help="minutes to hours of generated trouble")
+
+
+def pytest_terminal_summary(terminalreporter: pytest.TerminalReporter) -> None:
+    """Print what the tests that generate their cases have counted."""
+    counts = terminalreporter.config.stash[COUNTS]
+    if counts:
+        terminalreporter.section("generated cases")
+        for what, count in sorted(counts.items()):
+            terminalreporter.write_line(f"{count:>7,} {what}")
+
+
 def pytest_configure(config: pytest.Config) -> None:
     """Keep torch on one thread: the tensors of the tests are small, and sums stay repeatable."""
     torch.set_num_threads(1)
+    config.stash[COUNTS] = Counter()
+
+
+@pytest.fixture(scope="session")
+def counts(request: pytest.FixtureRequest) -> Counter[str]:
+    """What was generated and what became of it, printed when all tests have run."""
+    return request.config.stash[COUNTS]
+
+
+@pytest.fixture(scope="session")
+def deep(request: pytest.FixtureRequest) -> bool:
+    """Whether generated cases should be many (``--deep``) or few."""
+    return bool(request.config.getoption("--deep"))
 
 
 @pytest.fixture(scope="session", autouse=True)
