@@ -8,20 +8,20 @@ suites of this project (``embedded_v0.1``, ``wetlab_v0.1``), which follow the sa
 from __future__ import annotations
 
 import argparse
-import gzip
-import json
 import logging
 import math
-import zlib
 from pathlib import Path
 from typing import Any
 
+from files import one_line, printable, read_json
 from matbench.bench import MatbenchBenchmark
 from matbench.constants import CLF_KEY, CLF_METRICS, MBV01_KEY, REG_METRICS
 from matbench.task import MatbenchTask
 from matbench.util import hash_dictionary
 from submission import INFO_FILE, OWN_BENCHMARKS, RESULTS_FILE, FoldRuleBenchmark
 from tasks import EMBEDDED_KEY, EMBEDDED_TARGETS, load_task
+
+from polysrl_dc.errors import InvalidInputError
 
 FILLED_KEYS = ("authors", "algorithm", "algorithm_long", "bibtex_refs", "requirements")
 FOLDS = tuple(f"fold_{number}" for number in range(5))
@@ -34,10 +34,10 @@ def check_records(folders: list[Path]) -> list[str]:
     problems: list[str] = []
     seen: dict[tuple[str, str], Path] = {}
     for folder in folders:
-        problems += [f"{folder}: {problem}" for problem in check_record(folder)]
+        problems += [printable(f"{folder}: {problem}") for problem in check_record(folder)]
         try:
-            name = json.loads((folder / INFO_FILE).read_text())["algorithm"]
-        except (OSError, ValueError, KeyError, TypeError):
+            name = read_json(folder / INFO_FILE, LARGEST_FILE)["algorithm"]
+        except (ValueError, KeyError, TypeError):
             continue
         key = (folder.name.partition("_PolySRL")[0], str(name))
         if key in seen:
@@ -56,16 +56,16 @@ def check_record(folder: Path) -> list[str]:
     for file in sorted(folder.iterdir()):
         if file.name == ".ipynb_checkpoints":
             problems.append(f"{file.name} must not be submitted")
-        elif file.name != RESULTS_FILE and file.stat().st_size > LARGEST_FILE:
+        elif file.name != RESULTS_FILE and file.lstat().st_size > LARGEST_FILE:
             problems.append(f"{file.name} is larger than 10 MB")
     return problems + _results_problems(folder / RESULTS_FILE)
 
 
 def _info_problems(path: Path) -> list[str]:
     try:
-        info = json.loads(path.read_text())
-    except (OSError, ValueError) as error:
-        return [f"{path.name} cannot be read: {error}"]
+        info = read_json(path, LARGEST_FILE)
+    except InvalidInputError as error:
+        return [str(error)]
     if not isinstance(info, dict):
         return [f"{path.name} is not a JSON object"]
     problems = [f"{key!r} is missing or empty" for key in FILLED_KEYS if not info.get(key)]
@@ -75,19 +75,22 @@ def _info_problems(path: Path) -> list[str]:
 
 def _results_problems(path: Path) -> list[str]:
     try:
-        content = json.loads(gzip.decompress(path.read_bytes()))
-    except gzip.BadGzipFile:
-        return [f"{path.name} is not gzip; Matbench 0.6 writes plain text under this name"]
-    except (OSError, EOFError, ValueError, zlib.error) as error:
-        return [f"{path.name} cannot be read: {error}"]
+        content = read_json(path)
+    except InvalidInputError as error:
+        plain = "Not a gzipped file" in str(error)
+        hint = "; it is not gzip, Matbench 0.6 writes plain text under this name"
+        return [f"{error}{hint if plain else ''}"]
     if not isinstance(content, dict) or not isinstance(content.get("tasks"), dict):
         return [f"{path.name} is not a benchmark record"]
     if not content["tasks"]:
         return [f"{path.name} holds no task"]
-    problems = _hash_problems(content)
-    for name, task in content["tasks"].items():
-        problems += [f"{name}: {problem}" for problem in _task_problems(task)]
-    return problems or _benchmark_problems(content)
+    try:
+        problems = _hash_problems(content)
+        for name, task in content["tasks"].items():
+            problems += [f"{name}: {problem}" for problem in _task_problems(task)]
+        return problems or _benchmark_problems(content)
+    except Exception as error:  # a record from elsewhere can have any shape; each is a refusal
+        return [f"{path.name} is not a benchmark record: {one_line(error)}"]
 
 
 def _hash_problems(content: dict[str, Any]) -> list[str]:
@@ -145,7 +148,7 @@ def _benchmark_problems(content: dict[str, Any]) -> list[str]:
     try:
         benchmark = kind.from_dict(dict(content))
     except Exception as error:  # Matbench raises many kinds; each is a refusal
-        return [f"Matbench refuses it: {_one_line(error)}"]
+        return [f"Matbench refuses it: {one_line(error)}"]
     if not benchmark.is_valid:
         return [f"{task}: {text.splitlines()[-1]}" for task, text in benchmark.validate().items()]
     problems = []
@@ -174,10 +177,6 @@ def _embedded_problems(task: MatbenchTask) -> list[str]:
         for key in ("n_samples", "target", "unit", "task_type")
         if task.metadata[key] != own[key]
     ]
-
-
-def _one_line(error: Exception) -> str:
-    return f"{type(error).__name__}: {' '.join(str(error).split())[:300]}"
 
 
 def main(argv: list[str] | None = None) -> int:

@@ -22,14 +22,13 @@ one of CrabNet.
 from __future__ import annotations
 
 import math
-from collections.abc import Iterator
-from contextlib import contextmanager
 from dataclasses import dataclass
 from itertools import pairwise
 
 import numpy as np
 import torch
 from deepchem.data import Dataset
+from peers import labeled, seeded
 from pytorch_optimizer import Lamb, Lookahead
 from torch import Tensor, nn
 from torch.optim.lr_scheduler import CyclicLR
@@ -39,6 +38,8 @@ from polysrl_dc.batches import LabeledData, stoichiometries
 from polysrl_dc.elements import N_FEATURES, element_features
 from polysrl_dc.errors import InvalidInputError
 from polysrl_dc.graphs import StoichiometryBatch
+
+EPOCHS = 300
 
 
 @dataclass(frozen=True)
@@ -163,14 +164,6 @@ def outputs(network: CrabNet, formulas: StoichiometryBatch) -> tuple[Tensor, Ten
     return torch.cat([value for value, _ in parts]), torch.cat([log_std for _, log_std in parts])
 
 
-def labeled(dataset: Dataset) -> LabeledData:
-    """A dataset with every row checked; the loss of CrabNet has no weights."""
-    data = LabeledData.from_dataset(dataset, 1, False)
-    if len(data.weights.unique()) > 1:
-        raise InvalidInputError("the weights differ, which CrabNet's loss cannot use")
-    return data
-
-
 def robust_l1(value: Tensor, log_std: Tensor, target: Tensor) -> Tensor:
     """Mean of sqrt(2) |value - target| / std + log std, all (B,): a Laplace likelihood."""
     return (math.sqrt(2) * (value - target).abs() * torch.exp(-log_std) + log_std).mean()
@@ -241,7 +234,7 @@ class CrabNetModel:
     def __init__(
         self,
         seed: int = 0,
-        epochs: int = 300,
+        epochs: int = EPOCHS,
         device: str | torch.device | None = None,
         config: CrabNetConfig | None = None,
     ) -> None:
@@ -253,19 +246,13 @@ class CrabNetModel:
         self.device = torch.device(device or ("cuda" if torch.cuda.is_available() else "cpu"))
         self.history: list[tuple[int, float]] = []
         self._scale: tuple[Tensor, Tensor] | None = None
-        with self._seeded():
+        with seeded(self.seed, self.device):
             self.network = CrabNet(self.config).to(self.device)
 
     @property
     def n_parameters(self) -> int:
         """Trainable weights."""
         return sum(parameter.numel() for parameter in self.network.parameters())
-
-    @contextmanager
-    def _seeded(self) -> Iterator[None]:
-        with torch.random.fork_rng([self.device] if self.device.type == "cuda" else []):
-            torch.manual_seed(self.seed)
-            yield
 
     def fit(self, dataset: Dataset, valid: Dataset | None = None) -> CrabNetModel:
         """Train from the initial weights, chosen among by validation data; returns itself.
@@ -286,7 +273,7 @@ class CrabNetModel:
         """
         data = labeled(dataset).to(self.device)
         held_out = None if valid is None else labeled(valid).to(self.device)
-        with self._seeded():
+        with seeded(self.seed, self.device):
             self.network = CrabNet(self.config).to(self.device)
             if held_out is None:
                 order = torch.randperm(len(data))

@@ -1,4 +1,4 @@
-"""Validation parts of training folds, and a store of finished folds that survives interruption."""
+"""Validation parts of training folds, and files that survive interruption and a full disk."""
 
 from __future__ import annotations
 
@@ -8,12 +8,16 @@ import functools
 import hashlib
 import json
 import os
-import tempfile
-from collections.abc import Iterator, Sequence
+import signal
+import sys
+import threading
+import time
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
 import numpy as np
+from joblib import Parallel, delayed
 from sklearn.model_selection import GroupShuffleSplit, ShuffleSplit
 
 from polysrl_dc.errors import InvalidInputError
@@ -89,19 +93,22 @@ def settings_hash(settings: dict[str, Any]) -> str:
 
 
 def write_atomic(path: Path, content: bytes) -> None:
-    """Write a file so that a reader sees the old or the new content, never a part of it."""
+    """Write a file so that a reader sees the old or the new content, never a part of it.
+
+    Of several processes that write at once, one is the last.
+    """
     path.parent.mkdir(parents=True, exist_ok=True)
-    handle, temporary = tempfile.mkstemp(dir=path.parent, prefix=f".{path.name}.")
+    temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
     try:
-        with os.fdopen(handle, "wb") as file:
-            os.fchmod(file.fileno(), 0o644)
+        with open(temporary, "wb") as file:
             file.write(content)
             file.flush()
             os.fsync(file.fileno())
-        os.replace(temporary, path)
-    except BaseException:
-        Path(temporary).unlink(missing_ok=True)
-        raise
+        with contextlib.suppress(FileNotFoundError):  # removed by one that wrote the file just now
+            os.replace(temporary, path)
+    finally:
+        for left in path.parent.glob(f".{path.name}.*.tmp"):  # also by a process that was killed
+            left.unlink(missing_ok=True)
 
 
 @contextlib.contextmanager
@@ -111,6 +118,69 @@ def locked(folder: Path) -> Iterator[None]:
     with open(folder / ".lock", "w") as file:
         fcntl.flock(file, fcntl.LOCK_EX)
         yield
+
+
+@contextlib.contextmanager
+def output_folder(folder: Path, alone: bool = False) -> Iterator[None]:
+    """Run a command that writes to a folder; errors of the disk end it with one line, status 2.
+
+    The folder is tried first, so that nothing is trained in vain.
+
+    Parameters
+    ----------
+    folder : path
+        Made if it is missing.
+    alone : bool
+        Refuse to run beside another command that is alone in the folder, and remove the temporary
+        files of one that was killed.
+    """
+    try:
+        with locked(folder):
+            write_atomic(folder / ".tried", b"Can be removed.")
+            (folder / ".tried").unlink()
+        with _alone(folder) if alone else contextlib.nullcontext():
+            yield
+    except OSError as error:
+        print(f"error: {error} (output folder {folder})", file=sys.stderr)
+        raise SystemExit(2) from error
+
+
+@contextlib.contextmanager
+def _alone(folder: Path) -> Iterator[None]:
+    with open(folder / ".running", "w") as file:
+        try:
+            fcntl.lockf(file, fcntl.LOCK_EX | fcntl.LOCK_NB)  # unlike flock, not for its workers
+        except BlockingIOError as error:
+            raise OSError("another run is writing there") from error
+        for left in folder.glob(".*.tmp"):
+            left.unlink()
+        yield
+
+
+def in_parallel(
+    function: Callable[..., Any], calls: Iterable[tuple[Any, ...]], jobs: int
+) -> Iterator[Any]:
+    """Results as they come, of calls in several processes, which end when this one is killed."""
+    tied = (delayed(_tied)(os.getpid(), function, *call) for call in calls)
+    return Parallel(n_jobs=jobs, return_as="generator_unordered")(tied)
+
+
+def _tied(parent: int, function: Callable[..., Any], *call: Any) -> Any:
+    if os.getpid() != parent:
+        _end_with(parent)
+    return function(*call)
+
+
+@functools.cache
+def _end_with(parent: int) -> None:
+    """End this process soon after its parent, instead of training what nobody waits for."""
+
+    def watch() -> None:
+        while os.getppid() == parent:
+            time.sleep(0.5)
+        signal.raise_signal(signal.SIGKILL)
+
+    threading.Thread(target=watch, daemon=True).start()
 
 
 class FoldStore:

@@ -80,14 +80,14 @@ def predict_baseline(
                 if model == "magpie_ridge" and i:
                     predictions[i, test] = predictions[0, test]
                     continue
-                regressor = _regressor(model, seed)
-                regressor.fit(x[train], target.values[train])
-                predictions[i, test] = regressor.predict(x[test])
+                fitted = regressor(model, seed).fit(x[train], target.values[train])
+                predictions[i, test] = fitted.predict(x[test])
         found[target.name] = predictions
     return found
 
 
-def _regressor(model: str, seed: int) -> Pipeline | RandomForestRegressor:
+def regressor(model: str, seed: int) -> Pipeline | RandomForestRegressor:
+    """One of :data:`BASELINES`, not yet fitted to features."""
     if model == "magpie_forest":
         return RandomForestRegressor(TREES, max_features=1 / 3, random_state=seed)
     # A column that hardly varies in training would be scaled to thousands in a test row.

@@ -2,10 +2,10 @@
 
 Representation: the encoder is frozen and run once; heads of all folds and seeds are trained side by
 side, 300 epochs at 1e-3. Transfer: encoder and head are trained together for 500 epochs, at a rate
-that is chosen on a fifth of each training fold, once, with seed 0. Folds are Matbench's, so all
-models are paired. Predictions go to ``<output-dir>/<suite>_v0.1/`` in Matbench's format, a record
-for each model, protocol and seed; scores to ``<output-dir>/<suite>_scores.csv``. What is there is
-not run again.
+that is chosen on a fifth of each training fold, once, with seed 0; Roost and CrabNet, which are no
+encoders of ours, by their own recipes. Folds are Matbench's, so all models are paired. Predictions
+go to ``<output-dir>/<suite>_v0.1/`` in Matbench's format, a record for each model, protocol and
+seed; scores to ``<output-dir>/<suite>_scores.csv``. What is there is not run again.
 """
 
 from __future__ import annotations
@@ -21,19 +21,18 @@ import numpy as np
 import pandas as pd
 import torch
 import transfer
-from folds import FoldStore
-from joblib import Parallel, delayed
+from folds import FoldStore, in_parallel, output_folder
 from magpie import BASELINES, predict_baseline
 from paper_records import load_record, prediction_scores, save_predictions
-from representation import EPOCHS, Embed, predict_targets
-from scores import merge_scores
-from targets import Splits, Target
+from peers import PEERS, lacking, peer_settings, predict_peer_fold
+from representation import EPOCHS, Embed, on_same_formulas, predict_targets, representation_digest
+from scores import drop_scores, merge_scores, read_scores
+from targets import N_FOLDS, Splits, Target
 from tasks import DataNotFoundError, find_data_dir
 from tqdm import tqdm
 
 from polysrl_dc import PolySRLModel, StoichiometryGraphFeaturizer
 from polysrl_dc.checkpoints import DEFAULT_ENCODER, checkpoint_path
-from polysrl_dc.sources import file_digest
 
 #: The models of the paper's tables. All have the same encoder and differ in its pretraining, which
 #: ``pretrain.py --objective NAME --output-dir runs/NAME`` runs; ``polysrl`` is the shipped encoder.
@@ -52,6 +51,7 @@ PAPER_COLUMNS = ["table", "protocol", "model", "dataset", "metric", "mean", "std
 #: Command that makes the records of a suite.
 RUNNERS = {"wetlab": "run_wetlab.py", "paper": "run_matbench.py --paper"}
 TargetsOf = Callable[[Path | None], list[Target]]
+PredictFold = Callable[..., tuple[np.ndarray, dict[str, Any]]]
 #: The seed whose trials choose the learning rate of each fold of the transfer protocol.
 RATE_SEED = 0
 
@@ -167,35 +167,26 @@ def run_representation(
 ) -> None:
     """Train what is missing of a model's heads; write records and scores."""
     settings = settings_of(model, encoder, "representation", arguments, EPOCHS)
-    seeds, scored = arguments.seeds, _scored(arguments)
-    changed: set[str] = set()
+    seeds = arguments.seeds
     for folds, splits_of in FOLDS.items():
         if folds not in ("matbench", *arguments.folds):
             continue
-        suite = suite_name(arguments.suite, folds)
-        todo = []
-        for target in targets:
-            done = all(
-                (suite, target.name, model, seed) in scored
-                and _recorded(target, settings, seed, arguments)
-                for seed in seeds
-            )
-            if not done or target.name in changed:
-                todo.append(target)
-        if not todo:
-            continue
-        if model in BASELINES:
-            found = predict_baseline(model, todo, seeds, splits_of)
-        else:
-            embed = encoder_embeddings(encoder, seeds, arguments.config)
-            found = predict_targets(embed, todo, seeds, splits_of, EPOCHS, progress=True)
-        for target in todo:
-            changed.add(target.name)
-            for seed, predictions in zip(seeds, found[target.name], strict=True):
-                if folds == "matbench":
-                    params: list[dict[str, Any]] = [{} for _ in splits_of(target)]
-                    _save(target, settings, seed, predictions, params, arguments)
-                _score(target, predictions, folds, settings, seed, arguments)
+        todo = [
+            target
+            for target in targets
+            if not all(_is_done(target, folds, settings, seed, arguments) for seed in seeds)
+        ]
+        for group in on_same_formulas(todo):
+            if model in BASELINES:
+                found = predict_baseline(model, group, seeds, splits_of)
+            else:
+                embed = encoder_embeddings(encoder, seeds, arguments.config)
+                found = predict_targets(embed, group, seeds, splits_of, EPOCHS, progress=True)
+            for target in group:
+                for seed, predictions in zip(seeds, found[target.name], strict=True):
+                    if folds == "matbench":
+                        _save(target, settings, seed, predictions, [{}] * N_FOLDS, arguments)
+                    _score(target, predictions, folds, settings, seed, arguments)
 
 
 def run_transfer(
@@ -205,41 +196,52 @@ def run_transfer(
     settings = settings_of(model, encoder, "transfer", arguments, transfer.EPOCHS)
     for seed in arguments.seeds:
         for target in targets:
-            if _recorded(target, settings, seed, arguments):
+            if _is_done(target, "matbench", settings, seed, arguments):
                 continue
-            rates: list[Sequence[float]] = [transfer.LEARNING_RATES for _ in target.splits()]
-            first = _recorded(target, settings, RATE_SEED, arguments)
-            if first and seed != RATE_SEED:
-                rates = [(params["learning_rate"],) for params in first[1]]
-            predictions, params = _train_folds(target, encoder, seed, rates, settings, arguments)
+            key = {**settings, "seed": seed}
+            del key["arguments"]  # which say how many seeds there are
+            predict: PredictFold = predict_peer_fold
+            calls: list[tuple[Any, ...]] = [(model, seed)] * N_FOLDS
+            if model not in PEERS:
+                rates = _rates(target, seed, settings, arguments)
+                key["rates"] = [list(part) for part in rates]
+                predict, calls = transfer.predict_fold, [(encoder, seed, part) for part in rates]
+            predictions, params = _train_folds(target, predict, calls, key, arguments)
             _save(target, settings, seed, predictions, params, arguments)
             _score(target, predictions, "matbench", settings, seed, arguments)
 
 
+def _rates(
+    target: Target, seed: int, settings: dict[str, Any], arguments: argparse.Namespace
+) -> list[Sequence[float]]:
+    """The learning rates to try on each fold: the one that the first seed has chosen, or all."""
+    first = _recorded(target, settings, RATE_SEED, arguments)
+    if first and seed != RATE_SEED:
+        return [(params["learning_rate"],) for params in first[1]]
+    return [transfer.LEARNING_RATES] * N_FOLDS
+
+
 def _train_folds(
     target: Target,
-    encoder: str | None,
-    seed: int,
-    rates: Sequence[Sequence[float]],
-    settings: dict[str, Any],
+    predict: PredictFold,
+    calls: Sequence[tuple[Any, ...]],
+    key: dict[str, Any],
     arguments: argparse.Namespace,
 ) -> tuple[np.ndarray, list[dict[str, Any]]]:
-    """All folds of a target, those aside that an interrupted run has left behind."""
+    """All folds of a target, those aside that an interrupted run has left behind.
+
+    ``predict(target, split, *call)`` trains on a fold and gives its predictions and what it chose;
+    ``key`` is all that changes them.
+    """
     splits, task = target.splits(), target.task
-    key = {**settings, "seed": seed, "rates": [list(part) for part in rates]}
     store = FoldStore(arguments.output_dir / "folds", task.dataset_name, key)
     tests = [task.validation[name].test for name in task.folds_keys]
     kept = {fold: store.load(fold, ids) for fold, ids in enumerate(tests)}
     missing = [fold for fold, record in kept.items() if record is None]
-    calls = (
-        delayed(_train_fold)(fold, target, splits[fold], encoder, seed, rates[fold])
-        for fold in missing
-    )
+    tasks = [(fold, predict, target, splits[fold], *calls[fold]) for fold in missing]
     with tqdm(total=len(splits), initial=len(splits) - len(missing), unit="fold") as bar:
-        bar.set_description(f"{settings['model']}, seed {seed}, {target.name}")
-        for fold, predictions, params in Parallel(
-            n_jobs=arguments.jobs, return_as="generator_unordered"
-        )(calls):
+        bar.set_description(f"{key['model']}, seed {key['seed']}, {target.name}")
+        for fold, predictions, params in in_parallel(_train_fold, tasks, arguments.jobs):
             store.save(fold, tests[fold], [float(value) for value in predictions], None, params)
             bar.update()
     records = [store.load(fold, ids) or {} for fold, ids in enumerate(tests)]
@@ -249,8 +251,10 @@ def _train_folds(
     return predictions, [record["params"] for record in records]
 
 
-def _train_fold(fold: int, *call: Any) -> tuple[int, np.ndarray, dict[str, Any]]:
-    return fold, *transfer.predict_fold(*call)
+def _train_fold(
+    fold: int, predict: PredictFold, *call: Any
+) -> tuple[int, np.ndarray, dict[str, Any]]:
+    return fold, *predict(*call)
 
 
 def settings_of(
@@ -261,16 +265,20 @@ def settings_of(
     epochs: int,
 ) -> dict[str, Any]:
     """What makes the predictions of a run, and the command that repeats them."""
-    source = "random weights" if encoder is None else file_digest(checkpoint_path(encoder))
+    source = "random weights" if encoder is None else representation_digest(encoder)
     named = f"--models {model}"
-    if model not in (*MODELS, *BASELINES):  # a record names no folder of the machine it was made on
+    if model not in (*MODELS, *BASELINES, *PEERS):
+        # a record names no folder of the machine it was made on
         named = f"--encoder {Path(str(encoder)).name} --name {model}"
+    made_by = {"encoder": source, "config": arguments.config, "epochs": epochs}
+    if model in BASELINES:
+        made_by["encoder"] = "none"
+    elif model in PEERS:
+        made_by = peer_settings(model)
     return {
         "model": model,
         "protocol": protocol,
-        "encoder": "none" if model in BASELINES else source,
-        "config": arguments.config,
-        "epochs": epochs,
+        **made_by,
         "arguments": f"{named} --protocols {protocol} --seeds {len(arguments.seeds)}".split(),
     }
 
@@ -292,12 +300,16 @@ def scores_path(arguments: argparse.Namespace) -> Path:
     return Path(arguments.output_dir) / f"{arguments.suite}_scores.csv"
 
 
-def _scored(arguments: argparse.Namespace) -> set[tuple[str, str, str, int]]:
-    """Suite, task, model and seed of the scores of the representation protocol."""
-    if not scores_path(arguments).exists():
-        return set()
-    table = pd.read_csv(scores_path(arguments)).query("protocol == 'representation'")
-    return set(table[["suite", "task", "model", "seed"]].itertuples(index=False, name=None))
+def _is_done(
+    target: Target, folds: str, settings: dict[str, Any], seed: int, arguments: argparse.Namespace
+) -> bool:
+    """Whether a target is in the record, by the same encoder and settings, and in the scores."""
+    if not _recorded(target, settings, seed, arguments) or not scores_path(arguments).exists():
+        return False
+    table = read_scores(scores_path(arguments))
+    run = (suite_name(arguments.suite, folds), target.name, settings["protocol"])
+    scored = table[["suite", "task", "protocol", "model", "seed"]].itertuples(index=False)
+    return (*run, settings["model"], seed) in scored
 
 
 def _save(
@@ -308,8 +320,11 @@ def _save(
     params: list[dict[str, Any]],
     arguments: argparse.Namespace,
 ) -> None:
-    run = (settings["model"], settings["protocol"], seed)
-    runner = RUNNERS[target.suite]
+    """Record predictions; without the scores of earlier ones, if a run is killed in between."""
+    model, protocol = settings["model"], settings["protocol"]
+    if not _recorded(target, settings, seed, arguments):
+        drop_scores(scores_path(arguments), target.name, protocol, model, seed)
+    run, runner = (model, protocol, seed), RUNNERS[target.suite]
     save_predictions(arguments.output_dir, target, *run, predictions, params, settings, runner)
 
 
@@ -336,7 +351,8 @@ def arguments_of(
     )
     add = parser.add_argument
     known = (*MODELS, *BASELINES)
-    add("--models", nargs="+", choices=known, default=known, metavar="MODEL", help=", ".join(known))
+    every = (*known, *PEERS)
+    add("--models", nargs="+", choices=every, default=known, metavar="MODEL", help=", ".join(every))
     add("--protocols", nargs="+", choices=PROTOCOLS, default=PROTOCOLS)
     add("--targets", nargs="+", metavar="TARGET", help="names; default: all")
     add("--folds", nargs="+", choices=list(FOLDS), default=["matbench"], help="representation only")
@@ -362,7 +378,7 @@ def arguments_of(
         arguments.models = {name: arguments.encoder}
     else:
         arguments.models = {
-            model: None if model in BASELINES else encoder_of(model, arguments.encoders)
+            model: encoder_of(model, arguments.encoders) if model in MODELS else None
             for model in arguments.models
         }
     try:
@@ -371,6 +387,8 @@ def arguments_of(
     except DataNotFoundError as error:
         parser.error(str(error))
     for model, encoder in arguments.models.items():
+        if model in PEERS and (line := lacking(model)):
+            parser.error(line)
         if encoder is not None and not checkpoint_path(encoder).is_file():
             how = f"; pretrain.py --objective {model} makes it" if model in MODELS else ""
             parser.error(f"{model}: no encoder in {encoder}{how}")
@@ -394,7 +412,7 @@ def comparison(scores: pd.DataFrame, model: str, arguments: argparse.Namespace) 
         if not len(table):
             continue
         table = table.reindex([t.name for t in arguments.targets if t.name in table.index])
-        known = model if model in MODELS else "polysrl"
+        known = model if model in (*MODELS, *PEERS) else "polysrl"
         if (paper := published(data_dir, protocol, known)) is not None:
             table = table.join(paper.rename(f"paper, {known}"))
         lines = [f"{model}, {protocol}", table.round(3).to_string()]
@@ -434,11 +452,12 @@ def main(
         return None
     torch.set_num_threads(arguments.threads)
     logging.getLogger("matbench").setLevel(logging.ERROR)
-    for model, encoder in arguments.models.items():
-        if "representation" in arguments.protocols:
-            run_representation(model, encoder, arguments.targets, arguments)
-        if "transfer" in arguments.protocols and model not in BASELINES:
-            run_transfer(model, encoder, arguments.targets, arguments)
+    with output_folder(arguments.output_dir):
+        for model, encoder in arguments.models.items():
+            if "representation" in arguments.protocols and model not in PEERS:
+                run_representation(model, encoder, arguments.targets, arguments)
+            if "transfer" in arguments.protocols and model not in BASELINES:
+                run_transfer(model, encoder, arguments.targets, arguments)
     scores = pd.read_csv(scores_path(arguments))
     for model in arguments.models:
         print(comparison(scores, model, arguments), end="\n\n")

@@ -12,6 +12,7 @@ from typing import Any
 
 import numpy as np
 import pandas as pd
+from peers import ABOUT
 from scores import COLUMNS
 from sklearn.metrics import mean_absolute_error, r2_score
 from submission import RESULTS_FILE, read_benchmark, record_fold, write_record
@@ -53,9 +54,10 @@ def save_predictions(
         values = [float(f"{value:.7g}") for value in predictions[test]]
         record_fold(task, fold, values, params=params[fold])
     folder = record_path(output_dir, target.suite, model, protocol, seed)
-    variant = f"{model}, seed {seed}"
+    about = ABOUT.get(model)
+    variant = f"seed {seed}" if about else f"{model}, seed {seed}"
     described = {task.dataset_name: {**settings, "account": target.account}}
-    write_record(folder, [task], described, protocol, "", variant, runner)
+    write_record(folder, [task], described, protocol, "", variant, runner, about)
     return folder
 
 

@@ -11,6 +11,7 @@ Writes ``model.safetensors`` (both encoders, with a manifest that says what they
 from __future__ import annotations
 
 import argparse
+import contextlib
 import json
 import os
 import subprocess
@@ -22,6 +23,7 @@ import deepchem as dc
 import numpy as np
 import pandas as pd
 import torch
+from folds import output_folder
 from labels import EXCLUDED, labelled_formulas, mp_property_dataset
 from tasks import find_data_dir
 from tqdm import tqdm
@@ -144,7 +146,7 @@ def main(argv: list[str] | None = None) -> None:
             arguments.device = f"cuda:{os.environ['LOCAL_RANK']}"
     try:
         run(arguments)
-    except (InvalidInputError, FileNotFoundError) as error:
+    except (InvalidInputError, OSError) as error:
         raise SystemExit(f"pretrain.py: {error}") from error
     finally:
         if torch.distributed.is_initialized():
@@ -213,23 +215,27 @@ def run(arguments: argparse.Namespace) -> None:
         print(json.dumps({**provenance, "config": config.to_dict()}, indent=1))
     if arguments.dry_run:
         return
-    arguments.output_dir.mkdir(parents=True, exist_ok=True)
-    if (arguments.output_dir / MODEL_FILE).exists():
-        print(f"{arguments.output_dir / MODEL_FILE} is there already: nothing to do")
-    else:
-        _fit(model, train, arguments, callbacks, first)
-        if first:
-            model.provenance = provenance
-            if arguments.final_whitening is not None:
-                model.model.encoder.mean_norm.decorrelate(arguments.final_whitening)
-            if callbacks:
-                model.provenance["diagnostics"] = pretraining_diagnostics(
-                    model.model, callbacks[0].held_out, 256, model.device
-                )
-            model.save(arguments.output_dir)
+    with output_folder(arguments.output_dir, alone=True) if first else contextlib.nullcontext():
+        if (arguments.output_dir / MODEL_FILE).exists():
+            print(f"{arguments.output_dir / MODEL_FILE} is there already: nothing to do")
+        else:
+            _fit(model, train, arguments, callbacks, first)
+            if first:
+                model.provenance = provenance
+                _save(model, arguments, callbacks)
     if first and callbacks:
         table = pd.read_csv(arguments.output_dir / "log.csv")
         print(table.tail(10).round(4).to_string(index=False))
+
+
+def _save(model: PolySRLModel, arguments: argparse.Namespace, callbacks: list[Any]) -> None:
+    if arguments.final_whitening is not None:
+        model.model.encoder.mean_norm.decorrelate(arguments.final_whitening)
+    if callbacks:
+        model.provenance["diagnostics"] = pretraining_diagnostics(
+            model.model, callbacks[0].held_out, 256, model.device
+        )
+    model.save(arguments.output_dir)
 
 
 def _structures(

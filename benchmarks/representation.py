@@ -6,7 +6,10 @@ weights are stacked, and one batched product does for all of them what a linear 
 
 from __future__ import annotations
 
+import hashlib
+import json
 from collections.abc import Callable, Iterable, Sequence
+from pathlib import Path
 from typing import cast
 
 import numpy as np
@@ -18,6 +21,7 @@ from tqdm import tqdm
 
 from polysrl_dc import PolySRLConfig
 from polysrl_dc.batches import batch_rows
+from polysrl_dc.checkpoints import checkpoint_path, load_checkpoint
 from polysrl_dc.heads import PredictionHead
 
 PAPER = PolySRLConfig.named("paper")
@@ -27,6 +31,20 @@ SLOPE = 0.01  # of nn.LeakyReLU
 
 #: Formulas of a target -> embeddings (n, F), or (n_seeds, n, F) if they depend on the seed.
 Embed = Callable[[list[str]], np.ndarray]
+
+
+def representation_digest(encoder: str | Path) -> str:
+    """SHA-256 of what makes the means of a saved model: configuration and weights.
+
+    The weights that only the variance depends on do not count; no score of a protocol changes
+    with them.
+    """
+    tensors, manifest = load_checkpoint(checkpoint_path(encoder))
+    digest = hashlib.sha256(json.dumps(manifest["config"], sort_keys=True).encode())
+    for name, tensor in sorted(tensors.items()):
+        if name.startswith("encoders.") and ".sigma_" not in name:
+            digest.update(name.encode() + tensor.contiguous().numpy().tobytes())
+    return digest.hexdigest()
 
 
 class HeadStack:
@@ -265,15 +283,21 @@ def predict_targets(
     dict of str to numpy.ndarray, shape (n_seeds, n)
         By name of the target, in its units.
     """
-    together: dict[tuple[int, tuple[str, ...]], list[Target]] = {}
-    for target in targets:
-        together.setdefault((target.batch_size, tuple(target.formulas)), []).append(target)
     found: dict[str, np.ndarray] = {}
-    for (batch_size, formulas), group in together.items():
+    for group in on_same_formulas(targets):
+        first = group[0]
         values = np.stack([target.values for target in group])
-        embeddings = np.asarray(embed(list(formulas)))
+        embeddings = np.asarray(embed(list(first.formulas)))
         by_target = predict_folds(
-            embeddings, values, splits_of(group[0]), seeds, batch_size, epochs, progress
+            embeddings, values, splits_of(first), seeds, first.batch_size, epochs, progress
         )
         found |= {target.name: part for target, part in zip(group, by_target, strict=True)}
     return found
+
+
+def on_same_formulas(targets: Iterable[Target]) -> list[list[Target]]:
+    """Targets that can be trained together, in groups."""
+    together: dict[tuple[int, tuple[str, ...]], list[Target]] = {}
+    for target in targets:
+        together.setdefault((target.batch_size, tuple(target.formulas)), []).append(target)
+    return list(together.values())

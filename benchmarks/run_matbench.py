@@ -19,8 +19,7 @@ from typing import Any
 
 import paper_protocol
 import submission
-from folds import FoldStore
-from joblib import Parallel, delayed
+from folds import FoldStore, in_parallel, output_folder
 from matbench.task import MatbenchTask
 from protocols import (
     DEFAULT_ENSEMBLE,
@@ -154,7 +153,7 @@ def run_task(
             bar.update()
     missing = [fold for fold in arguments.folds if not task.is_recorded[fold]]
     calls = (
-        delayed(_learn)(
+        (
             fold,
             learner,
             task.metadata.task_type,
@@ -165,7 +164,7 @@ def run_task(
         for fold in missing
     )
     bar.set_postfix_str(f"{task.dataset_name}: folds {missing or 'all recorded'}")
-    for fold, result in Parallel(n_jobs=arguments.jobs, return_as="generator_unordered")(calls):
+    for fold, result in in_parallel(_learn, calls, arguments.jobs):
         submission.record_fold(task, fold, *result)
         store.save(fold, *submission.recorded_fold(task, fold))
         bar.update()
@@ -230,7 +229,8 @@ def main(argv: list[str] | None = None, learner: Learner = train_and_predict) ->
         _print_plan(tasks, stores, arguments)
         return 0
     written: Path | None = None
-    with tqdm(total=len(tasks) * len(arguments.folds), unit="fold") as bar:
+    bar = tqdm(total=len(tasks) * len(arguments.folds), unit="fold")
+    with output_folder(arguments.output_dir), bar:
         for task, store in zip(tasks, stores, strict=True):
             run_task(task, store, arguments, settings, learner, bar)
             written = write_results(task, arguments, settings, store) or written

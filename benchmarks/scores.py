@@ -57,7 +57,7 @@ def merge_scores(path: Path, fresh: pd.DataFrame) -> pd.DataFrame:
     with locked(Path(path).parent):
         table = fresh
         if Path(path).exists():
-            earlier = pd.read_csv(path)
+            earlier = read_scores(path)
             fold = [*KEYS, "fold"]
             same = pd.MultiIndex.from_frame(earlier[fold]).isin(
                 pd.MultiIndex.from_frame(fresh[fold])
@@ -66,6 +66,21 @@ def merge_scores(path: Path, fresh: pd.DataFrame) -> pd.DataFrame:
         table = table.sort_values(COLUMNS[:-1], ignore_index=True)
         write_atomic(Path(path), table.to_csv(index=False).encode())
     return table
+
+
+def drop_scores(path: Path, task: str, protocol: str, model: str, seed: int) -> None:
+    """Take the scores of a run on a task, on whatever folds, out of a CSV file."""
+    with locked(Path(path).parent):
+        if Path(path).exists():
+            table = read_scores(path)
+            run = pd.Series({"task": task, "protocol": protocol, "model": model, "seed": seed})
+            other = (table[run.index] != run).any(axis=1)
+            write_atomic(Path(path), table[other].to_csv(index=False).encode())
+
+
+def read_scores(path: Path) -> pd.DataFrame:
+    """A table of scores, its values to the last digit."""
+    return pd.read_csv(path, float_precision="round_trip")
 
 
 def published(task: MatbenchTask, data_dir: str | Path | None) -> dict[str, tuple[str, float]]:

@@ -19,15 +19,13 @@ import numpy as np
 import pandas as pd
 import pretrain
 import torch
-from folds import write_atomic
+from folds import output_folder, write_atomic
 from paper_protocol import encoder_embeddings
 from paper_records import prediction_scores
 from representation import predict_targets
 from sklearn.model_selection import KFold
 from targets import Splits, Target, wetlab_targets
 from tasks import find_data_dir
-
-from polysrl_dc.persistence import MODEL_FILE
 
 BUDGET = ["--max-structures", "76800", "--max-sites", "60", "--epochs", "2", "--hold-out", "2000"]
 #: The default configuration when the search began; what it found is in that of today.
@@ -83,9 +81,32 @@ def folds_of(seed: int) -> Callable[[Target], Splits]:
     return lambda target: list(folds.split(target.values))
 
 
+def run_missing(path: Path, arguments: argparse.Namespace) -> None:
+    """Add the rows that a table lacks; of a finished one no weights are kept."""
+    torch.set_num_threads(arguments.threads)
+    for name in arguments.rows:
+        results = finished_rows(path)
+        if name not in set(results["row"]):
+            print(f"{name}: {' '.join(ROWS[name]) or 'nothing changed'}", flush=True)
+            results = pd.concat([results, run_row(name, arguments)], ignore_index=True)
+            write_atomic(path, results.to_csv(index=False, float_format="%.6g").encode())
+        for weights in folder_of(name, arguments).glob("*.safetensors"):
+            weights.unlink()
+
+
+def finished_rows(path: Path) -> pd.DataFrame:
+    """The table as it stands."""
+    return pd.read_csv(path) if path.exists() else pd.DataFrame({"row": []})
+
+
+def folder_of(name: str, arguments: argparse.Namespace) -> Path:
+    """Where the encoder of a row is pretrained."""
+    return arguments.output_dir / "runs" / "search" / name.replace(" ", "_").replace(",", "")
+
+
 def run_row(name: str, arguments: argparse.Namespace) -> pd.DataFrame:
     """Pretrain and score one row: columns row, metric, value, fold, seed, task."""
-    folder = arguments.output_dir / "runs" / "search" / name.replace(" ", "_").replace(",", "")
+    folder = folder_of(name, arguments)
     start = time.perf_counter()
     base = [] if "--config" in ROWS[name] else START
     options = [*BUDGET, *base, "--data-dir", str(arguments.data_dir), "--output-dir", str(folder)]
@@ -117,9 +138,6 @@ def run_row(name: str, arguments: argparse.Namespace) -> pd.DataFrame:
         "structures_per_second": log["structures_per_second"],
         "seconds": seconds,
     }
-    (folder / MODEL_FILE).unlink()
-    for checkpoint in folder.glob("checkpoint*.safetensors"):
-        checkpoint.unlink()
     return pd.concat(
         [scores, pd.DataFrame({"metric": list(diagnostics), "value": list(diagnostics.values())})]
     ).assign(row=name)
@@ -157,15 +175,14 @@ def main(argv: list[str] | None = None) -> None:
     if arguments.data_dir is None:
         parser.error("no data: pass --data-dir or set POLYSRL_DATA")
     path = arguments.output_dir / "pretraining_search.csv"
-    for name in arguments.rows:
-        results = pd.read_csv(path) if path.exists() else pd.DataFrame({"row": []})
-        if name in set(results["row"]):
-            continue
-        print(f"{name}: {' '.join(ROWS[name]) or 'nothing changed'}", flush=True)
-        if not arguments.dry_run:
-            torch.set_num_threads(arguments.threads)
-            results = pd.concat([results, run_row(name, arguments)], ignore_index=True)
-            write_atomic(path, results.to_csv(index=False, float_format="%.6g").encode())
+    if arguments.dry_run:
+        done = set(finished_rows(path)["row"])
+        for name in arguments.rows:
+            if name not in done:
+                print(f"{name}: {' '.join(ROWS[name]) or 'nothing changed'}")
+    else:
+        with output_folder(arguments.output_dir / "runs" / "search", alone=True):
+            run_missing(path, arguments)
     if path.exists():
         print(table(pd.read_csv(path)).round(3).to_markdown())
 

@@ -17,12 +17,15 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+from files import one_line, read_json
 from folds import locked, write_atomic
 from matbench.bench import MatbenchBenchmark
 from matbench.constants import MBV01_KEY, REG_KEY
 from matbench.task import MatbenchTask
 from matbench.util import RecursiveDotDict
 from tasks import FOLD_RULE_KEYS, FoldRuleTask
+
+from polysrl_dc.errors import InvalidInputError
 
 RESULTS_FILE, INFO_FILE = "results.json.gz", "info.json"
 OWN_BENCHMARKS = tuple(FOLD_RULE_KEYS.values())
@@ -51,6 +54,13 @@ class FoldRuleBenchmark(MatbenchBenchmark):
         missing = sorted(set(tasks_dict) - set(described))
         if missing:
             raise ValueError(f"user_metadata does not describe the tasks {', '.join(missing)}")
+        for name, content in tasks_dict.items():  # before as many ids are made as it claims
+            recorded = sum(len(fold["data"]) for fold in content["results"].values())
+            if described[name]["n_samples"] > recorded:
+                raise ValueError(
+                    f"{name}: {described[name]['n_samples']} samples, {recorded} predictions; "
+                    "required indices are missing"
+                )
         benchmark = cls(benchmark_name, described)
         for name, content in tasks_dict.items():
             task = FoldRuleTask(name, benchmark_name, described[name])
@@ -141,12 +151,16 @@ def read_benchmark(folder: Path) -> MatbenchBenchmark:
 
     Raises
     ------
-    ValueError, KeyError, TypeError
-        What Matbench says about a bad record; also ``gzip.BadGzipFile`` for plain text.
+    InvalidInputError
+        The record is damaged, or Matbench says what is wrong with it.
     """
-    content = json.loads(gzip.decompress((Path(folder) / RESULTS_FILE).read_bytes()))
-    own = content.get("benchmark_name") in OWN_BENCHMARKS
-    return (FoldRuleBenchmark if own else MatbenchBenchmark).from_dict(content)
+    path = Path(folder) / RESULTS_FILE
+    content = read_json(path)
+    try:
+        own = content["benchmark_name"] in OWN_BENCHMARKS
+        return (FoldRuleBenchmark if own else MatbenchBenchmark).from_dict(content)
+    except Exception as error:  # Matbench raises many kinds; each is a refusal
+        raise InvalidInputError(f"{path}: {one_line(error)}") from error
 
 
 def write_record(
@@ -157,6 +171,7 @@ def write_record(
     notes: str = "",
     variant: str = "",
     runner: str = "run_matbench.py",
+    about: dict[str, Any] | None = None,
 ) -> Path | None:
     """Merge the fully recorded tasks into a record; several processes may do so at once.
 
@@ -174,6 +189,8 @@ def write_record(
         Go into ``info.json``; the variant names one of several records of this project.
     runner : str
         Script that makes such records.
+    about : dict, optional
+        Of a model that is not ours: what stands in ``info.json`` instead, ``algorithm`` first.
 
     Returns
     -------
@@ -197,7 +214,7 @@ def write_record(
         benchmark = _benchmark(name, complete, described)
         content = json.dumps(benchmark.as_dict(), allow_nan=False).encode()
         write_atomic(path, gzip.compress(content, mtime=0))
-        info = json.dumps(submission_info(protocol, notes, variant), indent=2) + "\n"
+        info = json.dumps(submission_info(protocol, notes, variant, about), indent=2) + "\n"
         write_atomic(Path(folder) / INFO_FILE, info.encode())
         write_atomic(run_file(folder), _run_script(described, runner).encode())
     return path
@@ -235,13 +252,16 @@ def _plain_metadata(task: MatbenchTask) -> dict[str, Any]:
     return {key: task.metadata[key] for key in keys}
 
 
-def submission_info(protocol: str, notes: str = "", variant: str = "") -> dict[str, Any]:
+def submission_info(
+    protocol: str, notes: str = "", variant: str = "", about: dict[str, Any] | None = None
+) -> dict[str, Any]:
     """The content of ``info.json`` with every key that Matbench asks for."""
     frozen = protocol not in ("finetune", "transfer")
     marks = ", ".join(filter(None, ["frozen encoder" if frozen else "", variant]))
-    return {
+    name = about["algorithm"] if about else "PolySRL-DC"
+    info = {
         "authors": "PolySRL-DC developers",
-        "algorithm": f"PolySRL-DC ({marks})" if marks else "PolySRL-DC",
+        "algorithm": f"{name} ({marks})" if marks else name,
         "algorithm_long": (
             "PolySRL in DeepChem: a graph network over the elements of a formula, which represents "
             "a stoichiometry by a Gaussian, and a small regression or classification head. Only "
@@ -258,8 +278,9 @@ def submission_info(protocol: str, notes: str = "", variant: str = "") -> dict[s
             "archivePrefix={arXiv}}"
         ],
         "notes": notes,
-        "requirements": {"python": [f"{name}=={_version(name)}" for name in REQUIREMENTS]},
+        "requirements": {"python": [f"{package}=={_version(package)}" for package in REQUIREMENTS]},
     }
+    return {**info, **(about or {}), "algorithm": info["algorithm"]}
 
 
 def _version(package: str) -> str:

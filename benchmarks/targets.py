@@ -13,6 +13,8 @@ from pathlib import Path
 
 import numpy as np
 import pandas as pd
+from downloads import load_dataset
+from files import one_line
 from folds import group_key, readable
 from sklearn.model_selection import GroupKFold, KFold, train_test_split
 from tasks import (
@@ -24,6 +26,8 @@ from tasks import (
     fold_rule_metadata,
     load_task,
 )
+
+from polysrl_dc.errors import InvalidInputError
 
 N_FOLDS = 5
 WETLAB_SOURCES = {
@@ -297,12 +301,12 @@ def _wetlab_table(name: str, data_dir: str | Path | None) -> pd.DataFrame:
         return pd.read_csv(path, na_filter=True, keep_default_na=False, na_values=[""])
     source = WETLAB_SOURCES[name]
     if source == "matminer":
-        from matminer.datasets import load_dataset
-
         try:
             return load_dataset(name)
+        except InvalidInputError:
+            raise
         except Exception as error:  # a download fails in many ways; each means the data is missing
-            source = f"matminer, whose download failed ({type(error).__name__})"
+            source = f"matminer, without a download ({one_line(error)})"
     raise DataNotFoundError(
         f"{path or f'wetlab/{name}.csv'} is missing; pass --data-dir or set POLYSRL_DATA "
         f"(source: {source})"

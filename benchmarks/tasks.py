@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import functools
 import hashlib
+import io
 import os
 import tarfile
 import warnings
@@ -20,13 +21,17 @@ from typing import Any
 
 import numpy as np
 import pandas as pd
-from matbench.constants import MBV01_KEY, STRUCTURE_KEY
-from matbench.data_ops import load as load_official
+from downloads import load_official
+from files import LARGEST, one_line
+from matbench.constants import MBV01_KEY, REG_KEY, STRUCTURE_KEY
 from matbench.metadata import mbv01_metadata
 from matbench.task import MatbenchTask
 from matbench.util import RecursiveDotDict
 from pymatgen.core import Composition
 from sklearn.model_selection import KFold
+
+from polysrl_dc.errors import InvalidInputError
+from polysrl_dc.sources import unpacked
 
 MATBENCH_TASKS: tuple[str, ...] = tuple(sorted(mbv01_metadata))
 PAPER_TASKS = (
@@ -199,14 +204,15 @@ def load_task(name: str, data_dir: str | Path | None = None) -> MatbenchTask:
         One of the 13 Matbench names, with or without prefix, or an embedded one.
     data_dir : path, optional
         Folder with ``matbench/matbench_<task>.csv.gz``. Without that file matminer's cache is
-        used, and then matminer's download.
+        used, and then the download that matminer describes.
 
     Raises
     ------
     DataNotFoundError
         When the data is in none of the three places.
     ValueError
-        When the name is unknown, or the ids are not those of Matbench's own folds.
+        When the name is unknown, the file is damaged, the ids are not those of Matbench's own
+        folds, or the mean absolute deviation of the target is not the one Matbench gives.
     """
     name = full_name(name)
     return _embedded_task(name) if name in EMBEDDED_TARGETS else _matbench_task(name, data_dir)
@@ -225,8 +231,7 @@ def _matbench_task(name: str, data_dir: str | Path | None) -> MatbenchTask:
     folder = find_data_dir(data_dir)
     source = None if folder is None else folder / "matbench" / f"{name}.csv.gz"
     if source is not None and source.is_file():
-        table = pd.read_csv(source, index_col="mbid", dtype={"composition": str}, na_filter=False)
-        table = table.rename(columns={"composition": column})[[column, target]]
+        table = _local_table(source, target).rename(columns={"composition": column})
     else:
         table = _official_table(name, source)
         if column == STRUCTURE_KEY:
@@ -234,19 +239,38 @@ def _matbench_task(name: str, data_dir: str | Path | None) -> MatbenchTask:
     folds = task.validation.fold_0
     if sorted(table.index) != sorted([*folds.train, *folds.test]):
         raise ValueError(f"{name}: the ids of the data are not those of Matbench's own folds")
+    if task.metadata.task_type == REG_KEY:
+        mad = float(np.abs(table[target] - table[target].mean()).mean())
+        if not np.isclose(mad, task.metadata.mad, rtol=0.01):
+            raise ValueError(f"{name}: the deviation of {target} is {mad}, not {task.metadata.mad}")
     task.df = table
     return task
+
+
+def _local_table(source: Path, target: str) -> pd.DataFrame:
+    """Composition and target by id, from a file laid out as ``load_task`` says."""
+    text = io.BytesIO(unpacked(source, LARGEST))
+    kinds = {"composition": str}
+    try:
+        table = pd.read_csv(text, index_col="mbid", dtype=kinds, na_filter=False)
+        return table[["composition", target]]
+    except (KeyError, ValueError) as error:
+        raise InvalidInputError(
+            f"{source} is no table of mbid, composition and {target}: {error}"
+        ) from error
 
 
 def _official_table(name: str, source: Path | None) -> pd.DataFrame:
     """The table from matminer's cache or, failing that, from its download."""
     try:
         return load_official(name)
+    except InvalidInputError:
+        raise
     except Exception as error:  # a download fails in many ways; each means the data is missing
         where = f"{source}, nor" if source else "POLYSRL_DATA or --data-dir (neither is set), nor"
         raise DataNotFoundError(
-            f"{name}: no data in {where} in matminer's cache, and its download failed "
-            f"({type(error).__name__}); get it with a network connection by "
+            f"{name}: no data in {where} in matminer's cache, and no download "
+            f"({one_line(error)}); get it with a network connection by "
             f"python -c \"from matminer.datasets import load_dataset; load_dataset('{name}')\""
         ) from error
 

@@ -69,24 +69,25 @@ def predict_fold(
             schedule="constant",
             seed=seed,
         )
-        model.fit(_dataset(target, rows), nb_epoch=epochs, checkpoint_interval=0)
+        model.fit(dataset_of(target, rows), nb_epoch=epochs, checkpoint_interval=0)
         return model
 
     trials: dict[float, float] = {}
     if len(learning_rates) > 1:
         part, valid = split_validation(target.formulas[train], seed=seed)
         for rate in learning_rates:
-            predicted = train_on(train[part], rate).predict(_dataset(target, train[valid]))
+            predicted = train_on(train[part], rate).predict(dataset_of(target, train[valid]))
             truth = target.values[train[valid]]
             trials[rate] = float(mean_absolute_error(truth, np.ravel(predicted)))
     rate = min(trials, key=trials.__getitem__) if trials else learning_rates[0]
-    predictions = np.ravel(train_on(train, rate).predict(_dataset(target, test)))
+    predictions = np.ravel(train_on(train, rate).predict(dataset_of(target, test)))
     params: dict[str, Any] = {"learning_rate": rate}
     if trials:
         params["validation_mae"] = {f"{rate:g}": error for rate, error in trials.items()}
     return predictions, params
 
 
-def _dataset(target: Target, rows: np.ndarray) -> dc.data.NumpyDataset:
+def dataset_of(target: Target, rows: np.ndarray) -> dc.data.NumpyDataset:
+    """Graphs and values of rows of a target, whose numbers are the ids."""
     graphs = StoichiometryGraphFeaturizer().featurize(target.formulas[rows])
     return dc.data.NumpyDataset(graphs, target.values[rows, None], ids=rows)

@@ -12,7 +12,9 @@ from torch import Tensor
 
 from polysrl_dc.datasets import PolymorphDataset
 from polysrl_dc.distributed import process_count, process_rank
+from polysrl_dc.elements import has_embedding
 from polysrl_dc.errors import InvalidInputError
+from polysrl_dc.featurizers import check_lengths
 from polysrl_dc.graphs import StoichiometryBatch, StoichiometryGraph, StructureGraph
 
 _GREATEST_LABEL = 1e18  # squares of labels and errors must stay finite in single precision
@@ -32,7 +34,7 @@ def stoichiometries(X: Sequence[Any], ids: Sequence[Any], first_row: int = 0) ->
     Raises
     ------
     InvalidInputError
-        For the first row that is neither, naming row and id.
+        For the first row that is neither, or whose fractions are none, naming row and id.
     """
     graphs = []
     for i, (graph, row_id) in enumerate(zip(X, ids, strict=True)):
@@ -45,7 +47,41 @@ def stoichiometries(X: Sequence[Any], ids: Sequence[Any], first_row: int = 0) ->
                 "polysrl_dc.datasets.drop_skipped"
             )
         graphs.append(graph)
-    return StoichiometryBatch.from_graphs(graphs)
+    batch = StoichiometryBatch.from_graphs(graphs)
+    fractions = batch.fractions.numpy()
+    sound = np.abs(fractions.sum(1) - 1) < 1e-3
+    sound &= (fractions.min(1, initial=0.0) >= 0) & ~fractions[:, ~has_embedding()].any(1)
+    if not sound.all():
+        row = int(np.argmin(sound))
+        raise InvalidInputError(
+            f"row {first_row + row} (id {ids[row]}): fractions {graphs[row].fractions.tolist()} of "
+            f"elements {graphs[row].numbers.tolist()}; they must add up to 1 and have embeddings"
+        )
+    return batch
+
+
+def _numbers(values: Any, ids: Sequence[Any], what: str) -> np.ndarray:
+    """Labels or weights as float64, (n_rows, columns); masked ones are NaN."""
+    array = np.ma.asarray(values)
+    if array.dtype.kind not in "biufOSU":  # complex numbers and dates would be converted
+        raise InvalidInputError(
+            f"row 0 (id {ids[0]}): {what} {array[0]!r:.80} is of type {array.dtype}"
+        )
+    try:
+        return np.ma.filled(array.astype(np.float64), np.nan).reshape(len(array), -1)
+    except (TypeError, ValueError, OverflowError) as error:
+        row = next((row for row, value in enumerate(array) if not _is_number(value)), 0)
+        raise InvalidInputError(
+            f"row {row} (id {ids[row]}): {what} {array[row]!r:.80}: {error}"
+        ) from error
+
+
+def _is_number(value: Any) -> bool:
+    try:
+        np.asarray(value).astype(np.float64)
+    except (TypeError, ValueError, OverflowError):
+        return False
+    return True
 
 
 def _what(value: Any) -> str:
@@ -62,7 +98,7 @@ class LabeledData:
     ----------
     inputs : StoichiometryBatch
     labels, weights : torch.Tensor, shape (n_graphs, n_tasks), float32
-        Labels of weight 0 are missing and stored as 0.
+        Labels of weight 0 are missing and stored as 0. Weights are relative to the greatest.
     embeddings : torch.Tensor, shape (1, n_graphs, F), optional
     """
 
@@ -77,28 +113,33 @@ class LabeledData:
     @classmethod
     def from_dataset(cls, dataset: Dataset, n_tasks: int, classification: bool) -> "LabeledData":
         """Read and check a whole dataset; errors name row and id."""
-        if len(dataset) == 0:
-            raise InvalidInputError("the dataset has no row")
-        y = np.asarray(dataset.y, dtype=np.float64).reshape(len(dataset), -1)
-        w = np.broadcast_to(np.asarray(dataset.w, np.float64).reshape(len(dataset), -1), y.shape)
+        check_lengths(dataset)
+        ids = dataset.ids
+        y, w = _numbers(dataset.y, ids, "label"), _numbers(dataset.w, ids, "weight")
         if y.shape[1] != n_tasks:
             raise InvalidInputError(f"the labels have {y.shape[1]} columns, the model {n_tasks}")
-        bad = (w != 0) & ~(np.abs(y) <= _GREATEST_LABEL)
-        problem = "mark missing labels by weight 0"
-        if classification and not bad.any():
-            bad, problem = (w != 0) & ~np.isin(y, (0, 1)), "classes are 0 and 1"
-        if bad.any():
-            row, column = np.argwhere(bad)[0]
-            raise InvalidInputError(
-                f"row {row} (id {dataset.ids[row]}): label {y[row, column]} of task {column}; "
-                f"{problem}"
-            )
-        if not np.isfinite(w).all() or (w < 0).any() or not w.any():
-            raise InvalidInputError("weights must be finite, not negative, and not all zero")
+        if w.shape[1] not in (1, n_tasks):
+            raise InvalidInputError(f"the weights have {w.shape[1]} columns, the model {n_tasks}")
+        w = np.broadcast_to(w, y.shape)
+
+        def refuse(bad: np.ndarray, what: str, values: np.ndarray, rule: str) -> None:
+            if bad.any():
+                row, task = np.argwhere(bad)[0]
+                raise InvalidInputError(
+                    f"row {row} (id {ids[row]}): {what} {values[row, task]} of task {task}; {rule}"
+                )
+
+        refuse(~((w >= 0) & (w < np.inf)), "weight", w, "weights are finite and not negative")
+        if not w.any():
+            raise InvalidInputError("all weights are zero: every label is missing")
+        known = w != 0
+        refuse(known & ~(np.abs(y) <= _GREATEST_LABEL), "label", y, "mark missing ones by weight 0")
+        if classification:
+            refuse(known & ~np.isin(y, (0, 1)), "label", y, "classes are 0 and 1")
         return cls(
-            stoichiometries(dataset.X, dataset.ids),
-            torch.as_tensor(np.where(w != 0, y, 0.0), dtype=torch.float32),
-            torch.as_tensor(np.array(w), dtype=torch.float32),
+            stoichiometries(dataset.X, ids),
+            torch.as_tensor(np.where(known, y, 0.0), dtype=torch.float32),
+            torch.as_tensor(w / w.max(), dtype=torch.float32),
         )
 
     def __len__(self) -> int:
@@ -114,7 +155,8 @@ class LabeledData:
     def label_statistics(self) -> tuple[Tensor, Tensor]:
         """Weighted mean and standard deviation per task, each (n_tasks,); 1 where it is 0."""
         labels, weights = self.labels.double(), self.weights.double()
-        total = weights.sum(0).clamp_min(1e-12)
+        total = weights.sum(0)
+        total = torch.where(total > 0, total, 1.0)
         mean = (labels * weights).sum(0) / total
         std = ((labels - mean) ** 2 * weights).sum(0).div(total).sqrt()
         return mean.float(), torch.where(std > 1e-8 * (1 + mean.abs()), std, 1.0).float()

@@ -88,8 +88,9 @@ class PretrainingLog:
 
     A falling loss hides a collapsed embedding, so each row has, beside the mean ``loss`` and its
     parts, what :func:`pretraining_diagnostics` finds on stoichiometries that are held out, and the
-    cost: structures per second and the peak memory of the process. After a restart the rows of
-    epochs that are run again are replaced. TensorBoard gets the same numbers if it is installed.
+    cost: structures per second and the peak memory of the process. The sums of an epoch under way
+    are part of the checkpoints, and after a restart the rows of epochs that are run again are
+    replaced. TensorBoard gets the same numbers if it is installed.
 
     Parameters
     ----------
@@ -117,38 +118,38 @@ class PretrainingLog:
         self, path: str | Path, held_out: PolymorphDataset, batch_size: int = 256
     ) -> None:
         self.path, self.held_out, self.batch_size = Path(path), held_out, batch_size
+        self._key = f"sums of {self.path.name}"  # in the plan of the run
         self._writer: Any = None
         self._start_epoch()
 
     def _start_epoch(self) -> None:
-        self._started, self._steps = time.perf_counter(), 0
-        self._sums: dict[str, torch.Tensor] = {}
+        self._started, self._structures = time.perf_counter(), 0
 
     def __call__(self, model: Any, step: int) -> None:
         """Nothing; the sums are taken by :meth:`end_step`."""
 
     def end_step(self, model: Any, loss: torch.Tensor, n_rows: int) -> None:
         """Add up the parts of the loss of one step."""
-        parts = {"loss": loss, "structures": torch.tensor(float(n_rows)), **model.model.parts}
-        for name, value in parts.items():
-            self._sums[name] = self._sums.get(name, torch.tensor(0.0)) + value.detach().cpu()
-        self._steps += 1
+        sums = model._run.setdefault(self._key, {})
+        for name, value in {"loss": loss, **model.model.parts, "steps": 1}.items():
+            sums[name] = sums.get(name, 0.0) + float(value)
+        self._structures += n_rows
 
     def end_epoch(self, model: Any) -> None:
         """Evaluate and write; on the first process only."""
         seconds = time.perf_counter() - self._started
-        structures = float(self._sums.pop("structures"))
+        sums = model._run.pop(self._key)
         if process_rank() == 0:
             network = model.model
             row = {
                 "epoch": model._epoch,
                 "step": model._global_step,
-                **{name: float(value) / self._steps for name, value in self._sums.items()},
+                **{name: sums[name] / sums["steps"] for name in ("loss", *network.parts)},
                 "c": float(network.c.detach()),
                 "d": float(network.d.detach()),
                 **pretraining_diagnostics(network, self.held_out, self.batch_size, model.device),
                 "learning_rate": model._pytorch_optimizer.param_groups[0]["lr"],
-                "structures_per_second": structures / seconds,
+                "structures_per_second": self._structures / seconds,
                 "peak_memory_mib": _peak_memory(model.device),
                 "processes": process_count(),
             }
@@ -158,7 +159,7 @@ class PretrainingLog:
     def _write(self, row: dict[str, float]) -> None:
         table = pd.DataFrame([row])
         if self.path.exists():
-            old = pd.read_csv(self.path)
+            old = pd.read_csv(self.path, float_precision="round_trip")
             table = pd.concat([old[old["epoch"] < row["epoch"]], table], ignore_index=True)
         temporary = self.path.with_name(f".{self.path.name}.tmp")
         table.to_csv(temporary, index=False)

@@ -8,7 +8,8 @@ bytes of every tensor.
 import hashlib
 import json
 import os
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Any
 
@@ -17,16 +18,19 @@ from safetensors import SafetensorError, safe_open
 from safetensors.torch import save
 from torch import Tensor, nn
 
+from polysrl_dc.errors import InvalidInputError
+
 FORMAT = "polysrl-dc-checkpoint"
 VERSION = 1
 MODEL_FILE = "model.safetensors"
 DEFAULT_ENCODER = "polysrl-mp"
 SHIPPED = Path(__file__).parent / "encoders"
+LARGEST = 2**32  # bytes; a model of one member takes 6 MB, its checkpoint with optimizer 18 MB
 _KEY = "polysrl_dc"
 _FIELDS = {"format", "version", "sha256", "manifest"}
 
 
-class CheckpointError(ValueError):
+class CheckpointError(InvalidInputError):
     """A checkpoint that is damaged, foreign or of another model; the message names it.
 
     Examples
@@ -34,6 +38,18 @@ class CheckpointError(ValueError):
     >>> issubclass(CheckpointError, ValueError)
     True
     """
+
+
+@contextmanager
+def content_of(path: str | os.PathLike[str]) -> Iterator[None]:
+    """Turn whatever the content of a file makes fail into a CheckpointError that names the file."""
+    try:
+        yield
+    except CheckpointError as error:
+        known = str(path) in str(error)
+        raise error if known else CheckpointError(f"{path}: {error}") from error
+    except (ArithmeticError, AttributeError, LookupError, RuntimeError, TypeError, ValueError) as e:
+        raise CheckpointError(f"{path} does not hold what it should: {e!r:.300}") from e
 
 
 def shipped_encoders() -> list[str]:
@@ -100,9 +116,15 @@ def save_checkpoint(
             file.write(content)
             file.flush()
             os.fsync(file.fileno())
-        os.replace(temporary, path)
+        with suppress(FileNotFoundError):  # removed by one that wrote the file just now
+            os.replace(temporary, path)
+    except OSError as error:
+        if error.errno and not error.filename:  # of a full disk
+            error.filename = str(path)
+        raise
     finally:
-        temporary.unlink(missing_ok=True)
+        for left in path.parent.glob(f".{path.name}.*.tmp"):  # also by a process that was killed
+            left.unlink(missing_ok=True)
 
 
 def load_checkpoint(path: str | os.PathLike[str]) -> tuple[dict[str, Tensor], dict[str, Any]]:
@@ -121,28 +143,31 @@ def load_checkpoint(path: str | os.PathLike[str]) -> tuple[dict[str, Tensor], di
     Raises
     ------
     CheckpointError
-        The file is truncated, altered, of another format or of another version.
+        The file is truncated, altered, of another format or version, or larger than 4 GiB.
     FileNotFoundError
         There is no file.
     """
     path = Path(path)
     if not path.exists():
         raise FileNotFoundError(f"no checkpoint at {path}")
+    if not path.is_file() or path.stat().st_size > LARGEST:
+        raise CheckpointError(f"{path} is not a file of at most {LARGEST:,} bytes")
     try:
         with safe_open(path, framework="pt", device="cpu") as file:
             metadata = file.metadata() or {}
             tensors = {name: file.get_tensor(name) for name in file.keys()}
-    except (SafetensorError, OSError, ValueError) as error:
-        raise CheckpointError(f"{path} is not a complete safetensors file: {error}") from error
+    except (SafetensorError, OSError, RuntimeError, TypeError, ValueError) as error:
+        text = " ".join(str(error).split())
+        raise CheckpointError(f"{path} is not a complete safetensors file: {text:.300}") from error
     try:
         header = json.loads(metadata[_KEY])
-    except (KeyError, ValueError) as error:
+    except (KeyError, ValueError, RecursionError) as error:
         raise CheckpointError(f"{path} has no readable {FORMAT} metadata") from error
     if not isinstance(header, dict) or header.keys() != _FIELDS or header["format"] != FORMAT:
         raise CheckpointError(f"{path} is not a {FORMAT}")
     if header["version"] != VERSION:
         raise CheckpointError(
-            f"{path} has version {header['version']} of {FORMAT}; this program reads {VERSION}"
+            f"{path} has version {header['version']!r} of {FORMAT}; this program reads {VERSION}"
         )
     if header["sha256"] != _digest(tensors, header["manifest"]):
         raise CheckpointError(f"{path} is damaged: its content does not have its own sha256")
@@ -169,7 +194,12 @@ def load_into(module: nn.Module, tensors: Mapping[str, Tensor]) -> None:
         ...
     polysrl_dc.checkpoints.CheckpointError: Linear: missing ['bias']
     """
-    own = module.state_dict()
+    check_tensors(type(module).__name__, module.state_dict(), tensors)
+    module.load_state_dict(dict(tensors), strict=True)
+
+
+def check_tensors(what: str, own: Mapping[str, Tensor], tensors: Mapping[str, Tensor]) -> None:
+    """Refuse tensors that differ from ``own`` in name, shape or kind of number, all named."""
     problems = {
         "missing": sorted(own.keys() - tensors.keys()),
         "unexpected": sorted(tensors.keys() - own.keys()),
@@ -178,11 +208,19 @@ def load_into(module: nn.Module, tensors: Mapping[str, Tensor]) -> None:
             for name in sorted(own.keys() & tensors.keys())
             if own[name].shape != tensors[name].shape
         ],
+        "of another type": [
+            f"{name}: {tensors[name].dtype}, not {own[name].dtype}"
+            for name in sorted(own.keys() & tensors.keys())
+            if own[name].is_floating_point() != tensors[name].is_floating_point()
+        ],
     }
-    found = [f"{what} {names}" for what, names in problems.items() if names]
+    found = [
+        f"{problem} {names[:4]}{f' and {len(names) - 4} more' if len(names) > 4 else ''}"
+        for problem, names in problems.items()
+        if names
+    ]
     if found:
-        raise CheckpointError(f"{type(module).__name__}: {'; '.join(found)}")
-    module.load_state_dict(dict(tensors), strict=True)
+        raise CheckpointError(f"{what}: {'; '.join(found)}")
 
 
 def _digest(tensors: Mapping[str, Tensor], manifest: Any) -> str:
@@ -191,5 +229,5 @@ def _digest(tensors: Mapping[str, Tensor], manifest: Any) -> str:
     for name in sorted(tensors):
         tensor = tensors[name]
         digest.update(json.dumps([name, str(tensor.dtype), list(tensor.shape)]).encode())
-        digest.update(tensor.reshape(-1).view(torch.uint8).numpy().tobytes())
+        digest.update(tensor.reshape(-1).view(torch.uint8).numpy().data)
     return digest.hexdigest()

@@ -1,21 +1,24 @@
-"""The console command ``polysrl``: embed, train, predict, retrieve and pretrain."""
+"""The console command ``polysrl``: embed, train, predict, retrieve, domain and pretrain."""
 
 import argparse
 import sys
+import warnings
 from collections.abc import Callable, Sequence
+from io import BytesIO
 from typing import Any
 
 import deepchem as dc
 import numpy as np
 import pandas as pd
-from pymatgen.core import Structure
 from tqdm import tqdm
 
 from polysrl_dc.checkpoints import DEFAULT_ENCODER
 from polysrl_dc.datasets import PolymorphDataset, StoichiometrySplitter, drop_skipped
+from polysrl_dc.domain import Domain, OutsideDomainWarning
 from polysrl_dc.errors import InvalidInputError
 from polysrl_dc.featurizers import StoichiometryGraphFeaturizer, StructureGraphFeaturizer
 from polysrl_dc.model import PolySRLModel
+from polysrl_dc.sources import read_structure, unpacked
 
 EXAMPLES = """
 examples:
@@ -25,10 +28,13 @@ examples:
   polysrl predict --model gap_model GaN AlN
   polysrl predict --model gap_model --input new.csv --output predictions.csv
   polysrl retrieve TiO2 --structures structures.parquet -k 5
+  polysrl domain Bi2Te3 Ag0.02Pb0.98Te --structures structures.parquet -k 1
+  polysrl domain --input new.csv --reference gaps.csv --model gap_model --output domain.csv
   polysrl pretrain structures.parquet --epochs 20 --output-dir encoder
   polysrl pretrain cifs/*.cif --epochs 20 --output-dir encoder
 """
 STRUCTURES = "a .parquet table, a folder of them or of CIF files, aflow, or files pymatgen reads"
+_LARGEST_TABLE = 2**32  # bytes of a CSV table, unpacked
 WRITERS: dict[str, Callable[[pd.DataFrame, Any], Any]] = {
     ".csv": lambda frame, path: frame.to_csv(path, index=False),
     ".csv.gz": lambda frame, path: frame.to_csv(path, index=False),
@@ -68,9 +74,9 @@ def embed(options: argparse.Namespace) -> None:
     """Formulas -> columns ``polymorphism`` and ``embedding_0`` ..."""
     frame, dataset = _formulas(options)
     model = PolySRLModel.from_pretrained(options.model)
-    frame["polymorphism"] = model.predict_polymorphism(dataset)
-    embedding = pd.DataFrame(model.predict_embedding(dataset), frame.index)
-    _write(frame.join(embedding.add_prefix("embedding_")), options.output)
+    embedding = pd.DataFrame(model.predict_embedding(dataset)).add_prefix("embedding_")
+    embedding.insert(0, "polymorphism", model.predict_polymorphism(dataset))
+    _write(frame, embedding, options.output)
 
 
 def train(options: argparse.Namespace) -> None:
@@ -81,6 +87,11 @@ def train(options: argparse.Namespace) -> None:
         dataset, test = StoichiometrySplitter().train_test_split(
             dataset, frac_train=1 - options.hold_out, seed=options.seed
         )
+        if not (len(dataset) and len(test)):
+            raise InvalidInputError(
+                f"--hold-out {options.hold_out} leaves {len(dataset)} rows to train on and "
+                f"{len(test)} to score on"
+            )
     model = PolySRLModel(
         options.task,
         len(options.target),
@@ -103,11 +114,12 @@ def predict(options: argparse.Namespace) -> None:
     """Formulas -> columns ``prediction`` and ``std``, numbered where there are several targets."""
     model = PolySRLModel.from_pretrained(options.model)
     frame, dataset = _formulas(options)
+    columns = {}
     for name, values in zip(("prediction", "std"), model.predict_uncertainty(dataset), strict=True):
         for task in range(values.shape[1]):
             suffix = f"_{task}" if values.shape[1] > 1 else ""
-            frame[name + suffix] = values[:, task]
-    _write(frame, options.output)
+            columns[name + suffix] = values[:, task]
+    _write(frame, pd.DataFrame(columns), options.output)
 
 
 def retrieve(options: argparse.Namespace) -> None:
@@ -120,12 +132,35 @@ def retrieve(options: argparse.Namespace) -> None:
     indices, probabilities = PolySRLModel.from_pretrained(options.model).retrieve(
         dataset, candidates, k
     )
-    found = frame.loc[frame.index.repeat(k)].reset_index(drop=True)
-    found["rank"] = np.tile(np.arange(1, k + 1), len(frame))
-    found["structure"] = candidates.ids[indices.ravel()]
-    found["structure_formula"] = candidates.formulas[indices.ravel()]
-    found["probability"] = probabilities.ravel()
-    _write(found, options.output)
+    found = {
+        "rank": np.tile(np.arange(1, k + 1), len(frame)),
+        "structure": candidates.ids[indices.ravel()],
+        "structure_formula": candidates.formulas[indices.ravel()],
+        "probability": probabilities.ravel(),
+    }
+    _write(frame.loc[frame.index.repeat(k)], pd.DataFrame(found), options.output)
+
+
+def domain(options: argparse.Namespace) -> None:
+    """Formulas and a reference -> the ``k`` nearest reference formulas of each, and its domain."""
+    frame, dataset = _formulas(options)
+    if options.structures:
+        reference = _structures(options.structures, options.on_error)
+    else:
+        table = {"input": options.reference, "column": options.column, "on_error": options.on_error}
+        reference = _formulas(argparse.Namespace(**table))[1]
+    known = Domain(PolySRLModel.from_pretrained(options.model), reference)
+    k = min(options.k, len(known.formulas))
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore", OutsideDomainWarning)  # said below, in one line
+        found = known.query(dataset, k).reset_index(drop=True)
+    found["structures"] = [";".join(map(str, ids)) for ids in found["structures"]]
+    _write(frame.loc[frame.index.repeat(k)], found, options.output)
+    print(
+        f"{found['outside'][::k].sum()} of {len(frame)} formulas lie outside: an element not seen, "
+        f"or further than {known.threshold:.3f} from all {len(known.formulas):,} of the reference",
+        file=sys.stderr,
+    )
 
 
 def pretrain(options: argparse.Namespace) -> None:
@@ -153,7 +188,7 @@ def _formulas(
     if targets:
         labels = np.column_stack([_numbers(frame[name]) for name in targets])
         weights = (~np.isnan(labels)).astype(float)
-        dataset = dc.data.NumpyDataset(graphs, np.nan_to_num(labels), weights, rows)
+        dataset = dc.data.NumpyDataset(graphs, np.where(weights, labels, 0.0), weights, rows)
     else:
         dataset = dc.data.NumpyDataset(graphs, ids=rows)
     dataset = drop_skipped(dataset)
@@ -163,23 +198,42 @@ def _formulas(
 
 
 def _read(path: str, columns: Sequence[str]) -> pd.DataFrame:
-    """A CSV, JSON or Parquet table with ``columns``; the first of them is read as text."""
-    if path.endswith(".parquet"):
-        frame = pd.read_parquet(path)
-    elif path.endswith(".json"):
-        frame = pd.read_json(path, dtype={columns[0]: str}, convert_dates=False)
-    else:
-        # a converter keeps pandas from reading the formula NaN as a missing value
-        frame = pd.read_csv(path, converters={columns[0]: str})
+    """A CSV, JSON or Parquet table with ``columns``; the first of them is read as text.
+
+    Rows are numbered from 0. The name of an index becomes that of a column.
+    """
+    content = unpacked(path, _LARGEST_TABLE)
+    try:
+        frame = _parsed(path, content, columns[0])
+    except Exception as error:  # three parsers, each of which fails in its own ways
+        raise InvalidInputError(f"{path} is no table: {error}") from error
+    frame = frame.reset_index(drop=frame.index.names == [None])
     missing = [name for name in columns if name not in frame]
     if missing:
         raise InvalidInputError(f"{path} has no column {missing[0]!r}, only {list(frame.columns)}")
+    if frame.empty:
+        raise InvalidInputError(f"{path} has no row")
+    return frame
+
+
+def _parsed(path: str, content: bytes, text: str) -> pd.DataFrame:
+    """The table in a file whose column ``text`` is one of text."""
+    if path.endswith(".parquet"):
+        return pd.read_parquet(BytesIO(content))
+    if path.endswith(".json"):
+        return pd.read_json(BytesIO(content), dtype={text: str}, convert_dates=False)
+    if b"\0" in content:  # where pandas would end the field
+        raise ValueError("it holds a byte that is zero, no text in UTF-8")
+    # a converter keeps pandas from reading the formula NaN as a missing value
+    frame = pd.read_csv(BytesIO(content), converters={text: str})
+    if not isinstance(frame.index, pd.RangeIndex):
+        raise ValueError("rows have more fields than the first line has names")
     return frame
 
 
 def _numbers(column: pd.Series) -> np.ndarray:
     """Labels as floats, NaN where there is none."""
-    numbers = pd.to_numeric(column, errors="coerce")
+    numbers = pd.to_numeric(column.astype(object), errors="coerce")  # a date is no number
     bad = numbers.isna() & column.notna()
     if bad.any():
         row = bad.idxmax()
@@ -194,8 +248,9 @@ def _structures(paths: Sequence[str], on_error: str) -> dc.data.Dataset:
     structures = np.empty(len(paths), dtype=object)
     for i, path in enumerate(tqdm(paths, unit="file", disable=None)):
         try:
-            structures[i] = Structure.from_file(path)
-        except ValueError as error:
+            structures[i] = read_structure(path)
+        except InvalidInputError as error:
+            structures[i] = str(error)
             if on_error == "raise":
                 raise InvalidInputError(f"{path}: {error}") from error
     graphs = StructureGraphFeaturizer(on_error=on_error).featurize(pd.Series(structures, paths))
@@ -216,7 +271,12 @@ def _fit(model: PolySRLModel, dataset: dc.data.Dataset, epochs: int) -> None:
         model.fit(dataset, nb_epoch=epochs, callbacks=[lambda model, step: bar.update()])
 
 
-def _write(frame: pd.DataFrame, path: str | None) -> None:
+def _write(given: pd.DataFrame, found: pd.DataFrame, path: str | None) -> None:
+    """Write the rows of a table as they were given, and what was found, beside one another."""
+    taken = [name for name in found if name in given]
+    if taken:
+        raise InvalidInputError(f"the table has a column {taken[0]!r} already; rename it")
+    frame = pd.concat([given.reset_index(drop=True), found], axis=1)
     if path is None:
         WRITERS[".csv"](frame, sys.stdout)
         return
@@ -293,6 +353,17 @@ def _parser() -> argparse.ArgumentParser:
     sub.add_argument("-k", type=_positive, default=10, help="candidates to write for each formula")
     sub.add_argument(
         "--model", default=DEFAULT_ENCODER, help="folder of polysrl pretrain, or shipped encoder"
+    )
+    sub.add_argument("--output", type=_output, help=".csv, .csv.gz or .parquet; else CSV to stdout")
+
+    sub = add(domain, "Say how far each formula is from those of a reference, and from which.")
+    add_table(sub)
+    known = sub.add_mutually_exclusive_group(required=True)
+    known.add_argument("--structures", nargs="+", help=STRUCTURES)
+    known.add_argument("--reference", help="instead, a table with the same column of formulas")
+    sub.add_argument("-k", type=_positive, default=5, help="reference formulas to name for each")
+    sub.add_argument(
+        "--model", default=DEFAULT_ENCODER, help="folder of a model, or name of a shipped encoder"
     )
     sub.add_argument("--output", type=_output, help=".csv, .csv.gz or .parquet; else CSV to stdout")
 

@@ -10,6 +10,7 @@ _CHOICES = {
     "loss_reduction": ("mean", "sum"),
     "match_form": ("sigmoid", "hib"),
 }
+_GREATEST = 10_000  # of widths, layers, steps and samples: what is more was not meant
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -122,8 +123,8 @@ class PolySRLConfig:
                 raise ValueError(f"{name} is {getattr(self, name)!r}: must be one of {choices}")
         for field in fields(self):
             value = getattr(self, field.name)
-            if field.type is int and (not isinstance(value, int) or value < 1):
-                raise ValueError(f"{field.name} is {value!r}: must be a positive integer")
+            if field.type is int and not (isinstance(value, int) and 1 <= value <= _GREATEST):
+                raise ValueError(f"{field.name} is {value!r}: no integer in 1 ... {_GREATEST}")
 
     @classmethod
     def named(cls, name: str) -> "PolySRLConfig":

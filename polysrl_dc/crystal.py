@@ -17,6 +17,9 @@ _SELF_DISTANCE = 1e-8  # Å; a site and itself
 _COINCIDENT = 0.01  # Å; two sites closer than this are one site given twice
 _VOLUME_PER_SITE = 0.1  # Å^3; solid hydrogen at 500 GPa takes about 1
 _SKEWED = 20.0  # |a||b||c| / volume from which on the search works in a reduced cell
+_TOO_SKEWED = 1e12  # and from which on floating point cannot reduce it
+_FARTHEST = 1e6  # Å or cells; numbers beyond it would lose digits of a position
+_GREATEST_BOX = 1e9  # Å^3; the search divides the box around the sites into cubes
 _PERIODIC = np.ones(3, dtype=np.int64)
 
 
@@ -54,8 +57,9 @@ def neighbor_list(
     Raises
     ------
     InvalidInputError
-        A shape is wrong, a number is not finite, the cell has no volume, or two sites (or a site
-        and its own image) are less than 0.01 Å apart.
+        A shape is wrong, a number is not finite or above a million, the cell has no volume or is
+        too skewed or too large (1000 Å), or two sites (or a site and its own image) are less than
+        0.01 Å apart.
 
     Examples
     --------
@@ -106,15 +110,18 @@ def _checked(
         raise InvalidInputError(
             f"fractional coordinates have shape {fractional.shape}, not (n_sites, 3)"
         )
-    if not np.isfinite(cell).all():
-        raise InvalidInputError(f"lattice has values that are not finite: {cell.tolist()}")
+    if not (np.abs(cell) <= _FARTHEST).all():
+        raise InvalidInputError(
+            f"lattice has values that are not finite or above {_FARTHEST:g} Å: {cell.tolist()}"
+        )
     if len(fractional) > _GREATEST_SITE:
         raise InvalidInputError(f"cell has {len(fractional)} sites, more than {_GREATEST_SITE}")
-    finite = np.isfinite(fractional).all(axis=1)
-    if not finite.all():
-        site = int(np.argmin(finite))
+    usable = (np.abs(fractional) <= _FARTHEST).all(axis=1)
+    if not usable.all():
+        site = int(np.argmin(usable))
         raise InvalidInputError(
-            f"fractional coordinates of site {site} are not finite: {fractional[site].tolist()}"
+            f"fractional coordinates of site {site} are not finite or above {_FARTHEST:g}: "
+            f"{fractional[site].tolist()}"
         )
     volume = abs(np.linalg.det(cell))
     if volume < _VOLUME_PER_SITE * len(fractional):
@@ -123,8 +130,18 @@ def _checked(
         )
     fractional -= np.floor(fractional)
     coords = np.ascontiguousarray(fractional @ cell)
-    if np.linalg.norm(cell, axis=1).prod() > _SKEWED * volume:
+    skew = np.linalg.norm(cell, axis=1).prod() / volume
+    if skew > _TOO_SKEWED:
+        raise InvalidInputError(f"cell is too skewed to be reduced: {cell.tolist()}")
+    if skew > _SKEWED:
         cell = np.ascontiguousarray(Lattice(cell).get_lll_reduced_lattice().matrix)
+        fractional = coords @ np.linalg.inv(cell)
+        coords = np.ascontiguousarray((fractional - np.floor(fractional)) @ cell)
+    box = np.ptp(coords, axis=0) + 2 * _FIRST_RADIUS
+    if box.prod() > _GREATEST_BOX:
+        raise InvalidInputError(
+            f"the sites lie in a box of {box.round().tolist()} Å, more than {_GREATEST_BOX:g} Å^3"
+        )
     shortest = np.linalg.norm(cell, axis=1).min()
     if shortest < _COINCIDENT:
         raise InvalidInputError(

@@ -16,6 +16,7 @@ from torch import Tensor
 
 from polysrl_dc.elements import N_ELEMENTS
 from polysrl_dc.errors import InvalidInputError
+from polysrl_dc.featurizers import check_lengths
 from polysrl_dc.graphs import StoichiometryBatch, StoichiometryGraph, StructureBatch, StructureGraph
 from polysrl_dc.packing import graph_arrays, pack, read_cache
 from polysrl_dc.quotient import Quotient
@@ -302,6 +303,7 @@ def drop_skipped(dataset: Dataset) -> Dataset:
     >>> drop_skipped(dataset).y.tolist()
     [8.5]
     """
+    check_lengths(dataset)
     kept = [
         row for row, graph in enumerate(dataset.X)
         if isinstance(graph, StoichiometryGraph | StructureGraph)
@@ -383,8 +385,7 @@ class StoichiometrySplitter(Splitter):
 
 def _groups(dataset: Dataset) -> np.ndarray:
     """Group number of the reduced formula of each row."""
-    if not len(dataset):
-        raise InvalidInputError("the dataset has no row")
+    check_lengths(dataset)
     if isinstance(dataset, PolymorphDataset):
         return np.unique(dataset.groups, return_inverse=True)[1]
     formulas = []

@@ -1,14 +1,15 @@
 """DeepChem featurizers for both kinds of graphs, and the one policy for bad input."""
 
 import logging
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping, Set
 from typing import Any
 
 import numpy as np
 import pandas as pd
+from deepchem.data import Dataset
 from deepchem.feat import Featurizer
-from pymatgen.core import Composition, Element, Structure
-from pymatgen.core.structure import StructureError
+from pymatgen.core import Element, IStructure, Structure
+from pymatgen.core.structure import SiteCollection
 
 from polysrl_dc.crystal import neighbor_list
 from polysrl_dc.elements import N_ELEMENTS, has_embedding
@@ -22,8 +23,9 @@ logger = logging.getLogger(__name__)
 class _GraphFeaturizer(Featurizer):
     """Apply ``_featurize`` to one or many inputs; what a bad one does is said by ``on_error``."""
 
-    #: Types that are one input although they can be iterated over.
-    _single: tuple[type, ...] = ()
+    #: Types that are one input although they can be iterated over: a set has no order of rows,
+    #: and a DataFrame would give the names of its columns.
+    _single: tuple[type, ...] = (str, bytes, Mapping, SiteCollection, Set, pd.DataFrame)
 
     def __init__(self, on_error: str = "raise") -> None:
         if on_error not in ("raise", "skip"):
@@ -58,9 +60,9 @@ class _GraphFeaturizer(Featurizer):
         """
         if kwargs:
             raise TypeError(f"unknown arguments {sorted(kwargs)}")
-        single = (
-            datapoints is None or np.isscalar(datapoints) or isinstance(datapoints, self._single)
-        )
+        if isinstance(datapoints, np.ndarray) and datapoints.ndim == 0:
+            datapoints = datapoints.item()
+        single = isinstance(datapoints, self._single) or not isinstance(datapoints, Iterable)
         values = [datapoints] if single else list(datapoints)
         rows = datapoints.index if isinstance(datapoints, pd.Series) else range(len(values))
         graphs = np.empty(len(values), dtype=object)
@@ -96,8 +98,6 @@ class StoichiometryGraphFeaturizer(_GraphFeaturizer):
     ['Fe2O3', 'NaCl']
     """
 
-    _single = (str, bytes, Mapping, Composition)
-
     def _featurize(self, datapoint: Any, **kwargs: Any) -> StoichiometryGraph:
         numbers, amounts = parse_formula(datapoint)
         return StoichiometryGraph(numbers, amounts / amounts.sum(), amounts=amounts)
@@ -126,8 +126,6 @@ class StructureGraphFeaturizer(_GraphFeaturizer):
     (8, 96, 'NaCl')
     """
 
-    _single = (str, bytes, Mapping, Structure)
-
     def __init__(
         self, max_neighbors: int = 12, cutoff: float = 8.0, on_error: str = "raise"
     ) -> None:
@@ -139,6 +137,8 @@ class StructureGraphFeaturizer(_GraphFeaturizer):
         structure = _as_structure(datapoint)
         if not structure.is_ordered:
             raise InvalidInputError(f"structure {structure.formula} has partial occupancy")
+        if not all(structure.lattice.pbc):
+            raise InvalidInputError(f"structure {structure.formula} is not periodic in a, b and c")
         species = structure.species
         if any(type(kind) is not Element or kind.name in ISOTOPES for kind in set(species)):
             parse_formula(structure.composition)  # refuses dummies and isotopes
@@ -181,6 +181,9 @@ def structure_graph(
     >>> structure_graph(np.array([29]), 2.6 * np.eye(3), np.zeros((1, 3))).stoichiometry.formula
     'Cu'
     """
+    numbers = np.asarray(numbers)
+    if numbers.dtype.kind not in "iu" and numbers.size:
+        raise InvalidInputError(f"atomic numbers of type {numbers.dtype} are not integers")
     if len(numbers) != len(frac_coords):
         raise InvalidInputError(f"{len(numbers)} atomic numbers for {len(frac_coords)} sites")
     elements, counts = np.unique(numbers, return_counts=True)
@@ -198,8 +201,8 @@ def structure_graph(
     )
 
 
-def _as_structure(value: Any) -> Structure:
-    if isinstance(value, Structure):
+def _as_structure(value: Any) -> IStructure:
+    if isinstance(value, IStructure):
         return value
     if not isinstance(value, Mapping):
         raise InvalidInputError(
@@ -207,6 +210,34 @@ def _as_structure(value: Any) -> Structure:
             "expected a pymatgen Structure or its dict"
         )
     try:
-        return Structure.from_dict(dict(value))
-    except (LookupError, ValueError, TypeError, AttributeError, StructureError) as error:
-        raise InvalidInputError(f"not the dict of a structure: {error!r}") from error
+        # for the properties of a site pymatgen would import the modules that they name
+        sites = [{k: v for k, v in site.items() if k != "properties"} for site in value["sites"]]
+        return Structure.from_dict({"lattice": value["lattice"], "sites": sites})
+    except Exception as error:  # pymatgen fails in any way on what is no such dict
+        raise InvalidInputError(f"not the dict of a structure: {error!r:.200}") from error
+
+
+def check_lengths(dataset: Dataset) -> None:
+    """Refuse a dataset without rows, or whose X, y, w and ids differ in number.
+
+    DeepChem does not compare them; a row too few would shift the labels of those that follow it.
+
+    Raises
+    ------
+    InvalidInputError
+        Naming the four lengths.
+
+    Examples
+    --------
+    >>> import deepchem as dc
+    >>> check_lengths(dc.data.NumpyDataset([1, 2, 3], [0.5, 0.7]))
+    Traceback (most recent call last):
+    polysrl_dc.errors.InvalidInputError: lengths differ: 3 X, 2 y, 2 w, 3 ids
+    """
+    if len(dataset) == 0:
+        raise InvalidInputError("the dataset has no row")
+    lengths = [shape[0] if len(shape) else 0 for shape in dataset.get_shape()]
+    unlabeled = not any(lengths[1:3])
+    if len(set(lengths[::3] if unlabeled else lengths)) > 1:
+        named = zip(lengths, ("X", "y", "w", "ids"), strict=True)
+        raise InvalidInputError("lengths differ: " + ", ".join(f"{n} {name}" for n, name in named))

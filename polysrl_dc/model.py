@@ -1,16 +1,17 @@
 """``PolySRLModel``: pretraining, transfer and prediction as one DeepChem ``TorchModel``."""
 
+from inspect import signature
 from pathlib import Path
 from typing import Any
 
 import torch
 from deepchem.models.optimizers import Adam, LearningRateSchedule
-from torch import nn
 
 from polysrl_dc.checkpoints import DEFAULT_ENCODER
 from polysrl_dc.config import PolySRLConfig
 from polysrl_dc.heads import PropertyNetwork
 from polysrl_dc.objectives import PretrainingNetwork
+from polysrl_dc.persistence import TRAINING_FIELDS
 from polysrl_dc.training import TrainableModel
 
 TASKS = ("regression", "classification", "pretraining")
@@ -97,6 +98,8 @@ class PolySRLModel(TrainableModel):
         device: str | torch.device | None = None,
         log_frequency: int = 100,
     ) -> None:
+        given = locals()
+        self._given = {name: given[name] for name in signature(PolySRLModel).parameters}
         if task not in TASKS:
             raise ValueError(f"task is {task!r}: must be one of {TASKS}")
         if schedule not in SCHEDULES:
@@ -116,25 +119,15 @@ class PolySRLModel(TrainableModel):
         }
         self.schedule = schedule
         self.training = {
-            "batch_size": batch_size,
-            "schedule": schedule,
-            "weight_decay": weight_decay,
-            "seed": seed,
-            "polymorphs_per_batch": polymorphs_per_batch,
-            "max_edges": max_edges,
-            "autocast": autocast,
+            name: self._given[name]
+            for name in TRAINING_FIELDS
+            if not isinstance(self._given[name], LearningRateSchedule)
         }
-        network: nn.Module
         with torch.random.fork_rng(devices=[]):
             torch.manual_seed(seed)
-            if task == "pretraining":
-                network = PretrainingNetwork(self.config, objective)
-                if compile:
-                    network.structure_encoder.compile(dynamic=True)
-            else:
-                network = PropertyNetwork(
-                    self.config, n_tasks, task == "classification", n_ensemble, freeze_encoder
-                )
+            network = self._network(self.config, **self.settings)
+        if compile and task == "pretraining":
+            network.structure_encoder.compile(dynamic=True)
         super().__init__(
             network,
             loss=network.loss,
@@ -152,3 +145,38 @@ class PolySRLModel(TrainableModel):
             pretrained = None if task == "pretraining" else DEFAULT_ENCODER
         if pretrained is not None:
             self.load_encoder(pretrained)
+
+    @staticmethod
+    def _network(
+        config: PolySRLConfig,
+        task: str,
+        n_tasks: int,
+        freeze_encoder: bool,
+        n_ensemble: int,
+        objective: str,
+    ) -> Any:
+        """The network that configuration and settings describe."""
+        if task == "pretraining":
+            return PretrainingNetwork(config, objective)
+        classes = task == "classification"
+        return PropertyNetwork(config, n_tasks, classes, n_ensemble, freeze_encoder)
+
+    def get_params(self, deep: bool = True) -> dict[str, Any]:
+        """Arguments of the constructor, for ``sklearn.base.clone``: an unfitted model like this.
+
+        A model that was read from a file has ``pretrained=None``, so its clone starts from random
+        weights.
+
+        Parameters
+        ----------
+        deep : bool
+            Not used: no argument is an estimator.
+
+        Examples
+        --------
+        >>> from sklearn.base import clone
+        >>> model = PolySRLModel(n_ensemble=2, pretrained=None)
+        >>> clone(model).get_params()["n_ensemble"]
+        2
+        """
+        return dict(self._given)

@@ -30,6 +30,14 @@ from polysrl_dc.sources import PackSettings, Part, file_digest, open_source
 
 VERSION = 2
 _MANIFEST = "manifest.json"
+_LARGEST_MANIFEST = 2**28  # bytes; it names every file of a folder of CIF files
+_PIECES = {
+    "element_counts": ("elements", "fractions"),
+    "site_counts": ("numbers", "degrees"),
+    "pair_counts": ("neighbors", "distances"),
+    "node_counts": ("node_multiplicity", "node_edges"),
+    "edge_counts": ("edge_neighbors", "edge_steps", "edge_multiplicity"),
+}
 
 
 def pack(
@@ -76,21 +84,25 @@ def pack(
     """
     settings = settings or PackSettings()
     content, jobs = open_source(source)
-    key = hashlib.sha256(
-        json.dumps([VERSION, content, asdict(settings)], sort_keys=True).encode()
-    ).hexdigest()[:24]
-    folder = _cache_root(cache_dir) / key
+    described = {"content": content, "settings": asdict(settings)}
+    folder = _cache_root(cache_dir) / _key(**described)
     if (folder / _MANIFEST).exists():
+        shutil.rmtree(_parts_of(folder), ignore_errors=True)  # of a build killed at its very end
         return folder
     if folder.exists():
         raise InvalidInputError(f"{folder} has no {_MANIFEST}; remove it")
     try:
-        described = {"content": content, "settings": asdict(settings)}
         _build(jobs(), folder, settings, described, processes, progress)
     except (OSError, InvalidInputError):
         if not (folder / _MANIFEST).exists():
             raise  # else another process was first and has removed the parts
     return folder
+
+
+def _key(content: Any, settings: Any) -> str:
+    """Name of the folder of a cache; the content and settings in its manifest must give it."""
+    text = json.dumps([VERSION, content, settings], sort_keys=True)
+    return hashlib.sha256(text.encode()).hexdigest()[:24]
 
 
 def _build(
@@ -103,7 +115,7 @@ def _build(
 ) -> None:
     if not jobs:
         raise InvalidInputError("the source holds no structure")
-    parts = folder.with_name(f"{folder.name}.parts")
+    parts = _parts_of(folder)
     parts.mkdir(parents=True, exist_ok=True)
     todo = [(job, parts / f"{i:06d}", settings) for i, job in enumerate(jobs)]
     missing = [arguments for arguments in todo if not _is_complete(arguments[1])]
@@ -113,7 +125,7 @@ def _build(
         bar.update(total - sum(len(job) for job, _, _ in missing))
         for job, _ in zip(missing, _map(_write_part, missing, processes), strict=True):
             bar.update(len(job[0]))
-    _join([path for _, path, _ in todo], folder, described)
+    _join([path for _, path, _ in todo], parts, folder, described)
     shutil.rmtree(parts, ignore_errors=True)
 
 
@@ -137,22 +149,48 @@ def read_cache(folder: str | Path, verify: bool = True) -> tuple[dict[str, np.nd
     InvalidInputError
         A file is missing, truncated or altered; the message names it.
     """
-    return _read(Path(folder), _array_names() | {"groups"}, verify)
+    folder = Path(folder)
+    arrays, manifest = _read(folder, _array_names() | {"groups"}, verify)
+    try:
+        named = _key(manifest["content"], manifest["settings"])
+    except KeyError as error:
+        raise InvalidInputError(f"{folder}: {_MANIFEST} lacks {error}") from error
+    if named != folder.name:
+        raise InvalidInputError(f"{folder}: {_MANIFEST} is that of another cache; remove {folder}")
+    _check_lengths(folder, arrays)
+    return arrays, manifest
+
+
+def _check_lengths(folder: Path, arrays: dict[str, np.ndarray]) -> None:
+    """Refuse arrays that their counts do not cut into pieces."""
+    expected = {name: len(arrays["ids"]) for name in ("ids", "formulas", "groups", *_PIECES)}
+    for counts, names in _PIECES.items():
+        if (arrays[counts] < 0).any():
+            raise InvalidInputError(f"{folder / counts}.npy has a negative count")
+        expected |= dict.fromkeys(names, int(arrays[counts].sum(dtype=np.int64)))
+    expected |= dict.fromkeys(("skipped_ids", "skipped_messages"), len(arrays["skipped_ids"]))
+    for name, length in expected.items():
+        if len(arrays[name]) != length:
+            raise InvalidInputError(
+                f"{folder / name}.npy has {len(arrays[name])} entries instead of {length}"
+            )
 
 
 def _read(
     folder: Path, names: set[str], verify: bool
 ) -> tuple[dict[str, np.ndarray], dict[str, Any]]:
     try:
+        if (folder / _MANIFEST).stat().st_size > _LARGEST_MANIFEST:
+            raise ValueError(f"{_MANIFEST} is larger than {_LARGEST_MANIFEST:,} bytes")
         manifest = json.loads((folder / _MANIFEST).read_text())
         if manifest["version"] != VERSION or manifest["files"].keys() != names:
             raise ValueError(f"{_MANIFEST} is not that of version {VERSION}")
         entries = {
             name: (entry["size"], entry["sha256"]) for name, entry in manifest["files"].items()
         }
-    except (OSError, ValueError, LookupError, TypeError, AttributeError) as error:
+    except (OSError, ValueError, LookupError, TypeError, AttributeError, RecursionError) as error:
         raise InvalidInputError(f"{folder} is no complete cache of structures: {error}") from error
-    arrays = {}
+    arrays: dict[str, np.ndarray] = {}
     for name, (size, digest) in entries.items():
         path = folder / f"{name}.npy"
         if not path.exists() or path.stat().st_size != size:
@@ -160,9 +198,11 @@ def _read(
         if verify and file_digest(path) != digest:
             raise InvalidInputError(f"{path} is damaged: not its sha256; remove {folder}")
         try:
-            arrays[name] = np.load(path, mmap_mode="r", allow_pickle=False)
-        except ValueError as error:
-            raise InvalidInputError(f"{path} is no array of numbers: {error}") from error
+            arrays[name] = np.lib.format.open_memmap(path, mode="r")
+            if arrays[name].shape != (arrays[name].size,) or arrays[name].dtype.kind not in "iufS":
+                raise ValueError(f"{arrays[name].dtype} of shape {arrays[name].shape}")
+        except Exception as error:  # the header of the file is a text in Python's syntax
+            raise InvalidInputError(f"{path} is no array of numbers: {error!r}") from error
     return arrays, manifest
 
 
@@ -172,7 +212,7 @@ def _read(
 def _write_part(arguments: tuple[Part, Path, PackSettings]) -> None:
     """Featurize one part and write it; the folder appears when all its files are complete."""
     job, path, settings = arguments
-    with _appearing(path) as temporary:
+    with _appearing(path, path.parent) as temporary:
         files = {}
         for name, array in _part_arrays(job, settings).items():
             np.save(temporary / f"{name}.npy", array, allow_pickle=False)
@@ -191,9 +231,9 @@ def _is_complete(part: Path) -> bool:
 
 
 @contextmanager
-def _appearing(folder: Path) -> Iterator[Path]:
+def _appearing(folder: Path, within: Path) -> Iterator[Path]:
     """A folder to fill that takes its name at the end, unless another process was first."""
-    temporary = folder.with_name(f".{folder.name}.{uuid4().hex}")
+    temporary = within / f".{folder.name}.{uuid4().hex}"
     temporary.mkdir()
     try:
         yield temporary
@@ -303,9 +343,9 @@ def _end_with_parent() -> None:
 # ----------------------------------------------------------------------- join
 
 
-def _join(parts: list[Path], folder: Path, described: dict[str, Any]) -> None:
-    """Concatenate the parts file by file."""
-    with _appearing(folder) as temporary:
+def _join(parts: list[Path], within: Path, folder: Path, described: dict[str, Any]) -> None:
+    """Concatenate the parts file by file, within the folder of the build that is removed later."""
+    with _appearing(folder, within) as temporary:
         files = {}
         for name in sorted(_array_names()):
             target = temporary / f"{name}.npy"
@@ -338,6 +378,10 @@ def _write_manifest(folder: Path, files: dict[str, Any], **described: Any) -> No
 
 def _entry(path: Path) -> dict[str, Any]:
     return {"size": path.stat().st_size, "sha256": file_digest(path)}
+
+
+def _parts_of(folder: Path) -> Path:
+    return folder.with_name(f"{folder.name}.parts")
 
 
 def _cache_root(cache_dir: str | Path | None) -> Path:

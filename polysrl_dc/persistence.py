@@ -1,6 +1,8 @@
 """Saving, loading and checkpointing of a DeepChem model without pickle."""
 
 import os
+from collections.abc import Callable, Mapping
+from contextlib import nullcontext
 from pathlib import Path
 from typing import Any
 
@@ -9,7 +11,10 @@ from deepchem.models import TorchModel
 
 from polysrl_dc.checkpoints import (
     MODEL_FILE,
+    CheckpointError,
+    check_tensors,
     checkpoint_path,
+    content_of,
     load_checkpoint,
     load_into,
     shipped_encoders,
@@ -31,6 +36,19 @@ ENCODER_FIELDS = (
 )
 
 
+#: Arguments of the constructor that a file keeps besides configuration and settings.
+TRAINING_FIELDS = (
+    "batch_size",
+    "learning_rate",
+    "schedule",
+    "weight_decay",
+    "seed",
+    "polymorphs_per_batch",
+    "max_edges",
+    "autocast",
+)
+
+
 class PersistentModel(TorchModel):
     """A ``TorchModel`` whose files are safetensors with a manifest.
 
@@ -49,6 +67,8 @@ class PersistentModel(TorchModel):
     #: The call of ``fit`` that is under way: its plan, and its learning rate schedule.
     _run: dict[str, Any] | None
     _run_schedule: torch.optim.lr_scheduler.LRScheduler | None = None
+    #: The network of a configuration and settings.
+    _network: Callable[..., Any]
 
     def _manifest(self) -> dict[str, Any]:
         run = self._run
@@ -88,34 +108,77 @@ class PersistentModel(TorchModel):
         tensors, manifest = load_checkpoint(file)
         if str(path) in shipped_encoders():
             tensors |= load_checkpoint(file.with_name(f"{path}.structures.safetensors"))[0]
-        fixed = {"config": PolySRLConfig.from_dict(manifest["config"]), **manifest["settings"]}
+        with content_of(file):
+            config = PolySRLConfig.from_dict(manifest["config"])
+            settings, training = manifest["settings"], manifest["training"]
+            cls._check_size(config, settings, tensors)
+            foreign = sorted(training.keys() - set(TRAINING_FIELDS))
+            if foreign:
+                raise CheckpointError(f"unknown fields of training {foreign}")
+        fixed = {"config": config, **settings}
         if fixed.keys() & kwargs.keys():
             raise ValueError(f"{sorted(fixed.keys() & kwargs.keys())} are fixed by {path}")
-        model = cls(**fixed, pretrained=None, **{**manifest["training"], **kwargs})
-        load_into(model.model, tensors)
+        with nullcontext() if kwargs else content_of(file):
+            model = cls(**fixed, pretrained=None, **{**training, **kwargs})
+        with content_of(file):
+            load_into(model.model, tensors)
         model.provenance = manifest.get("provenance", {})
         model.model.eval()
         return model
 
+    @classmethod
+    def _check_size(
+        cls, config: PolySRLConfig, settings: dict[str, Any], tensors: Mapping[str, torch.Tensor]
+    ) -> None:
+        """Refuse a network that has other tensors than its file before memory is taken for it."""
+        members, layers = settings["n_ensemble"], config.stoichiometry_layers
+        if settings["task"] == "pretraining":
+            members, layers = 1, layers + config.structure_layers
+        encoders = 1 if settings["freeze_encoder"] else members
+        if max(members, encoders * layers) > len(tensors):
+            raise CheckpointError(f"{members} members of {layers} layers, {len(tensors)} tensors")
+        with torch.device("meta"):
+            network = cls._network(config, **settings)
+        check_tensors(type(network).__name__, network.state_dict(), tensors)
+
     def reload(self) -> None:
         """Read ``model.safetensors`` of ``model_dir`` back into this model."""
-        tensors, _ = load_checkpoint(checkpoint_path(self.model_dir))
-        load_into(self.model, tensors)
+        path = checkpoint_path(self.model_dir)
+        tensors, manifest = load_checkpoint(path)
+        with content_of(path):
+            self._check_same(manifest)
+            load_into(self.model, tensors)
+
+    def _check_same(self, manifest: dict[str, Any]) -> None:
+        """Refuse the weights of a network that computes something else, whatever their shapes."""
+        for own, theirs in (
+            (self.config.to_dict(), manifest["config"]),
+            (self.settings, manifest["settings"]),
+        ):
+            other = sorted(name for name in own.keys() | theirs.keys()
+                           if own.get(name) != theirs.get(name))  # fmt: skip
+            if other:
+                name = other[0]
+                raise CheckpointError(
+                    f"{name} is {theirs.get(name)!r}, this model has {own.get(name)!r}"
+                )
 
     def load_encoder(self, path: str | Path) -> None:
         """Start every encoder of this model from that of another one, or from a shipped one."""
-        tensors, manifest = load_checkpoint(checkpoint_path(path))
+        file = checkpoint_path(path)
+        tensors, manifest = load_checkpoint(file)
         prefix = "encoders.0."
         encoder = {k.removeprefix(prefix): v for k, v in tensors.items() if k.startswith(prefix)}
-        for field in ENCODER_FIELDS:
-            theirs, ours = manifest["config"].get(field), getattr(self.config, field)
-            if theirs != ours:
-                raise ValueError(
-                    f"encoder {path}: {field} is {theirs}, this configuration has {ours}; "
-                    "pretrained=None starts from random weights"
-                )
-        for module in self.model.encoders:
-            load_into(module, encoder)
+        with content_of(file):
+            for field in ENCODER_FIELDS:
+                theirs, ours = manifest["config"].get(field), getattr(self.config, field)
+                if theirs != ours:
+                    raise CheckpointError(
+                        f"{field} is {theirs}, this configuration has {ours}; "
+                        "pretrained=None starts from random weights"
+                    )
+            for module in self.model.encoders:
+                load_into(module, encoder)
 
     def save_checkpoint(
         self, max_checkpoints_to_keep: int = 5, model_dir: str | None = None
@@ -163,18 +226,28 @@ class PersistentModel(TorchModel):
             for name, value in tensors.items()
             if name.startswith("model.")
         }
-        load_into(self.model, weights)
-        unflatten_optimizer(self._pytorch_optimizer, tensors)
-        self._global_step, self._epoch = manifest["step"], manifest["epoch"]
-        self._run = manifest["run"]
-        if self._lr_schedule and manifest["schedule"]:
-            load_schedule(self._lr_schedule, manifest["schedule"])
+        optimizer = {k: v for k, v in tensors.items() if k.startswith("optimizer.")}
+        with content_of(checkpoint):
+            self._check_same(manifest)
+            if len(tensors) != len(weights) + len(optimizer):
+                raise CheckpointError("it holds more than a model and its optimizer")
+            step, epoch, run = (manifest[name] for name in ("step", "epoch", "run"))
+            if not (isinstance(step, int) and isinstance(epoch, int) and min(step, epoch) >= 0):
+                raise CheckpointError(f"step {step!r}, epoch {epoch!r}")
+            check_tensors(type(self.model).__name__, self.model.state_dict(), weights)
+            unflatten_optimizer(self._pytorch_optimizer, optimizer)
+            load_into(self.model, weights)
+            self._global_step, self._epoch, self._run = step, epoch, run
+            if self._lr_schedule and manifest["schedule"]:
+                load_schedule(self._lr_schedule, manifest["schedule"])
 
 
 def load_schedule(
     schedule: torch.optim.lr_scheduler.LRScheduler, state: dict[str, Any]
 ) -> None:
     """Put a schedule, and the rates of its optimizer, where the state says."""
+    if state.keys() != schedule.state_dict().keys():
+        raise CheckpointError(f"the state of a learning rate schedule has {sorted(state)}")
     schedule.load_state_dict(state)
     for group, rate in zip(schedule.optimizer.param_groups, schedule.get_last_lr(), strict=True):
         group["lr"] = rate
@@ -194,9 +267,12 @@ def unflatten_optimizer(optimizer: torch.optim.Optimizer, tensors: dict[str, Any
     """Inverse of :func:`flatten_optimizer`; rates and weight decay stay those of ``optimizer``."""
     state: dict[int, dict[str, torch.Tensor]] = {}
     for key, value in tensors.items():
-        if key.startswith("optimizer."):
-            _, index, name = key.split(".", 2)
-            state.setdefault(int(index), {})[name] = value
+        _, number, name = key.split(".", 2)
+        state.setdefault(int(number), {})[name] = value
+    own = dict(enumerate(p for group in optimizer.param_groups for p in group["params"]))
+    for index, entries in state.items():
+        expected = {"step": torch.zeros(()), "exp_avg": own[index], "exp_avg_sq": own[index]}
+        check_tensors(f"state {index} of the optimizer", expected, entries)
     optimizer.load_state_dict(
         {"state": state, "param_groups": optimizer.state_dict()["param_groups"]}
     )

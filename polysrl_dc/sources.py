@@ -2,9 +2,12 @@
 
 import hashlib
 import json
+import warnings
+import zlib
 from collections.abc import Callable, Iterator
 from dataclasses import asdict, dataclass
 from functools import partial
+from lzma import LZMAError
 from pathlib import Path
 from typing import Any
 
@@ -12,9 +15,11 @@ import numpy as np
 import pyarrow as pa
 import pyarrow.compute as pc
 import pyarrow.parquet as pq
+from monty.io import zopen
 from monty.serialization import loadfn
 from pymatgen.analysis import prototypes
-from pymatgen.core import Structure
+from pymatgen.core import Composition, Structure
+from pymatgen.io.cif import CifFile, CifParser, str2float
 
 from polysrl_dc.errors import InvalidInputError
 from polysrl_dc.featurizers import StructureGraphFeaturizer, structure_graph
@@ -23,6 +28,11 @@ from polysrl_dc.graphs import StructureGraph
 PARQUET_COLUMNS = ("material_id", "cell", "numbers", "frac_coords")
 _PART = 4096  # rows of a table
 _SMALL_PART = 256  # structures of other sources
+_LARGEST_FILE = 2**24  # bytes of one structure, unpacked; 300,000 lines of a CIF file
+_LARGEST_CELL = 10_000  # sites of a CIF file; pymatgen takes a minute for as many
+_LARGEST_GROUP = 2**32  # bytes of a row group, unpacked
+
+_ANGLES = ("alpha", "beta", "gamma")
 
 Graphs = Iterator[tuple[str, Callable[[], StructureGraph]]]
 
@@ -103,11 +113,123 @@ def _featurize(featurizer: StructureGraphFeaturizer, structure: Any) -> Structur
 
 
 def _featurize_file(featurizer: StructureGraphFeaturizer, path: Path) -> StructureGraph:
+    return _featurize(featurizer, read_structure(path))
+
+
+def read_structure(path: str | Path) -> Structure:
+    """The structure of a file in any format of pymatgen but YAML; nothing in it is executed.
+
+    Parameters
+    ----------
+    path : path
+        At most 16 MiB, unpacked.
+
+    Raises
+    ------
+    InvalidInputError
+        The file cannot be read, holds several structures, or a CIF file whose sites do not add up
+        to its own formula or are more than 10,000.
+
+    Examples
+    --------
+    >>> import tempfile
+    >>> from pymatgen.core import Lattice
+    >>> iron = Structure(Lattice.cubic(2.87), ["Fe", "Fe"], [[0, 0, 0], [0.5, 0.5, 0.5]])
+    >>> with tempfile.TemporaryDirectory() as folder:
+    ...     text = iron.to(filename=f"{folder}/iron.cif")
+    ...     read_structure(f"{folder}/iron.cif").formula
+    'Fe2'
+    """
+    path = Path(path)
+    name = path.name.lower()
     try:
-        structure = Structure.from_file(path)
+        text = unpacked(path, _LARGEST_FILE).decode(errors="replace")
+        if ".cif" in name or ".mcif" in name:
+            return _read_cif(text)
+        if ".json" in name or ".mson" in name:
+            return _read_json(text)
+        if ".yaml" in name or ".yml" in name:
+            raise ValueError("YAML is not read; write CIF or JSON")
+        return Structure.from_file(path)
     except Exception as error:  # a parser of text files fails in any way
-        raise InvalidInputError(f"cannot be read: {error!r}") from error
-    return _featurize(featurizer, structure)
+        raise InvalidInputError(f"{path.name} cannot be read: {error!r:.300}") from error
+
+
+def unpacked(path: str | Path, largest: int) -> bytes:
+    """Content of a file, which may be compressed; no more than ``largest`` bytes are unpacked.
+
+    Raises
+    ------
+    InvalidInputError
+        It is missing, damaged or larger.
+
+    Examples
+    --------
+    >>> unpacked("nowhere", 10)  # doctest: +ELLIPSIS
+    Traceback (most recent call last):
+        ...
+    polysrl_dc.errors.InvalidInputError: nowhere cannot be read: ...
+    """
+    try:
+        with zopen(path, "rb") as file:
+            content = bytes(file.read(largest + 1))
+    except (OSError, EOFError, ValueError, zlib.error, LZMAError) as error:
+        raise InvalidInputError(f"{path} cannot be read: {_line(error)}") from error
+    if len(content) > largest:
+        raise InvalidInputError(f"{path} holds more than {largest:,} bytes")
+    return content
+
+
+def _read_json(text: str) -> Structure:
+    """A structure from its dict, less what pymatgen would import modules for."""
+    given = json.loads(text)
+    sites = [
+        {key: value for key, value in site.items() if key != "properties"}
+        for site in given["sites"]
+    ]
+    return Structure.from_dict({"lattice": given["lattice"], "sites": sites})
+
+
+def _read_cif(text: str) -> Structure:
+    """The one structure of a CIF file; pymatgen leaves out what it does not understand."""
+    text = text.encode("ascii", "replace").decode()  # other letters it takes out of numbers
+    words = [line.split("#")[0].split() for line in text.splitlines() if "_cell_" in line]
+    for name, *values in filter(None, words):
+        if name.startswith(("_cell_length_", "_cell_angle_")) and len(values) > 1:
+            raise ValueError(f"{name} has the values {values}")
+    sections = CifFile.from_str(text).data.values()
+    blocks = [section for section in sections if section.data.get("_atom_site_label")]
+    if len(blocks) != 1:
+        raise ValueError(f"{len(blocks)} structures in one file")
+    block = blocks[0].data
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")  # from_str gives the same ones
+        symmetries = CifParser.from_str(text).get_symops(blocks[0])
+    matrices = np.array([symmetry.affine_matrix for symmetry in symmetries])
+    rigid = np.isclose(np.abs(np.linalg.det(matrices)), 1, atol=0.01).all()
+    if not rigid or not np.isclose(matrices, np.eye(4)).all(axis=(1, 2)).any():
+        raise ValueError("its symmetry operations distort the cell or lack the identity")
+    angles = [str2float(block.get(f"_cell_angle_{name}", "90")) for name in _ANGLES]
+    if not all(0 < angle < 180 for angle in angles):
+        raise ValueError(f"the angles of the cell are {angles}")
+    n_sites = len(symmetries) * len(block["_atom_site_label"])
+    if n_sites > _LARGEST_CELL:
+        raise ValueError(f"up to {n_sites:,} sites, more than {_LARGEST_CELL:,}")
+    structure = Structure.from_str(text, "cif")
+    formula = block.get("_chemical_formula_sum", "?").strip()
+    if structure.is_ordered and formula not in ("", "?", "."):
+        said = Composition(formula)
+        reduced, factor = said.get_reduced_composition_and_factor()
+        if structure.composition.reduced_composition != reduced:
+            raise ValueError(f"the sites are {structure.formula}, the file says {formula}")
+        units = block.get("_cell_formula_units_Z", "?")
+        if units.isdecimal():
+            cells = {int(units) * said.num_atoms}
+            if factor == int(units):  # pymatgen writes the formula of the cell beside its units
+                cells.add(said.num_atoms)
+            if len(structure) not in cells:
+                raise ValueError(f"{len(structure)} sites instead of {units} times {formula}")
+    return structure
 
 
 def _graph_of_row(
@@ -187,20 +309,33 @@ def _parquet_parts(paths: list[Path]) -> list[Part]:
 def _parts_of_table(path: Path) -> list[Part]:
     try:
         file = pq.ParquetFile(path)
-    except (pa.ArrowException, OSError) as error:
-        raise InvalidInputError(f"{path} is not a complete Parquet file: {error}") from error
+    except (pa.ArrowException, OSError, ValueError) as error:
+        raise InvalidInputError(f"{path} is not a complete Parquet file: {_line(error)}") from error
     with file:
         missing = set(PARQUET_COLUMNS) - set(file.schema_arrow.names)
         if missing:
             raise InvalidInputError(f"{path} lacks the columns {sorted(missing)}")
+        kind = file.schema_arrow.field("material_id").type
+        if not (pa.types.is_string(kind) or pa.types.is_large_string(kind) or _is_number(kind)):
+            raise InvalidInputError(f"{path}: material_id is {kind}, not a text or number")
         for name in PARQUET_COLUMNS[1:]:
             kind = file.schema_arrow.field(name).type
             if not (_is_list(kind) and _is_number(kind.value_type)):
                 raise InvalidInputError(f"{path}: {name} is {kind}, not a list of numbers")
-        rows = file.metadata.num_rows
+        rows, size = file.metadata.num_rows, path.stat().st_size
+        groups = [file.metadata.row_group(i) for i in range(file.num_row_groups)]
+        if sum(group.num_rows for group in groups) != rows or rows > size:
+            raise InvalidInputError(f"{path} claims {rows:,} structures in {size:,} bytes")
+        largest = max((group.total_byte_size for group in groups), default=0)
+        if largest > _LARGEST_GROUP:
+            raise InvalidInputError(f"{path} has a row group of {largest:,} bytes")
     return [
         ParquetRows(str(path), start, min(start + _PART, rows)) for start in range(0, rows, _PART)
     ]
+
+
+def _line(error: Exception) -> str:
+    return " ".join(str(error).split())[:300]
 
 
 def _is_list(kind: pa.DataType) -> bool:
@@ -215,14 +350,14 @@ def _is_number(kind: pa.DataType) -> bool:
 def _read_rows(path: str, start: int, stop: int) -> pa.Table:
     """Rows of a Parquet file; only the row groups that hold them are read."""
     try:
-        with pq.ParquetFile(path) as file:
+        with pq.ParquetFile(path, page_checksum_verification=True) as file:
             metadata = file.metadata
             ends = np.cumsum([metadata.row_group(i).num_rows for i in range(file.num_row_groups)])
             first, last = np.searchsorted(ends, [start, stop - 1], side="right")
             groups = list(range(first, last + 1))
             table = file.read_row_groups(groups, columns=list(PARQUET_COLUMNS))
     except (pa.ArrowException, OSError) as error:
-        raise InvalidInputError(f"{path} is damaged: {error}") from error
+        raise InvalidInputError(f"{path} is damaged: {_line(error)}") from error
     skipped = int(ends[first - 1]) if first else 0
     return table.slice(start - skipped, stop - start)
 

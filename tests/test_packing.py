@@ -561,6 +561,7 @@ def test_other_errors_of_a_build_are_not_hidden(tmp_path, monkeypatch):
     assert not list(tmp_path.glob("*/manifest.json")) and not list(tmp_path.glob("*/.*"))
 
 
-def test_examples():
-    result = doctest.testmod(packing)
+@pytest.mark.parametrize("module", [packing, sources])
+def test_examples(module):
+    result = doctest.testmod(module)
     assert result.attempted and not result.failed

@@ -1,56 +1,18 @@
 """``PolySRLModel`` on disk and over time: files, checkpoints, callbacks, pretraining."""
 
 import io
-import subprocess
-import sys
 from dataclasses import replace
-from pathlib import Path
 
 import deepchem as dc
 import numpy as np
 import pytest
-from models import CONFIG, FORMULAS, MAE, SIGNAL, N, assert_same_state, data, fitted, make, state
+from models import CONFIG, MAE, SIGNAL, N, assert_same_state, data, fitted, make, state
 from processes import crystals as prototypes
 
 from polysrl_dc.checkpoints import CheckpointError, load_checkpoint, save_checkpoint
 from polysrl_dc.errors import InvalidInputError
 
 # ---------------------------------------------------------------------- files
-
-RELOAD = """
-import sys, numpy as np, deepchem as dc, polysrl_dc
-model = dc.models.PolySRLModel.from_pretrained(sys.argv[1])
-formulas = sys.argv[3].split()
-dataset = dc.data.NumpyDataset(dc.feat.StoichiometryGraphFeaturizer()(formulas))
-mean, std = model.predict_uncertainty(dataset)
-restored = dc.models.PolySRLModel(
-    config=model.config, n_ensemble=2, batch_size=8, learning_rate=1e-2, pretrained=None,
-    model_dir=sys.argv[1],
-)
-restored.restore()
-assert restored.get_global_step() == 10, restored.get_global_step()
-np.savez(sys.argv[2], mean=mean, std=std, restored=restored.predict(dataset),
-         polymorphism=model.predict_polymorphism(dataset))
-"""
-
-
-def test_a_new_process_reads_the_same_model(tmp_path):
-    model = make(n_ensemble=2, model_dir=str(tmp_path / "m"))
-    model.fit(data(3 + SIGNAL), nb_epoch=2)
-    model.save()
-    mean, std = model.predict_uncertainty(data())
-    subprocess.run(
-        [sys.executable, "-c", RELOAD, tmp_path / "m", tmp_path / "o.npz", " ".join(FORMULAS)],
-        check=True,
-        cwd=Path(__file__).parents[1],
-        capture_output=True,
-    )
-    with np.load(tmp_path / "o.npz") as read:
-        np.testing.assert_array_equal(read["mean"], mean)
-        np.testing.assert_array_equal(read["std"], std)
-        np.testing.assert_array_equal(read["restored"], mean)
-        np.testing.assert_array_equal(read["polymorphism"], model.predict_polymorphism(data()))
-
 
 @pytest.mark.parametrize("kwargs", [{}, {"task": "classification"}, {"freeze_encoder": True}])
 def test_save_and_from_pretrained(kwargs, tmp_path):
@@ -198,7 +160,7 @@ def test_damaged_and_foreign_checkpoints_are_refused(tmp_path):
     before = state(model)
     wider = make(config=replace(CONFIG, head_hidden=9), model_dir=str(tmp_path / "other"))
     wider.fit(data(), nb_epoch=1)
-    with pytest.raises(ValueError, match="shape"):
+    with pytest.raises(CheckpointError, match=r"checkpoint1\.safetensors: head_hidden is 9"):
         model.restore(model_dir=str(tmp_path / "other"))
     assert_same_state(before, state(model))
 

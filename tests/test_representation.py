@@ -1,9 +1,18 @@
 """Heads trained side by side are the heads that would have been trained alone."""
 
+from dataclasses import replace
+
 import numpy as np
 import pytest
 import torch
-from representation import HeadStack, predict_folds, predict_targets, train_heads
+from models import make
+from representation import (
+    HeadStack,
+    predict_folds,
+    predict_targets,
+    representation_digest,
+    train_heads,
+)
 from sklearn.model_selection import KFold
 from targets import Target
 from torch import nn
@@ -121,3 +130,21 @@ def test_targets_on_the_same_formulas_are_embedded_once() -> None:
     assert len(calls) == 1 and found["a"].shape == (2, 30)
     np.testing.assert_allclose(found["b"], 3 * found["a"], rtol=1e-4)
     assert not np.allclose(found["a"][0], found["a"][1])
+
+
+def test_the_digest_is_that_of_what_makes_the_means(tmp_path):
+    def digest_of(model, name):
+        model.save(tmp_path / name)
+        return representation_digest(tmp_path / name)
+
+    model = make("pretraining")
+    first = digest_of(model, "first")
+    with torch.no_grad():
+        for parameter in model.model.encoder.variance_parameters():
+            parameter += 1
+    assert digest_of(model, "other variance") == first
+    with torch.no_grad():
+        model.model.encoder.mean_output.bias += 1
+    assert digest_of(model, "other mean") != first
+    config = replace(model.config, message_power=1.0)
+    assert digest_of(make("pretraining", config=config), "other configuration") != first

@@ -90,6 +90,23 @@ def test_what_is_there_is_not_run_again_unless_the_encoder_changes(quick, tmp_pa
     assert len(quick.calls) == 10
 
 
+def test_scores_that_are_missing_are_made_from_the_folds(quick):
+    command = ("--models", "rand_init", "--protocols", "transfer")
+    table, path = quick(*command), quick.folder / "wetlab_scores.csv"
+    table[table["task"] != "two"].to_csv(path, index=False)  # killed before they were written
+    quick(*command, "--seeds", "2", "--targets", "two")
+    assert {call[1] for call in quick.calls} == {1}
+    pd.testing.assert_frame_equal(pd.read_csv(path).query("seed == 0"), table)
+
+
+def test_scores_of_another_encoder_do_not_stay(quick, tmp_path):
+    for seed, folds in enumerate(("grouped", "matbench")):
+        PolySRLModel(pretrained=None, seed=seed).save(tmp_path / str(seed))
+        chosen = ("--encoder", str(tmp_path / str(seed)), "--name", "mine", "--folds", folds)
+        scores = quick(*chosen, "--protocols", "representation", "--targets", "one")
+        assert set(scores["suite"]) == ({"wetlab"} if seed else {"wetlab", "wetlab_grouped"})
+
+
 def test_interrupted_folds_are_kept(quick, monkeypatch):
     kind = transfer.predict_fold
     started = []

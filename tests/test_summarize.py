@@ -7,6 +7,7 @@ from claims import CLAIMS, MATBENCH, SUPERVISED, WETLAB, ZT, Claim, better, verd
 from paper_protocol import MODELS, read_paper
 from results import (
     ALL,
+    COMPARED,
     CURVES,
     GROUPED,
     MATBENCH_TRANSFER,
@@ -34,6 +35,8 @@ FACTORS = {
     "magpie_ridge": 1.2,
     "magpie_forest": 1.1,
 }
+#: Of the models that have no encoder of ours.
+PEER_FACTORS = {"roost": 1.05, "crabnet": 1.3}
 BY_NAME = {table.name: table for table in TABLES}
 
 
@@ -72,6 +75,8 @@ def write_scores(folder, factors=FACTORS, seeds=3):
     folder.mkdir(parents=True, exist_ok=True)
     for name, tables in (("wetlab_scores", wetlab), ("paper_scores", matbench)):
         parts = [scores_of(table, factors, seeds) for table in tables]
+        transfer = [table for table in tables if table.protocol == "transfer"]
+        parts += [scores_of(table, PEER_FACTORS, seeds) for table in transfer]
         pd.concat(parts).to_csv(folder / f"{name}.csv", index=False)
     parts = [scores_of(table, factors, seeds) for table in zt]
     parts += [screening_of(table, factors) for table in zt]
@@ -186,6 +191,43 @@ def test_a_complete_page_shows_ours_and_the_papers_and_names_nothing_as_missing(
     assert "| minus polysrl |" in part_of(page, "Table 7")
     for title in ("Not in the paper: Matbench, transfer", "Not in the paper: wet lab in grouped"):
         assert "| polysrl | **" in part_of(page, title)
+
+
+def test_published_models_are_compared_with_polysrl_fold_by_fold(complete):
+    folder, page = complete
+    means, differences = (
+        [line for line in part.splitlines() if line.startswith("| ")]
+        for part in part_of(page, "Table 8").split("| minus polysrl |")
+    )
+    means = means[2:]
+    assert [row.split(" | ")[0][2:] for row in means] == list(COMPARED)
+    scores = pd.read_csv(folder / "out" / "wetlab_scores.csv")
+    errors = scores.query("metric == 'mae' and task == 'band_gap'").set_index(["model", "protocol"])
+    ours, roost, forest = (
+        errors.loc[key, "value"].groupby(errors.loc[key, "fold"]).mean()
+        for key in (
+            ("polysrl", "transfer"),
+            ("roost", "transfer"),
+            ("magpie_forest", "representation"),
+        )
+    )
+    assert f"| roost | {roost.mean():.3f} ± " in means[2] and "<br>0.900 (0.100)" in means[2]
+    assert f"| magpie_forest | {forest.mean():.3f} ± " in means[4]
+    paired = {row.split(" | ")[0][2:]: row for row in differences}
+    p = stats.ttest_rel(roost, ours).pvalue
+    assert f"| roost | **{(roost - ours).mean():+.3f} ± " in paired["roost"] and p < 0.001
+    assert f"{(forest - ours).mean():+.3f} ± " in paired["magpie_forest"]
+    small = part_of(page, "Not in the paper: Matbench, beside published models")
+    assert "| crabnet | " in small and "mp_gap" not in small and "log_gvrh" in small
+
+
+def test_errors_of_peers_are_the_papers_only_where_they_have_not_been_run(folder):
+    paper = read_paper(folder / "data")
+    key = ("wetlab", "transfer", "mae", "metallic", "roost")
+    ours, theirs = numbers_of({key: Cell(0.123, 0.0, 3, 5)}, paper)
+    assert ours["Table 2"].loc["roost", "metallic"] == 0.123
+    assert ours["Table 2"].loc["roost", "band_gap"] == 0.9
+    assert theirs["Table 2"].loc["roost", "metallic"] == 0.9
 
 
 def test_learning_curves_and_screening(complete):

@@ -135,12 +135,10 @@ def test_the_band_gap_of_a_formula_is_that_of_its_stable_polymorph(monkeypatch):
 
 
 def test_a_missing_table_is_named_with_its_source(tmp_path, monkeypatch):
-    import matminer.datasets
-
     def offline(name):
         raise OSError("no network")
 
-    monkeypatch.setattr(matminer.datasets, "load_dataset", offline)
+    monkeypatch.setattr(targets, "load_dataset", offline)
     with pytest.raises(DataNotFoundError, match=r"expt_gap.csv is missing.*OSError"):
         wetlab_targets(tmp_path)
     with pytest.raises(DataNotFoundError, match="ESTM of Na & Chang"):

@@ -1,0 +1,134 @@
+"""Published models that see formulas only, on the folds and records of the transfer protocol.
+
+A peer is trained on a whole training fold by its own published recipe; nothing is tuned.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from contextlib import contextmanager
+from importlib.util import find_spec
+from typing import Any
+
+import numpy as np
+import torch
+from deepchem.data import Dataset
+from targets import Target
+from tasks import PAPER_TASKS
+from transfer import dataset_of
+
+from polysrl_dc.batches import LabeledData
+from polysrl_dc.errors import InvalidInputError
+
+#: What each peer needs to be imported; the extra ``peers`` has both.
+PEERS = {"roost": "aviary", "crabnet": "pytorch_optimizer"}
+#: The tasks of Matbench on which a peer can be trained in hours: at most 18,928 rows.
+SMALL_TASKS = tuple(name for name in PAPER_TASKS if not name.startswith("matbench_mp_"))
+#: What ``info.json`` says of their records.
+ABOUT: dict[str, dict[str, Any]] = {
+    "roost": {
+        "algorithm": "Roost",
+        "algorithm_long": (
+            "Roost of the package aviary-models with its defaults and its authors' training "
+            "script: message passing between the elements of a formula, weighted by attention. "
+            "No validation data; the weights of the last epoch."
+        ),
+        "bibtex_refs": [
+            "@article{roost, title={Predicting materials properties without crystal structure: "
+            "deep representation learning from stoichiometry}, author={Goodall, Rhys E. A. and "
+            "Lee, Alpha A.}, journal={Nature Communications}, volume={11}, pages={6280}, "
+            "year={2020}}"
+        ],
+    },
+    "crabnet": {
+        "algorithm": "CrabNet",
+        "algorithm_long": (
+            "CrabNet written anew from its paper: self-attention between the elements of a "
+            "formula. A quarter of each training fold is its validation data; what differs from "
+            "the authors' code stands in crabnet.py."
+        ),
+        "bibtex_refs": [
+            "@article{crabnet, title={Compositionally restricted attention-based network for "
+            "materials property predictions}, author={Wang, Anthony Yu-Tung and Kauwe, Steven K. "
+            "and Murdock, Ryan J. and Sparks, Taylor D.}, journal={npj Computational Materials}, "
+            "volume={7}, pages={77}, year={2021}}"
+        ],
+    },
+}
+
+
+def lacking(name: str) -> str | None:
+    """What keeps a peer from being run, as one line; None if nothing does."""
+    if find_spec(PEERS[name]) is None:
+        return f"{name}: {PEERS[name]} is not installed; the extra 'peers' has it"
+    return None
+
+
+def peer_model(name: str, seed: int = 0, **settings: Any) -> Any:
+    """A peer with its published settings, unless told otherwise.
+
+    Parameters
+    ----------
+    name : {"roost", "crabnet"}
+    seed : int
+    settings
+        Of :class:`roost.RoostModel` or :class:`crabnet.CrabNetModel`.
+    """
+    if name == "roost":
+        from roost import RoostModel
+
+        return RoostModel(seed, **settings)
+    from crabnet import CrabNetModel
+
+    return CrabNetModel(seed, **settings)
+
+
+def peer_settings(name: str) -> dict[str, Any]:
+    """What makes the predictions of a peer: a record made by anything else is not taken for one."""
+    if name == "roost":
+        from roost import EPOCHS, VERSION
+
+        return {"encoder": "none", "config": VERSION, "epochs": EPOCHS}
+    from crabnet import EPOCHS, CrabNetConfig
+
+    return {"encoder": "none", "config": str(CrabNetConfig()), "epochs": EPOCHS}
+
+
+def predict_peer_fold(
+    target: Target, split: tuple[np.ndarray, np.ndarray], name: str, seed: int, threads: int = 1
+) -> tuple[np.ndarray, dict[str, Any]]:
+    """Train a peer on the training rows of a fold, and predict its test rows.
+
+    Returns
+    -------
+    predictions : numpy.ndarray, shape (n_test,)
+        In units of the target.
+    params : dict
+        What was chosen: nothing.
+    """
+    torch.set_num_threads(threads)
+    train, test = split
+    model = peer_model(name, seed).fit(dataset_of(target, train))
+    return np.ravel(model.predict(dataset_of(target, test))), {}
+
+
+def labeled(dataset: Dataset) -> LabeledData:
+    """A dataset with every row checked; the losses of both peers have no weights.
+
+    Raises
+    ------
+    InvalidInputError
+        A row that is no graph or has no finite label (names row and id), weights that differ.
+    """
+    data = LabeledData.from_dataset(dataset, 1, False)
+    if len(data.weights.unique()) > 1:
+        raise InvalidInputError("the weights differ, which the losses of Roost and CrabNet lack")
+    return data
+
+
+@contextmanager
+def seeded(seed: int, device: torch.device) -> Iterator[None]:
+    """Draw from the seed within, and leave torch's global generators as they were."""
+    with torch.random.fork_rng([device] if device.type == "cuda" else []):
+        torch.manual_seed(seed)
+        yield

@@ -1,0 +1,203 @@
+"""Roost, a peer that sees formulas only, from the package that its authors maintain.
+
+Goodall, Lee, Nature Communications 11, 6280 (2020), doi:10.1038/s41467-020-19964-7; the package is
+``aviary-models``. Network, loss, optimizer, label normalization, batches and training loop are the
+package's own; nothing of them is written here. The settings:
+
+* sizes of the network, and Matscholar elements that are trained along: the defaults of its class;
+* the robust L1 loss, AdamW at 3e-4 with weight decay 1e-6, batches of 128, 100 epochs: the defaults
+  of the authors' script ``roost-example.py`` as their README calls it, and of their notebook;
+* no validation data, no early stopping, the weights of the last epoch: the script's default too,
+  which calls this "the only valid model to use".
+"""
+
+from __future__ import annotations
+
+import gc
+from collections.abc import Iterator
+from contextlib import contextmanager
+from importlib.metadata import version
+from typing import Any
+
+import numpy as np
+import torch
+from aviary.data import Normalizer
+from aviary.roost.data import collate_batch
+from aviary.roost.model import Roost
+from aviary.utils import initialize_losses, initialize_optim
+from deepchem.data import Dataset
+from peers import labeled, seeded
+from pymatgen.core import Element
+from torch import Tensor
+from torch.utils.data import DataLoader
+
+from polysrl_dc.batches import stoichiometries
+from polysrl_dc.errors import InvalidInputError
+from polysrl_dc.graphs import StoichiometryBatch
+
+EPOCHS = 100
+BATCH_SIZE = 128
+LEARNING_RATE, WEIGHT_DECAY = 3e-4, 1e-6
+VERSION = f"aviary-models {version('aviary-models')}"
+TASK = "target"
+
+
+class RoostModel:
+    """Fit and predict as ``PolySRLModel`` does, for one regression task.
+
+    Parameters
+    ----------
+    seed : int
+        Fixes weights and orders; exactly repeatable on a CPU.
+    epochs : int
+    device : str or torch.device, optional
+        Default: CUDA if there is any.
+    sizes
+        Keyword arguments of ``aviary.roost.model.Roost``, to make it smaller.
+
+    Examples
+    --------
+    >>> import deepchem as dc, numpy as np, polysrl_dc
+    >>> graphs = dc.feat.StoichiometryGraphFeaturizer().featurize(["NaCl", "KCl", "MgO", "CaO"])
+    >>> dataset = dc.data.NumpyDataset(graphs, np.array([8.5, 8.4, 7.8, 7.1]))
+    >>> model = RoostModel(epochs=1, n_graph=1, trunk_hidden=(8,)).fit(dataset)
+    >>> model.predict(dataset).shape
+    (4, 1)
+    """
+
+    def __init__(
+        self,
+        seed: int = 0,
+        epochs: int = EPOCHS,
+        device: str | torch.device | None = None,
+        **sizes: Any,
+    ) -> None:
+        if epochs < 1:
+            raise ValueError(f"epochs is {epochs}: must be at least 1")
+        self.seed, self.epochs, self.sizes = seed, epochs, sizes
+        self.device = torch.device(device or ("cuda" if torch.cuda.is_available() else "cpu"))
+        self._normalizer: Normalizer | None = None
+        with seeded(seed, self.device):
+            self.network = self._untrained()
+
+    def _untrained(self) -> Roost:
+        settings = {"robust": True, "n_targets": [1], "task_dict": {TASK: "regression"}}
+        return Roost(**settings, device=str(self.device), **self.sizes).to(self.device)
+
+    @property
+    def n_parameters(self) -> int:
+        """Trainable weights."""
+        return self.network.num_params
+
+    def fit(self, dataset: Dataset) -> RoostModel:
+        """Train from the initial weights by the package's own loop; returns itself.
+
+        Parameters
+        ----------
+        dataset : dc.data.Dataset
+            X holds stoichiometry graphs, y one column.
+
+        Raises
+        ------
+        InvalidInputError
+            A row that is no graph, has an element that Roost does not know or has no finite label
+            (names row and id), weights that differ, labels that are all the same.
+        FloatingPointError
+            A weight is not finite.
+        KeyboardInterrupt
+            As it came; the package's loop would take it for the end of training.
+        """
+        data = labeled(dataset)
+        targets = data.labels[:, 0]
+        if not torch.std(targets) > 0:
+            raise InvalidInputError("the labels are all the same: there is nothing to learn")
+        with seeded(self.seed, self.device), _spared_garbage():
+            network = self._untrained()
+            loader = self._loader(data.inputs, targets, dataset, BATCH_SIZE, shuffle=True)
+            normalizer = Normalizer()
+            normalizer.fit(targets)
+            optimizer, scheduler = initialize_optim(
+                network, "AdamW", LEARNING_RATE, WEIGHT_DECAY, momentum=0.9, device=self.device
+            )
+            network.fit(
+                loader,
+                val_loader=None,
+                optimizer=optimizer,
+                scheduler=scheduler,
+                epochs=self.epochs,
+                loss_dict=initialize_losses(network.task_dict, {TASK: "L1"}, robust=True),
+                normalizer_dict={TASK: normalizer},
+                model_name="roost",
+                run_id=0,
+                checkpoint=False,
+                verbose=False,
+            )
+        if scheduler.last_epoch < self.epochs:
+            raise KeyboardInterrupt
+        if not all(bool(weight.isfinite().all()) for weight in network.parameters()):
+            raise FloatingPointError("a weight is not finite after training")
+        self.network, self._normalizer = network, normalizer
+        return self
+
+    def predict(self, dataset: Dataset) -> np.ndarray:
+        """Predicted labels, (n, 1), in label units."""
+        return self.predict_uncertainty(dataset)[0]
+
+    def predict_uncertainty(self, dataset: Dataset) -> tuple[np.ndarray, np.ndarray]:
+        """Predicted labels and the standard deviations of their noise, each (n, 1)."""
+        if self._normalizer is None:
+            raise ValueError("the model is not fitted; call fit first")
+        if len(dataset) == 0:
+            raise InvalidInputError("the dataset has no row")
+        formulas = stoichiometries(dataset.X, dataset.ids)
+        no_targets, size = torch.zeros(len(formulas)), 16 * BATCH_SIZE  # of the authors' script
+        loader = self._loader(formulas, no_targets, dataset, size, shuffle=False)
+        with seeded(self.seed, self.device):  # even a loader that does not shuffle draws a number
+            _, (outputs,), _ = self.network.predict(loader)
+        value, log_std = outputs.cpu().unbind(1)
+        mean, std = self._normalizer.denorm(value), log_std.exp() * self._normalizer.std
+        return mean.unsqueeze(1).numpy(), std.unsqueeze(1).numpy()
+
+    def _loader(
+        self,
+        formulas: StoichiometryBatch,
+        targets: Tensor,
+        dataset: Dataset,
+        size: int,
+        shuffle: bool,
+    ) -> DataLoader[Any]:
+        """Batches of the package, with every element checked.
+
+        Its own ``CompositionData`` makes the same samples from strings, but keeps each of them for
+        as long as the process lives, in a cache of the class.
+        """
+        weight = self.network.elem_embedding.weight.detach().cpu()
+        known = torch.zeros(formulas.fractions.shape[1], dtype=torch.bool)
+        known[: len(weight)] = weight.any(1)
+        for row, z in ((formulas.fractions > 0) & ~known).nonzero().tolist():
+            graph = getattr(dataset.X[row], "stoichiometry", dataset.X[row])
+            raise InvalidInputError(
+                f"row {row} (id {dataset.ids[row]}): Roost does not know the element "
+                f"{Element.from_Z(z).symbol} of {graph.formula}"
+            )
+        samples: Any = []
+        for fractions, target in zip(formulas.fractions, targets, strict=True):
+            numbers = fractions.nonzero()[:, 0]
+            places = torch.arange(len(numbers))
+            pairs = places.repeat_interleave(len(places)), places.repeat(len(places))
+            inputs = (fractions[numbers].unsqueeze(1), numbers, *pairs)
+            samples.append((inputs, [target.reshape(1)]))
+        return DataLoader(samples, size, shuffle, collate_fn=collate_batch)
+
+
+@contextmanager
+def _spared_garbage() -> Iterator[None]:
+    """Keep what exists out of the garbage collections within.
+
+    The package's loop collects after each epoch, which takes 0.4 s for the modules alone.
+    """
+    gc.freeze()
+    try:
+        yield
+    finally:
+        gc.unfreeze()

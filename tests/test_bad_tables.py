@@ -1,0 +1,362 @@
+"""Generated tables and datasets through loaders, console and model.
+
+As in test_bad_input: good and bad rows stand in one table, so that a row that is lost, or a label
+that is read for another row, would shift the others.
+"""
+
+import csv
+import json
+from itertools import count
+from pathlib import Path
+
+import deepchem as dc
+import numpy as np
+import pandas as pd
+import pytest
+from drawing import Tally, draw
+from formulas import bad_formulas, written
+from hypothesis import assume, given
+from hypothesis import strategies as st
+from models import make
+
+import polysrl_dc
+from polysrl_dc.batches import LabeledData
+from polysrl_dc.cli import main
+from polysrl_dc.datasets import drop_skipped
+from polysrl_dc.errors import InvalidInputError
+from polysrl_dc.graphs import StoichiometryGraph
+
+#: What pandas takes for a missing or infinite number before a loader of DeepChem sees it.
+NO_TEXT = {"nan", "na", "n/a", "none", "null", "inf", "infinity", ""}
+
+
+@pytest.fixture
+def tally(counts):
+    return Tally(counts)
+
+
+def is_text(formula):
+    return isinstance(formula.given, str) and "\x00" not in formula.given
+
+
+def tables():
+    """Formulas in writing, at least one of them good."""
+    rows = st.lists(written() | bad_formulas().filter(is_text), min_size=1, max_size=8)
+    return rows.filter(lambda drawn: any(accepted(formula) for formula in drawn))
+
+
+def accepted(formula):
+    """Whether the parser takes it, which test_bad_input compares with what it is."""
+    try:
+        polysrl_dc.StoichiometryGraphFeaturizer().featurize(formula.given)
+    except InvalidInputError:
+        return False
+    return True
+
+
+def graph_of(formula):
+    return StoichiometryGraph(np.array(formula.numbers, np.uint8), formula.fractions)
+
+
+# ------------------------------------------------------------------- loaders
+
+
+def from_csv(folder, texts, labels, featurizer):
+    with open(folder / "d.csv", "w", newline="") as file:
+        csv.writer(file).writerows([["name", "formula", "gap"], *zip(count(), texts, labels)])
+    loader = dc.data.CSVLoader(["gap"], featurizer, "formula", "name")
+    return loader.create_dataset(str(folder / "d.csv"), shard_size=3)
+
+
+def from_json(folder, texts, labels, featurizer):
+    rows = zip(count(), texts, labels, strict=False)
+    lines = [json.dumps({"name": i, "formula": f, "gap": y}) for i, f, y in rows]
+    (folder / "d.json").write_text("\n".join(lines))
+    loader = dc.data.JsonLoader(["gap"], "formula", featurizer, "gap", id_field="name")
+    return loader.create_dataset(str(folder / "d.json"), shard_size=3)
+
+
+def from_memory(folder, texts, labels, featurizer):
+    loader = dc.data.InMemoryLoader(["gap"], featurizer)
+    rows = [(text, label, 1.0, row) for row, text, label in zip(count(), texts, labels)]
+    return drop_skipped(loader.create_dataset(rows, shard_size=3))
+
+
+@pytest.mark.parametrize("load", [from_csv, from_json, from_memory])
+def test_loaders_keep_label_and_id(load, deep, tally, tmp_path):
+    @given(tables())
+    def check(drawn):
+        texts = [formula.given for formula in drawn]
+        unread = NO_TEXT if load is not from_memory else set()
+        good = [i for i, f in enumerate(drawn) if accepted(f) and f.given.lower() not in unread]
+        bad = sorted(set(range(len(drawn))) - set(good))
+        assume(good)
+        labels = [0.5 * i for i in range(len(drawn))]
+        featurizer = polysrl_dc.StoichiometryGraphFeaturizer(on_error="skip")
+        with tally.inputs(len(drawn)):
+            dataset = load(tmp_path, texts, labels, featurizer)
+            assert [int(name) for name in dataset.ids] == good
+            np.testing.assert_array_equal(np.ravel(dataset.y).astype(float), 0.5 * np.array(good))
+            for row, graph in zip(good, dataset.X, strict=True):
+                assert graph.numbers.tolist() == drawn[row].numbers
+            tally.right(len(good))
+            if bad:
+                named = "" if load is from_memory else f"^row {bad[0]}: "
+                with pytest.raises(InvalidInputError, match=named):
+                    load(tmp_path, texts, labels, polysrl_dc.StoichiometryGraphFeaturizer())
+            tally.refused(len(bad))
+
+    draw(check, deep, few=6, many=120)
+
+
+# -------------------------------------------------------------------- console
+
+
+WRITERS = {
+    "csv": lambda frame, path: frame.to_csv(path, index=False, lineterminator="\n"),
+    "parquet": lambda frame, path: frame.set_index("name").to_parquet(path),
+    "json": lambda frame, path: frame.to_json(path, orient="records"),
+}
+
+
+def run(arguments, capsys):
+    """Exit status, what was printed, and the last line of the errors."""
+    capsys.readouterr()
+    status = main(arguments)
+    captured = capsys.readouterr()
+    assert "Traceback" not in captured.err
+    return status, captured.out, (captured.err.strip().splitlines() or [""])[-1]
+
+
+@pytest.mark.parametrize("kind", WRITERS)
+def test_the_console_keeps_every_row_or_names_it(kind, deep, tally, tmp_path, capsys):
+    table, output = str(tmp_path / f"t.{kind}"), tmp_path / "out.parquet"
+
+    @given(tables())
+    def check(drawn):
+        frame = pd.DataFrame({"name": [f"n{i}" for i in range(len(drawn))], "note": "é, \"x\""})
+        frame["composition"] = [formula.given for formula in drawn]
+        WRITERS[kind](frame, table)
+        good = [i for i, formula in enumerate(drawn) if accepted(formula)]
+        bad = sorted(set(range(len(drawn))) - set(good))
+        command = ["embed", "--input", table, "--column", "composition", "--output", str(output)]
+        output.unlink(missing_ok=True)
+        with tally.inputs(len(drawn)):
+            if bad:
+                status, out, error = run(command, capsys)
+                assert (status, out, output.exists()) == (2, "", False)
+                assert f"row {bad[0]}: " in error and repr(drawn[bad[0]].given)[:15] in error
+            tally.refused(len(bad))
+            assert run([*command, "--on-error", "skip"], capsys)[0] == 0
+            found = pd.read_parquet(output)
+            assert found["name"].tolist() == [f"n{i}" for i in good]
+            assert found["composition"].tolist() == [drawn[i].given for i in good]
+            model = dc.models.PolySRLModel.from_pretrained("polysrl-mp")
+            graphs = np.array([graph_of(drawn[i]) for i in good], dtype=object)
+            expected = model.predict_embedding(dc.data.NumpyDataset(graphs))
+            columns = [f"embedding_{i}" for i in range(expected.shape[1])]
+            np.testing.assert_allclose(found[columns], expected, atol=1e-5)
+            assert (found["polymorphism"] > 0).all() and (found["note"] == "é, \"x\"").all()
+            tally.right(len(good))
+
+    draw(check, deep, few=3, many=60)
+
+
+LABELS = {"2.5": 2.5, "-1e3": -1000.0, "0": 0.0, "": None, "nan": None}
+NO_LABELS = ["large", "1,5", "1_0", "inf", "-inf", "1e+30", "0x1", "2020-01-01", "é", "None?"]
+
+
+def test_the_console_trains_on_every_label_or_names_it(deep, tally, tmp_path, capsys):
+    @given(st.lists(st.sampled_from([*LABELS, *LABELS, *NO_LABELS]), min_size=1, max_size=5))
+    def check(labels):
+        path, model = str(tmp_path / "t.csv"), str(tmp_path / "model")
+        with open(path, "w", newline="") as file:
+            rows = zip(["NaCl", "NaN", "InF", "KCl", "LiF"], labels, strict=False)
+            csv.writer(file).writerows([["formula", "gap"], *rows])
+        command = ["train", "--input", path, "--target", "gap", "--output-dir", model]
+        bad = [i for i, label in enumerate(labels) if label in NO_LABELS]
+        with tally.inputs(len(labels)):
+            status, _, error = run([*command, "--epochs", "1", "--pretrained", "none"], capsys)
+            if bad:
+                unread = [i for i in bad if labels[i] not in ("inf", "-inf", "1e+30")]
+                named = (unread or bad)[0]  # text is found while reading, the others when training
+                assert status == 2 and f"row {named}" in error and labels[named][:3] in error
+                tally.refused(len(labels))
+            elif all(LABELS[label] is None for label in labels):
+                assert status == 2 and "weights are zero" in error
+                tally.refused(len(labels))
+            else:
+                assert status == 0, error
+                tally.right(len(labels))
+
+    draw(check, deep, few=6, many=60)
+
+
+def test_tables_with_fields_too_many_or_names_taken(tmp_path, capsys):
+    path = tmp_path / "t.csv"
+    path.write_text("formula,gap\nKCl,NaCl,2\nLiF,NaF,3\n")  # pandas makes an index of the first
+    status, _, error = run(["embed", "--input", str(path)], capsys)
+    assert status == 2 and "more fields" in error
+    for column in ("polymorphism", "embedding_7"):
+        path.write_text(f"formula,{column}\nNaCl,2\n")
+        status, out, error = run(["embed", "--input", str(path)], capsys)
+        assert status == 2 and repr(column) in error and out == ""
+    frame = pd.DataFrame({"formula": ["NaCl", "KCl"]}, index=[7, 7])  # an index that repeats itself
+    frame.to_parquet(tmp_path / "t.parquet")
+    status, out, _ = run(["embed", "--input", str(tmp_path / "t.parquet")], capsys)
+    assert status == 0 and len(out.splitlines()) == 3
+    path.write_bytes(b"formula\nNa\0Cl\n")  # pandas reads Na
+    status, out, error = run(["embed", "--input", str(path)], capsys)
+    assert status == 2 and "zero" in error and out == ""
+    path.write_text("formula,gap\nNaCl,2\nNa2Cl2,3\n")
+    command = ["train", "--input", str(path), "--target", "gap", "--hold-out", "0.5"]
+    status, _, error = run([*command, "--output-dir", str(tmp_path / "m")], capsys)
+    assert status == 2 and "hold-out" in error and not Path(tmp_path / "m").exists()
+
+
+# ---------------------------------------------------------------------- folds
+
+
+def test_folds_hold_every_row_once_with_its_label(deep, tally):
+    """Also folds of one row, and formulas that are written in several ways."""
+
+    @given(st.lists(written().filter(accepted), min_size=2, max_size=8), st.integers(0, 99))
+    def check(drawn, seed):
+        rows = drawn + drawn[: seed % len(drawn)]
+        graphs = polysrl_dc.StoichiometryGraphFeaturizer().featurize([f.given for f in rows])
+        groups = len({graph.formula for graph in graphs})
+        assume(groups > 1)
+        names = [f"mp-{row}" for row in range(len(rows))]
+        dataset = dc.data.NumpyDataset(graphs, np.arange(len(rows)), ids=names)
+        k = 2 + seed % (groups - 1)
+        with tally.inputs(len(rows)):
+            folds = dc.splits.StoichiometrySplitter().k_fold_split(dataset, k, seed=seed)
+            tested = np.concatenate([test.y for _, test in folds])
+            assert sorted(tested) == list(range(len(rows))) and len(folds) == k
+            for train, test in folds:
+                assert len(train) + len(test) == len(rows) and len(test) > 0
+                assert not {g.formula for g in train.X} & {g.formula for g in test.X}
+                for graph, label, name in zip(test.X, test.y, test.ids, strict=True):
+                    assert graph is graphs[label] and name == f"mp-{label}"
+            tally.right(len(rows))
+
+    draw(check, deep, few=15, many=200)
+
+
+# ------------------------------------------------------- datasets for the model
+
+
+def _set(array, row, value):
+    array = array.astype(object)
+    array[row] = value
+    return array
+
+
+def _masked(y, row):
+    mask = np.zeros(y.shape, bool)
+    mask[row] = True
+    return np.ma.masked_array(y, mask)
+
+
+def _bad_graph(X, row, numbers, fractions):
+    return _set(X, row, StoichiometryGraph(np.array(numbers, np.uint8), np.array(fractions)))
+
+
+#: Change of X, y, w and ids in one row; all of them keep their meaning.
+GOOD = {
+    "as it is": lambda X, y, w, ids, row: (X, y, w, ids),
+    "single precision": lambda X, y, w, ids, row: (X, y.astype(np.float32), w, ids),
+    "text": lambda X, y, w, ids, row: (X, y.astype(str), w, ids),
+    "objects": lambda X, y, w, ids, row: (X, y.astype(object), w.astype(object), ids),
+    "Fortran order": lambda X, y, w, ids, row: (X, np.asfortranarray(y), w, ids),
+    "big endian": lambda X, y, w, ids, row: (X, y.astype(">f8"), w.astype(">f4"), ids),
+    "tiny weights": lambda X, y, w, ids, row: (X, y, w * 1e-200, ids),
+    "huge weights": lambda X, y, w, ids, row: (X, y, w * 1e200, ids),
+    "one column of weights": lambda X, y, w, ids, row: (X, y, w[:, :1], ids),
+    "missing NaN": lambda X, y, w, ids, row: (X, _set(y, row, np.nan), _set(w, row, 0), ids),
+    "missing masked": lambda X, y, w, ids, row: (X, _masked(y, row), _set(w, row, 0), ids),
+    "repeated ids": lambda X, y, w, ids, row: (X, y, w, np.full(len(ids), "a", dtype=object)),
+}
+AT_ROW = r"^row {row} \(id mp-{row}\)"
+#: The same, with the error that must follow.
+BAD = {
+    "NaN label": (lambda X, y, w, ids, row: (X, _set(y, row, np.nan), w, ids), AT_ROW),
+    "infinite label": (lambda X, y, w, ids, row: (X, _set(y, row, -np.inf), w, ids), AT_ROW),
+    "label too large": (lambda X, y, w, ids, row: (X, _set(y, row, 1e30), w, ids), AT_ROW),
+    "None as label": (lambda X, y, w, ids, row: (X, _set(y, row, None), w, ids), AT_ROW),
+    "text as label": (lambda X, y, w, ids, row: (X, _set(y, row, "high"), w, ids), AT_ROW),
+    "too large": (lambda X, y, w, ids, row: (X, _set(y, row, 10**400), w, ids), AT_ROW),
+    "masked label": (lambda X, y, w, ids, row: (X, _masked(y, row), w, ids), AT_ROW),
+    "complex label": (lambda X, y, w, ids, row: (X, _set(y, row, 1j), w, ids), AT_ROW),
+    "complex labels": (lambda X, y, w, ids, row: (X, y + 1j, w, ids), r"^row 0 \(id mp-0\)"),
+    "dates": (lambda X, y, w, ids, row: (X, y.astype("M8[s]"), w, ids), r"^row 0 \(id mp-0\)"),
+    "negative weight": (lambda X, y, w, ids, row: (X, y, _set(w, row, -1), ids), AT_ROW),
+    "NaN weight": (lambda X, y, w, ids, row: (X, y, _set(w, row, np.nan), ids), AT_ROW),
+    "infinite weight": (lambda X, y, w, ids, row: (X, y, _set(w, row, np.inf), ids), AT_ROW),
+    "text as weight": (lambda X, y, w, ids, row: (X, y, _set(w, row, "much"), ids), AT_ROW),
+    "no weight at all": (lambda X, y, w, ids, row: (X, y, 0 * w, ids), "weights are zero"),
+    "label too few": (lambda X, y, w, ids, row: (X, np.delete(y, row, 0), w, ids), "lengths|row"),
+    "label too many": (lambda X, y, w, ids, row: (X, np.repeat(y, 2, 0), w, ids), "lengths"),
+    "row too few": (lambda X, y, w, ids, row: (np.delete(X, row), y, w, ids), "lengths"),
+    "weight too few": (lambda X, y, w, ids, row: (X, y, np.delete(w, row, 0), ids), "lengths"),
+    "weight too many": (lambda X, y, w, ids, row: (X, y, np.repeat(w, 2, 0), ids), "lengths"),
+    "id too few": (lambda X, y, w, ids, row: (X, y, w, np.delete(ids, row)), "lengths"),
+    "column too many": (lambda X, y, w, ids, row: (X, np.c_[y, y], w, ids), "columns"),
+    "weights too wide": (lambda X, y, w, ids, row: (X, y, np.c_[w, w, w, w], ids), "columns"),
+    "text as graph": (lambda X, y, w, ids, row: (_set(X, row, "NaCl"), y, w, ids), AT_ROW),
+    "None as graph": (lambda X, y, w, ids, row: (_set(X, row, None), y, w, ids), AT_ROW),
+    "failed graph": (lambda X, y, w, ids, row: (_set(X, row, np.array([])), y, w, ids), AT_ROW),
+    "NaN fraction": (
+        lambda X, y, w, ids, row: (_bad_graph(X, row, [8, 26], [0.5, np.nan]), y, w, ids), AT_ROW
+    ),
+    "percent": (
+        lambda X, y, w, ids, row: (_bad_graph(X, row, [8, 26], [60.0, 40.0]), y, w, ids), AT_ROW
+    ),
+    "no embedding": (
+        lambda X, y, w, ids, row: (_bad_graph(X, row, [104], [1.0]), y, w, ids), AT_ROW
+    ),
+}  # fmt: skip
+
+
+@pytest.mark.filterwarnings("ignore:.*encountered in cast")
+def test_the_model_fits_what_is_right_and_refuses_the_rest(deep, tally):
+    @given(
+        st.lists(written().filter(accepted), min_size=1, max_size=6),
+        st.integers(1, 2),
+        st.sampled_from([*GOOD, *BAD]),
+        st.integers(0, 2**32 - 1),
+    )
+    def check(drawn, n_tasks, kind, seed):
+        rng, n = np.random.default_rng(seed), len(drawn)
+        X = np.empty(n, dtype=object)
+        X[:] = [graph_of(formula) for formula in drawn]
+        y, w = rng.integers(-99, 99, (n, n_tasks)) / 4, rng.integers(1, 9, (n, n_tasks)) / 8
+        ids, row = np.array([f"mp-{i}" for i in range(n)], dtype=object), int(rng.integers(n))
+        change, words = (GOOD[kind], None) if kind in GOOD else BAD[kind]
+        given_y, given_w = change(X, y, w, ids, row)[1:3]
+        dataset = dc.data.NumpyDataset(*change(X, y, w, ids, row))
+        model = make(n_tasks=n_tasks)
+        if kind in GOOD and not given_w.astype(float).any():
+            words = "weights are zero"
+        with tally.inputs(n):
+            if words is not None:
+                with pytest.raises(InvalidInputError, match=words.format(row=row)):
+                    model.fit(dataset, nb_epoch=1, checkpoint_interval=0)
+                tally.refused(n)
+                return
+            data = LabeledData.from_dataset(dataset, n_tasks, False)
+            known = np.broadcast_to(given_w.astype(float) > 0, y.shape)
+            np.testing.assert_array_equal(data.labels, np.where(known, y, 0))
+            columns = given_w.shape[1]
+            expected = np.where(known, np.broadcast_to(w[:, :columns], y.shape), 0)
+            np.testing.assert_allclose(data.weights, expected / expected.max(), rtol=1e-6)
+            for i, formula in enumerate(drawn):
+                assert np.flatnonzero(data.inputs.fractions[i]).tolist() == formula.numbers
+            assert given_y.shape == y.shape
+            model.fit(dataset, nb_epoch=1, checkpoint_interval=0)
+            mean, std = model.predict_uncertainty(dataset)
+            assert mean.shape == std.shape == (n, n_tasks)
+            assert np.isfinite(mean).all() and (std > 0).all() and np.isfinite(std).all()
+            tally.right(n)
+
+    draw(check, deep, few=60, many=600)
