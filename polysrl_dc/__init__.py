@@ -11,6 +11,7 @@ from polysrl_dc import datasets
 from polysrl_dc.callbacks import EarlyStopping
 from polysrl_dc.config import PolySRLConfig
 from polysrl_dc.datasets import PolymorphDataset, StoichiometrySplitter
+from polysrl_dc.domain import Domain
 from polysrl_dc.errors import InvalidInputError
 from polysrl_dc.featurizers import StoichiometryGraphFeaturizer, StructureGraphFeaturizer
 from polysrl_dc.model import PolySRLModel
@@ -18,6 +19,7 @@ from polysrl_dc.model import PolySRLModel
 __version__ = "0.1.0"
 
 __all__ = [
+    "Domain",
     "EarlyStopping",
     "InvalidInputError",
     "PolySRLConfig",

@@ -166,20 +166,41 @@ class PropertyNetwork(nn.Module):
         per_member = (losses * weights).sum((1, 2)) / weights.sum((1, 2)).clamp_min(1e-12)
         return per_member.sum()
 
-    def forward(self, batch: StoichiometryBatch) -> tuple[Tensor, Tensor]:
+    def forward(
+        self, batch: StoichiometryBatch, noise: Tensor | None = None
+    ) -> tuple[Tensor, Tensor]:
         """Predictive mean and variance, each (n_graphs, n_tasks), in label units.
 
         Regression: mean over members; variance = variance between members + mean over members of
         the Laplace variance 2 b². Classification: probability of class 1 and p (1 - p).
+
+        Parameters
+        ----------
+        batch : StoichiometryBatch
+        noise : torch.Tensor, shape (n_samples, F), optional
+            Regression: standard normal. The variance is then that over members and samples
+            z_mu + sigma * noise of each member's Gaussian. The mean stays that of z_mu.
         """
         location, log_scale = self.outputs(self.embed(batch))
+        mean = location.mean(0)
         if self.classification:
             probability = torch.sigmoid(location).mean(0)
             return probability, probability * (1 - probability)
+        if noise is not None:
+            location, log_scale = self._sampled_outputs(batch, noise)
         variance = location.var(0, unbiased=False)
         if self.heteroscedastic:
             variance = variance + (2 * torch.exp(2 * log_scale)).mean(0)
-        return location.mean(0) * self.label_std + self.label_mean, variance * self.label_std**2
+        return mean * self.label_std + self.label_mean, variance * self.label_std**2
+
+    def _sampled_outputs(self, batch: StoichiometryBatch, noise: Tensor) -> tuple[Tensor, Tensor]:
+        """Outputs of members and samples, each (n_ensemble * n_samples, n_graphs, n_tasks)."""
+        gaussians = [cast(StoichiometryEncoder, encoder)(batch) for encoder in self.encoders]
+        means, log_sigmas = (torch.stack(part) for part in zip(*gaussians, strict=True))
+        sigmas = log_sigmas.exp()
+        samples = [self.outputs(means + sigmas * draw) for draw in noise]
+        locations, log_scales = zip(*samples, strict=True)
+        return torch.cat(locations), torch.cat(log_scales)
 
 
 def _apply(heads: nn.ModuleList, embeddings: Tensor) -> Tensor:

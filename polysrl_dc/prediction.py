@@ -68,12 +68,15 @@ class PredictingModel(PersistentModel):
             raise InvalidInputError("the dataset has no row")
         return results
 
-    def _mean_and_variance(self, dataset: Dataset) -> tuple[np.ndarray, np.ndarray]:
+    def _mean_and_variance(
+        self, dataset: Dataset, noise: Tensor | None = None
+    ) -> tuple[np.ndarray, np.ndarray]:
         if self.settings["task"] == "pretraining":
             raise ValueError("a pretraining model has no labels to predict")
         if not self.model.fitted:
             raise ValueError("the model is not fitted; call fit or restore first")
-        means, variances = zip(*self._map(dataset, self.model), strict=True)
+        found = self._map(dataset, lambda batch: self.model(batch, noise))
+        means, variances = zip(*found, strict=True)
         return torch.cat(means).cpu().numpy(), torch.cat(variances).cpu().numpy()
 
     def predict(
@@ -101,31 +104,63 @@ class PredictingModel(PersistentModel):
             raise ValueError("output_types must be None; see predict_embedding")
         return undo_transforms(self._mean_and_variance(dataset)[0], list(transformers))
 
-    def predict_uncertainty(self, dataset: Dataset, masks: None = None) -> Any:
+    def predict_uncertainty(
+        self, dataset: Dataset, masks: None = None, n_samples: int = 0
+    ) -> tuple[np.ndarray, np.ndarray]:
         """Predict labels and the standard deviation of each.
 
-        The variance is that between the members of the ensemble plus, with a heteroscedastic
-        head, the mean variance of their Laplace distributions. It is not calibrated: compare it
-        with the errors on validation data. For classification it is p (1 - p).
+        The variance follows the law of total variance: that between the members of the ensemble
+        and, with ``n_samples``, between samples of the formula's Gaussian N(z_mu, sigma²), plus the
+        mean over both of what a heteroscedastic head predicts, the variance of a Laplace
+        distribution. It is not calibrated: compare it with the errors on validation data, as
+        ``benchmarks/calibration.py`` does. For classification it is p (1 - p).
 
         Parameters
         ----------
         dataset : dc.data.Dataset
         masks : None
             DeepChem's dropout masks; there is no dropout here.
+        n_samples : int
+            Samples of the Gaussian of each formula, for regression: what the polymorphs that it
+            may have add to the variance. They come from a fixed seed and are the same for all
+            rows, so a row does not depend on the others. 0: none, the representation is certain.
 
         Returns
         -------
         mean, std : numpy.ndarray, each of shape (n, n_tasks)
-            In label units.
+            In label units. The mean is that of :meth:`predict`, with samples or without.
+
+        Raises
+        ------
+        ValueError
+            Nothing here makes a variance, ``n_samples`` is negative or meant for classification,
+            or the model is not fitted.
+
+        Examples
+        --------
+        >>> import deepchem as dc, polysrl_dc
+        >>> graphs = dc.feat.StoichiometryGraphFeaturizer().featurize(["NaCl", "KCl", "MgO"])
+        >>> dataset = dc.data.NumpyDataset(graphs, np.array([8.5, 8.4, 7.8]))
+        >>> model = dc.models.PolySRLModel(freeze_encoder=True)
+        >>> loss = model.fit(dataset, nb_epoch=2)
+        >>> mean, std = model.predict_uncertainty(dataset, n_samples=16)
+        >>> mean.shape, std.shape
+        ((3, 1), (3, 1))
         """
         if masks is not None:
             raise ValueError("masks must be None: the uncertainty does not come from dropout")
-        if not (self.model.heteroscedastic or self.model.classification) and (
+        if n_samples < 0 or (n_samples and self.model.classification):
+            raise ValueError(f"n_samples is {n_samples}: must be 0, or for regression more")
+        if not (self.model.heteroscedastic or self.model.classification or n_samples) and (
             self.settings["n_ensemble"] < 2
         ):
-            raise ValueError("needs a heteroscedastic configuration or n_ensemble > 1")
-        mean, variance = self._mean_and_variance(dataset)
+            raise ValueError("needs a heteroscedastic configuration, n_ensemble > 1 or n_samples")
+        noise = None
+        if n_samples:
+            generator = torch.Generator().manual_seed(0)
+            noise = torch.randn(n_samples, self.config.n_features, generator=generator)
+            noise = noise.to(self.device)
+        mean, variance = self._mean_and_variance(dataset, noise)
         return mean, np.sqrt(variance)
 
     def predict_embedding(self, dataset: Dataset) -> np.ndarray:
@@ -144,7 +179,7 @@ class PredictingModel(PersistentModel):
         """Uncertainty due to polymorphism, shape (n,): geometric mean of the variances, eq. 12."""
 
         def variance(batch: StoichiometryBatch) -> Tensor:
-            log_sigmas = torch.stack([encoder(batch)[1] for encoder in self.model.encoders])
+            log_sigmas = torch.stack([encoder.log_sigma(batch) for encoder in self.model.encoders])
             return torch.exp(2 * log_sigmas.mean((0, 2)))
 
         return torch.cat(self._map(dataset, variance)).cpu().numpy()

@@ -1,5 +1,7 @@
 """Probabilistic stoichiometry encoder f^a (Section 4.2, Appendix B.2)."""
 
+from collections.abc import Iterator
+
 import torch
 from torch import Tensor, nn
 from torch.nn import functional
@@ -94,15 +96,21 @@ class StoichiometryEncoder(nn.Module):
         log_sigma : torch.Tensor, shape (n_graphs, F)
             Natural logarithm of the standard deviation, eq. 12.
         """
-        elements, graphs, pooled = self._pooled(batch.fractions)
-        log_sigma = self.sigma_pooling(batch.fractions, elements, graphs)
-        return self._mean(batch.fractions, elements, graphs, pooled), (
-            self.sigma_output(log_sigma) + pooled + self.config.log_sigma_shift
-        )
+        parts = self._pooled(batch.fractions)
+        return self._mean(batch.fractions, *parts), self._log_sigma(batch.fractions, *parts)
 
     def mean(self, batch: StoichiometryBatch) -> Tensor:
         """The representation alone, shape (n_graphs, F); half the cost of :meth:`forward`."""
         return self._mean(batch.fractions, *self._pooled(batch.fractions))
+
+    def log_sigma(self, batch: StoichiometryBatch) -> Tensor:
+        """The logarithm of the standard deviation alone, shape (n_graphs, F)."""
+        return self._log_sigma(batch.fractions, *self._pooled(batch.fractions))
+
+    def variance_parameters(self) -> Iterator[nn.Parameter]:
+        """The weights that only the standard deviation depends on."""
+        yield from self.sigma_pooling.parameters()
+        yield from self.sigma_output.parameters()
 
     def _pooled(self, fractions: Tensor) -> tuple[Tensor, Tensor, Tensor]:
         """Elements and graphs of :meth:`embed_elements`, and z^a, the fraction-weighted sum."""
@@ -112,6 +120,12 @@ class StoichiometryEncoder(nn.Module):
     def _mean(self, fractions: Tensor, elements: Tensor, graphs: Tensor, pooled: Tensor) -> Tensor:
         mean = self.mean_output(self.mean_pooling(fractions, elements, graphs)) + pooled
         return functional.normalize(self.mean_norm(mean), dim=-1)
+
+    def _log_sigma(
+        self, fractions: Tensor, elements: Tensor, graphs: Tensor, pooled: Tensor
+    ) -> Tensor:
+        read = self.sigma_output(self.sigma_pooling(fractions, elements, graphs))
+        return read + pooled + self.config.log_sigma_shift
 
 
 def _convolution(width: int, init: str) -> nn.Linear:

@@ -1,0 +1,127 @@
+"""Whether predictions are worse for formulas that lie far from a reference.
+
+    python benchmarks/domain.py --data-dir DATA
+
+Two references: the formulas that a fold was trained on, and the stoichiometries of the encoder's
+pretraining. The errors are those of the shipped encoder in the representation protocol, the mean
+over the seeds of its records. Writes ``domain.csv``.
+"""
+
+from __future__ import annotations
+
+import argparse
+import warnings
+from pathlib import Path
+
+import numpy as np
+import pandas as pd
+import torch
+from folds import write_atomic
+from paper_records import load_record
+from scipy.stats import spearmanr
+from targets import Target, wetlab_targets
+from tasks import find_data_dir
+
+from polysrl_dc import Domain, PolymorphDataset, PolySRLModel
+from polysrl_dc.domain import OutsideDomainWarning
+
+
+def absolute_errors(target: Target, output_dir: Path) -> np.ndarray:
+    """Mean absolute error of each row over the recorded seeds, (n,), on the reporting scale.
+
+    Raises
+    ------
+    FileNotFoundError
+        No seed is recorded.
+    """
+    records = [load_record(output_dir, "wetlab", "polysrl", "representation", i) for i in range(3)]
+    found = [np.abs(rec[target.name][0] - target.values) for rec in records if target.name in rec]
+    if not found:
+        raise FileNotFoundError(f"no record of polysrl, representation, {target.name}")
+    return np.mean(found, axis=0) * target.scale
+
+
+def by_distance(distance: np.ndarray, outside: np.ndarray, errors: np.ndarray) -> dict[str, float]:
+    """How errors go with the distance to the nearest formula of the reference.
+
+    Parameters
+    ----------
+    distance, errors : numpy.ndarray, shape (n,)
+    outside : numpy.ndarray, shape (n,), bool
+
+    Returns
+    -------
+    dict
+        ``spearman`` and its ``p``, mean errors ``inside``, ``outside``, of the ``nearest`` and the
+        ``farthest`` quarter; NaN where there is no row.
+
+    Examples
+    --------
+    >>> far = np.array([False, False, True])
+    >>> by_distance(np.array([0.0, 0.1, 0.9]), far, np.array([1.0, 2.0, 6.0]))["outside"]
+    6.0
+    """
+
+    def mean(rows: np.ndarray) -> float:
+        return float(errors[rows].mean()) if rows.any() else np.nan
+
+    test = spearmanr(distance, errors)
+    return {
+        "n": len(errors),
+        "n_outside": int(outside.sum()),
+        "spearman": test.statistic,
+        "p": test.pvalue,
+        "inside": mean(~outside),
+        "outside": mean(outside),
+        "nearest": mean(distance <= np.quantile(distance, 0.25)),
+        "farthest": mean(distance >= np.quantile(distance, 0.75)),
+    }
+
+
+def to_training_formulas(model: PolySRLModel, target: Target) -> tuple[np.ndarray, np.ndarray]:
+    """Distance of each row to the formulas its fold was trained on, and whether it is outside."""
+    distance, outside = np.empty(len(target.values)), np.empty(len(target.values), bool)
+    for train, test in target.splits():
+        found = Domain(model, target.formulas[train]).query(target.formulas[test], k=1)
+        distance[test], outside[test] = found["distance"], found["outside"]
+    return distance, outside
+
+
+def main(argv: list[str] | None = None) -> None:
+    """Measure and print."""
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    add = parser.add_argument
+    add("--data-dir", help="layout of the shared data; or POLYSRL_DATA")
+    add("--cache-dir", help="of packed structures; or POLYSRL_CACHE")
+    add("--output-dir", type=Path, default=Path("benchmarks"), help="with the records")
+    add("--threads", type=int, default=1)
+    arguments = parser.parse_args(argv)
+    if (data_dir := find_data_dir(arguments.data_dir)) is None:
+        parser.error("no data: pass --data-dir or set POLYSRL_DATA")
+    torch.set_num_threads(arguments.threads)
+    warnings.simplefilter("ignore", OutsideDomainWarning)  # they are counted
+    model = PolySRLModel.from_pretrained("polysrl-mp")
+    path = Path(data_dir) / "mp" / "structures.parquet"
+    structures = PolymorphDataset(path, on_error="skip", cache_dir=arguments.cache_dir)
+    pretraining = Domain(model, structures)
+    rows = []
+    for target in wetlab_targets(data_dir):
+        errors = absolute_errors(target, arguments.output_dir)
+        found = pretraining.query(target.formulas, k=1)
+        pairs = {
+            "training formulas": to_training_formulas(model, target),
+            "pretraining": (found["distance"].to_numpy(), found["outside"].to_numpy()),
+        }
+        rows += [
+            {"reference": name, "target": target.name, **by_distance(*pair, errors)}
+            for name, pair in pairs.items()
+        ]
+    table = pd.DataFrame(rows).sort_values("reference", ascending=False, kind="stable")
+    print(table.round(3).to_markdown(index=False))
+    write_atomic(
+        arguments.output_dir / "domain.csv", table.to_csv(index=False, float_format="%.4g").encode()
+    )
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,225 @@
+"""What the variance of a formula's Gaussian means: Figures 4, 5 and 10 of the paper.
+
+    python benchmarks/uncertainty.py --data-dir DATA --encoders before=runs/polysrl polysrl-mp
+
+For each encoder: uncertainty against the number of known structures (Figure 4a), of pure and impure
+thermoelectrics (4b), of named formulas beside their structures (5, F.6), and by the error of band
+gaps (10a), each with the statistic of its trend. Writes ``uncertainty.csv``,
+``uncertainty_cases.csv`` and figures; ``UNCERTAINTY.md`` quotes them.
+"""
+
+from __future__ import annotations
+
+import argparse
+from pathlib import Path
+
+import deepchem as dc
+import numpy as np
+import pandas as pd
+import torch
+from folds import write_atomic
+from paper_records import load_record
+from polymorphs import (
+    crystal_systems,
+    distinct_structures,
+    is_impure,
+    structure_counts,
+    structures_of,
+)
+from pretrain import split
+from scipy.stats import mannwhitneyu, spearmanr
+from targets import Target, wetlab_targets
+from tasks import find_data_dir
+from uncertainty_figures import count_figure, group_figure, save
+
+from polysrl_dc import PolymorphDataset, PolySRLModel, StoichiometryGraphFeaturizer
+from polysrl_dc.stoichiometry import parse_formula
+
+#: Formulas that Section 5.3 and Appendix F.6 of the paper discuss.
+CASES = ("HgCl", "CaS", "ScN", "AgSO4", "ZrC", "NdF2", "NaI", "AlP")
+THERMOELECTRICS = {"300 K": "estm300_seebeck", "600 K": "estm600_seebeck"}
+#: Counts of structures that have a bar of their own; the last one stands for more, too.
+MOST = 7
+
+
+def uncertainties(model: PolySRLModel, formulas: list[str]) -> np.ndarray:
+    """Geometric mean of the standard deviations (eq. 12) of each formula, shape (n,)."""
+    graphs = StoichiometryGraphFeaturizer().featurize(formulas)
+    return np.sqrt(model.predict_polymorphism(dc.data.NumpyDataset(graphs)))
+
+
+def above(larger: np.ndarray, smaller: np.ndarray) -> dict[str, float]:
+    """One-sided Mann-Whitney test that the first sample lies above the second.
+
+    Returns
+    -------
+    dict
+        ``n``, ``n_other``, ``statistic`` (chance that a value of the first exceeds one of the
+        second), ``p``; ``mean`` and ``mean_other`` are those of the natural logarithm.
+
+    Examples
+    --------
+    >>> above(np.array([2.0, 3.0]), np.array([1.0]))["statistic"]
+    1.0
+    """
+    test = mannwhitneyu(larger, smaller, alternative="greater")
+    return {
+        "n": len(larger),
+        "n_other": len(smaller),
+        "statistic": test.statistic / (len(larger) * len(smaller)),
+        "p": test.pvalue,
+        "mean": float(np.log(larger).mean()),
+        "mean_other": float(np.log(smaller).mean()),
+    }
+
+
+def rising(counts: np.ndarray, sigma: np.ndarray) -> dict[str, float]:
+    """Spearman's correlation of uncertainty and number of structures, one or more."""
+    known = counts > 0
+    test = spearmanr(counts[known], sigma[known])
+    return {"n": int(known.sum()), "statistic": test.statistic, "p": test.pvalue}
+
+
+def trends(
+    model: PolySRLModel, known: pd.Series, held_out: np.ndarray, targets: dict[str, Target]
+) -> pd.DataFrame:
+    """Every trend of Figure 4 for an encoder: a row each, with its statistic.
+
+    Parameters
+    ----------
+    model : PolySRLModel
+    known : pandas.Series
+        Formula of each known structure.
+    held_out : numpy.ndarray
+        Those formulas that the encoder has not been trained on.
+    targets : dict
+        By name.
+    """
+    formulas = list(targets["band_gap"].formulas)
+    counts, sigma = structure_counts(formulas, known), uncertainties(model, formulas)
+    sizes = np.array([len(parse_formula(formula)[0]) for formula in formulas])
+    rows = {
+        "band gap: rising with the number of structures": rising(counts, sigma),
+        "band gap: several structures above one": above(sigma[counts > 1], sigma[counts == 1]),
+        "band gap: no known structure above one": above(sigma[counts == 0], sigma[counts == 1]),
+    }
+    for size in (2, 3, 4):
+        of_size = sizes == size
+        rows[f"band gap: rising, {size} elements"] = rising(counts[of_size], sigma[of_size])
+    unseen = structure_counts(held_out, known), uncertainties(model, list(held_out))
+    rows["held-out stoichiometries: rising with the number of structures"] = rising(*unseen)
+    for kelvin, name in THERMOELECTRICS.items():
+        formulas = list(targets[name].formulas)
+        sigma = uncertainties(model, formulas)
+        impure = np.array([is_impure(formula) for formula in formulas])
+        rows[f"ESTM {kelvin}: impure above pure"] = above(sigma[impure], sigma[~impure])
+    return pd.DataFrame(rows).T.rename_axis("trend").reset_index()
+
+
+def cases(model: PolySRLModel, path: Path, known: pd.Series, formulas: list[str]) -> pd.DataFrame:
+    """The named formulas, and the most and least certain of ``formulas`` with three structures.
+
+    Returns
+    -------
+    pandas.DataFrame
+        Columns formula, chosen (why), structures, distinct (groups of ``StructureMatcher``),
+        systems, sigma, percentile (among ``formulas``).
+    """
+    sigma = uncertainties(model, formulas)
+    several = np.flatnonzero(structure_counts(formulas, known) >= 3)
+    order = several[np.argsort(sigma[several])]
+    chosen = dict.fromkeys(CASES, "named in the paper")
+    chosen |= {formulas[i]: "most certain with 3 or more" for i in order[:5]}
+    chosen |= {formulas[i]: "least certain with 3 or more" for i in order[:-6:-1]}
+    rows = []
+    for formula, why in chosen.items():
+        structures = structures_of(path, formula)
+        found = pd.Series(crystal_systems(structures), dtype=str).value_counts()
+        value = float(uncertainties(model, [formula])[0])
+        rows.append(
+            {
+                "formula": formula,
+                "chosen": why,
+                "structures": len(structures),
+                "distinct": distinct_structures(structures),
+                "systems": ", ".join(f"{system} {count}" for system, count in found.items()),
+                "sigma": value,
+                "percentile": 100 * float((sigma < value).mean()),
+            }
+        )
+    return pd.DataFrame(rows)
+
+
+def by_error(
+    model: PolySRLModel, target: Target, output_dir: Path
+) -> tuple[pd.Series, dict[str, float]] | None:
+    """Uncertainty by absolute error of the band gap in eV (Figure 10a), with Spearman's test.
+
+    The errors are those of the record of the shipped encoder, representation protocol, seed 0.
+    """
+    record = load_record(output_dir, "wetlab", "polysrl", "representation", 0).get(target.name)
+    if record is None:
+        return None
+    errors = np.abs(record[0] - target.values)
+    sigma = uncertainties(model, list(target.formulas))
+    groups = pd.cut(errors, [0, 0.25, 0.5, 1, 2, np.inf], right=False)
+    test = spearmanr(errors, sigma)
+    means = pd.Series(np.log(sigma)).groupby(groups, observed=True).agg(["mean", "sem", "size"])
+    return means, {"n": len(errors), "statistic": test.statistic, "p": test.pvalue}
+
+
+def main(argv: list[str] | None = None) -> None:
+    """Measure, draw and print."""
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    add = parser.add_argument
+    kinds = "saved pretraining models, each with a NAME= for the table; the last is drawn"
+    add("--encoders", nargs="+", default=["polysrl-mp"], metavar="ENCODER", help=kinds)
+    add("--data-dir", help="layout of the shared data; or POLYSRL_DATA")
+    add("--cache-dir", help="of packed structures; or POLYSRL_CACHE")
+    add("--output-dir", type=Path, default=Path("benchmarks"))
+    add("--hold-out", type=int, default=2000, help="as in the pretraining")
+    add("--threads", type=int, default=1)
+    arguments = parser.parse_args(argv)
+    if (data_dir := find_data_dir(arguments.data_dir)) is None:
+        parser.error("no data: pass --data-dir or set POLYSRL_DATA")
+    torch.set_num_threads(arguments.threads)
+    path = Path(data_dir) / "mp" / "structures.parquet"
+    targets = {target.name: target for target in wetlab_targets(data_dir)}
+    structures = PolymorphDataset(path, on_error="skip", cache_dir=arguments.cache_dir)
+    held_out = np.unique(split(structures, arguments.hold_out, set(), 0)[1].formulas)
+    known = pd.Series(structures.formulas)
+    gap = targets["band_gap"]
+    found = []
+    for encoder in arguments.encoders:
+        name, _, saved = encoder.rpartition("=")
+        model = PolySRLModel.from_pretrained(saved)
+        table = trends(model, known, held_out, targets)
+        errors = by_error(model, gap, arguments.output_dir)
+        if errors is not None:
+            last = {"trend": "band gap: rising with the error", **errors[1]}
+            table = pd.concat([table, pd.DataFrame([last])], ignore_index=True)
+        table.insert(0, "encoder", name or Path(saved).name)
+        found.append(table)
+        print(table.round(3).to_markdown(index=False))
+    folder = arguments.output_dir
+    text = pd.concat(found).to_csv(index=False, float_format="%.4g")
+    write_atomic(folder / "uncertainty.csv", text.encode())
+    named = cases(model, path, known, list(gap.formulas))
+    print(named.round(4).to_markdown(index=False))
+    write_atomic(
+        folder / "uncertainty_cases.csv", named.to_csv(index=False, float_format="%.4g").encode()
+    )
+    counts = np.minimum(structure_counts(gap.formulas, known), MOST)
+    sigma = uncertainties(model, list(gap.formulas))
+    save(folder, "uncertainty_counts", count_figure(counts, sigma))
+    groups = {}
+    for kelvin, name in THERMOELECTRICS.items():
+        formulas = list(targets[name].formulas)
+        impure = np.array([is_impure(formula) for formula in formulas])
+        sigma = np.log(uncertainties(model, formulas))
+        groups[f"{kelvin}\npure"], groups[f"{kelvin}\nimpure"] = sigma[~impure], sigma[impure]
+    save(folder, "uncertainty_impurity", group_figure(groups))
+
+
+if __name__ == "__main__":
+    main()

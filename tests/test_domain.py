@@ -1,0 +1,245 @@
+"""How far formulas are from a reference: distances, elements, calibration, and the command."""
+
+import warnings
+
+import deepchem as dc
+import numpy as np
+import pandas as pd
+import pytest
+from pymatgen.core import Composition, Lattice, Structure
+
+from polysrl_dc import InvalidInputError, PolymorphDataset, PolySRLModel
+from polysrl_dc.cli import main
+from polysrl_dc.domain import Domain, OutsideDomainWarning
+from polysrl_dc.elements import N_ELEMENTS
+from polysrl_dc.featurizers import StoichiometryGraphFeaturizer
+
+CATIONS = "Li Na K Rb Cs Ca Sr Zn Cd Al Ga In Ti Fe Cu Pb".split()
+KNOWN = [f"{cation}{i % 3 + 1}{anion}{i % 2 + 1}" for i, cation in enumerate(CATIONS * 2)
+         for anion in ("O", "S", "Cl", "Te", "O4")]  # fmt: skip
+KNOWN += ["Na2Cl2", "Na3Cl3"]
+IDS = [f"id{row}" for row in range(len(KNOWN))]
+ASKED = ["Na4Cl4", "Bi2Te3", "Ag0.02Pb0.98Te", "FmLr3", "Lr"]
+
+
+class Flat:
+    """A model to which all formulas are alike, but for those with an element beyond uranium."""
+
+    def predict_embedding(self, dataset):
+        heavy = [max(graph.numbers) > 92 for graph in dataset.X]
+        return np.eye(2, dtype=np.float32)[np.array(heavy, dtype=int)]
+
+
+@pytest.fixture(scope="module")
+def model():
+    return PolySRLModel.from_pretrained("polysrl-mp")
+
+
+@pytest.fixture(scope="module")
+def domain(model):
+    return Domain(model, dc.data.NumpyDataset(featurize(KNOWN), ids=IDS))
+
+
+def featurize(formulas):
+    return StoichiometryGraphFeaturizer().featurize(list(formulas))
+
+
+def embedded(model, formulas):
+    return model.predict_embedding(dc.data.NumpyDataset(featurize(formulas))).astype(float)
+
+
+def salts():
+    """Rock salt of three anions; sodium chloride twice."""
+    for anion, length in [("Cl", 5.64), ("F", 4.63), ("I", 6.47), ("Cl", 5.7)]:
+        yield Structure.from_spacegroup(
+            "Fm-3m", Lattice.cubic(length), ["Na", anion], [[0, 0, 0], [0.5, 0.5, 0.5]]
+        )
+
+
+@pytest.mark.filterwarnings("ignore::polysrl_dc.domain.OutsideDomainWarning")
+def test_distances_and_structures_are_those_of_a_full_comparison(model, domain):
+    names = np.array([graph.formula for graph in featurize(KNOWN)])
+    known = np.unique(names)
+    assert domain.formulas.tolist() == known.tolist()
+    vectors, k = embedded(model, known), 7
+    found = domain.query(ASKED, k=k)
+    distances = np.linalg.norm(embedded(model, ASKED)[:, None] - vectors, axis=2)
+    np.testing.assert_allclose(
+        found["distance"].to_numpy().reshape(-1, k), np.sort(distances)[:, :k], atol=1e-5
+    )
+    at = np.searchsorted(known, found["nearest"].to_numpy(str))
+    rows = np.repeat(np.arange(len(ASKED)), k)
+    np.testing.assert_allclose(distances[rows, at], found["distance"], atol=1e-5)
+    for name, ids, n in found[["nearest", "structures", "n_structures"]].itertuples(index=False):
+        assert ids.tolist() == np.array(IDS)[names == name].tolist()
+        assert n == len(ids) > 0
+    assert found["rank"].tolist() == [*range(1, k + 1)] * len(ASKED)
+    assert found.index.tolist() == [formula for formula in ASKED for _ in range(k)]
+    assert found["n_structures"].iloc[0] == 3
+
+
+def test_far_means_further_than_reference_formulas_are_from_each_other(model, domain):
+    vectors = embedded(model, domain.formulas)
+    own = np.linalg.norm(vectors[:, None] - vectors, axis=2)
+    np.fill_diagonal(own, np.inf)
+    np.testing.assert_allclose(domain.own_distances, np.sort(own.min(1)), atol=1e-5)
+    assert domain.threshold == np.percentile(domain.own_distances, 99)
+    few = Domain(model, KNOWN, n_sampled=50, percentile=10)
+    assert len(few.own_distances) == 50
+    assert few.threshold == np.percentile(few.own_distances, 10)
+    nearest = np.searchsorted(own.min(1)[np.argsort(own.min(1))] + 2e-6, few.own_distances)
+    assert len(np.unique(nearest)) > 25  # a sample of them, not the first one fifty times
+    asked = ["Bi2Te3", "Ag0.02Pb0.98Te", "Sb2Te3"]
+    with pytest.warns(OutsideDomainWarning):
+        found = few.query(asked, k=1)
+    share = [100 * (few.own_distances < distance).mean() for distance in found["distance"]]
+    np.testing.assert_allclose(found["percentile"], share)
+    assert found["outside"].tolist() == (found["distance"] > few.threshold).tolist()
+
+
+def test_the_same_reduced_formula_is_its_own_nearest_at_no_distance(domain):
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        found = domain.query(["Na4Cl4", "Ti0.5O0.5"], k=3)
+    first = found[found["rank"] == 1]
+    assert first["nearest"].tolist() == ["NaCl", "TiO"]
+    assert first["distance"].tolist() == [0.0, 0.0] == first["percentile"].tolist()
+    assert not found["outside"].any()
+    assert (found["distance"][found["rank"] > 1] > 0).all()
+
+
+def test_formulas_of_one_embedding_do_not_take_each_others_place():
+    flat = Domain(Flat(), ["NaCl", "KCl", "RbCl", "CsCl"])
+    asked = ["KCl", "CsCl", "NaCl", "RbCl"]
+    found = flat.query(asked, k=1)
+    assert found["nearest"].tolist() == asked
+    assert found["percentile"].tolist() == [0.0] * 4  # of distances below, not equal
+    assert flat.own_distances.tolist() == [0.0] * 4
+    wide = flat.query(["CsCl"], k=4)
+    assert sorted(wide["nearest"]) == ["CsCl", "KCl", "NaCl", "RbCl"]
+    assert wide["nearest"].iloc[0] == "CsCl"
+
+
+def test_unseen_elements_and_distance_each_put_a_formula_outside():
+    flat = Domain(Flat(), ["NaCl", "KBr", "U", "PuNp"])
+    assert flat.threshold == pytest.approx(np.percentile([0, 0, 0, np.sqrt(2)], 99))
+    with pytest.warns(OutsideDomainWarning, match=r"2 of 3 .*first is LiF, .*lacks \(Li F\)") as w:
+        found = flat.query(["NaBr", "LiF", "NaAm"], k=1)
+    assert len(w) == 1 and w[0].filename == __file__
+    assert found["unseen"].tolist() == ["", "Li F", "Am"]
+    assert found["outside"].tolist() == [False, True, True]
+    near = Domain(Flat(), ["NaCl", "KBr", "U"])
+    near.elements[94] = True
+    with pytest.warns(OutsideDomainWarning, match=r"1 of 2 .*first is Pu, at 1.414, further"):
+        found = near.query(["UBr", "Pu"], k=1)
+    assert found["unseen"].tolist() == ["", ""]
+    assert found["outside"].tolist() == [False, True]
+
+
+def test_every_kind_of_reference_is_the_same_one(model, tmp_path):
+    structures = list(salts())
+    packed = PolymorphDataset(structures, cache_dir=tmp_path, progress=False, processes=1)
+    formulas = [structure.composition for structure in structures]
+    graphs = featurize(formulas)
+    one = Domain(model, packed)
+    assert one.formulas.tolist() == ["NaCl", "NaF", "NaI"]
+    assert np.flatnonzero(one.elements).tolist() == [9, 11, 17, 53]
+    assert len(one.elements) == N_ELEMENTS
+    asked = packed.select([1, 3])
+    expected = one.query(asked, k=2)
+    assert expected.index.tolist() == [asked.ids[0]] * 2 + [asked.ids[1]] * 2
+    assert expected["n_structures"][expected["rank"] == 1].tolist() == [1, 2]
+    for reference in (
+        dc.data.NumpyDataset(packed.X, ids=packed.ids),
+        dc.data.NumpyDataset(graphs, ids=packed.ids),
+        dc.data.DiskDataset.from_numpy(graphs, ids=packed.ids),
+        pd.Series(formulas, index=[7, 7, 8, 9]),
+        (formula for formula in formulas),
+    ):
+        other = Domain(model, reference)
+        found = other.query(dc.data.NumpyDataset(graphs[[1, 3]], ids=asked.ids), k=2)
+        named = [ids.tolist() for ids in other.structures]
+        if isinstance(reference, dc.data.Dataset):
+            assert named == [ids.tolist() for ids in one.structures]
+        else:
+            assert named[0] == [str(formulas[0])] * 2
+        pd.testing.assert_frame_equal(
+            found.drop(columns="structures"), expected.drop(columns="structures"), atol=1e-5
+        )
+
+
+def test_a_single_formula_is_one_row(domain):
+    for formula in ("Na2Cl2", {"Na": 1, "Cl": 1}, Composition("NaCl")):
+        assert domain.query(formula, k=1)["nearest"].tolist() == ["NaCl"]
+
+
+def test_bad_input_is_named(model, domain):
+    with pytest.raises(InvalidInputError, match=r"row 1: .*Xx2O3"):
+        Domain(model, ["NaCl", "Xx2O3"])
+    with pytest.raises(InvalidInputError, match=r"row 2: .*Qq"):
+        domain.query(["NaCl", Composition("KCl"), "Qq"])
+    skipped = StoichiometryGraphFeaturizer(on_error="skip").featurize(["NaCl", "Qq"])
+    for read in (lambda data: Domain(model, data), domain.query):
+        with pytest.raises(InvalidInputError, match=r"row 1 \(id b\)"):
+            read(dc.data.NumpyDataset(skipped, ids=["a", "b"]))
+        for empty in ([], dc.data.NumpyDataset(np.zeros((0, 1)), np.zeros((0, 1)))):
+            with pytest.raises(InvalidInputError, match=r"no (row|formula)"):
+                read(empty)
+    with pytest.raises(InvalidInputError, match="no formula but NaCl"):
+        Domain(model, ["NaCl", "Na2Cl2"])
+    for k in (0, len(domain.formulas) + 1):
+        with pytest.raises(ValueError, match=f"k is {k}"):
+            domain.query("NaCl", k=k)
+    for settings in ({"percentile": 101}, {"percentile": float("nan")}, {"n_sampled": 0}):
+        with pytest.raises(ValueError, match=f"{next(iter(settings))} is"):
+            Domain(model, ["NaCl", "KCl"], **settings)
+
+
+def test_the_command_writes_the_table_and_counts(tmp_path, capsys):
+    files = []
+    for i, salt in enumerate(salts()):
+        files.append(f"{tmp_path}/{i}.cif")
+        salt.to(files[-1])
+    asked, output = tmp_path / "asked.csv", tmp_path / "domain.parquet"
+    pd.DataFrame({"name": ["Na2Cl2", "PuO2", "Qq"], "note": [1, 2, 3]}).to_csv(asked, index=False)
+    command = ["domain", "--input", str(asked), "--column", "name", "--output", str(output)]
+    assert main([*command, "--structures", *files, "--on-error", "skip"]) == 0
+    errors = capsys.readouterr().err
+    assert "1 of 2 formulas lie outside" in errors and "from all 3 of" in errors
+    assert "Warning" not in errors
+    frame = pd.read_parquet(output)
+    assert frame["name"].tolist() == ["Na2Cl2"] * 3 + ["PuO2"] * 3  # three, though k is five
+    assert frame["note"].tolist() == [1] * 3 + [2] * 3
+    assert frame["unseen"].tolist() == [""] * 3 + ["O Pu"] * 3
+    assert frame["outside"].tolist() == [False] * 3 + [True] * 3
+    assert frame["nearest"].iloc[0] == "NaCl" and frame["distance"].iloc[0] == 0
+    assert frame["structures"].iloc[0] == f"{files[0]};{files[3]}"
+
+    table = tmp_path / "known.csv"
+    table.write_text("formula\nNaCl\nKCl\nNa2Cl2\n")
+    assert main(["domain", "NaCl", "KBr", "--reference", str(table), "-k", "1"]) == 0
+    captured = capsys.readouterr()
+    lines = captured.out.splitlines()
+    assert lines[1] == "NaCl,False,,0.0,1,NaCl,0.0,2,0;2"
+    assert lines[2].startswith("KBr,True,Br,") and len(lines) == 3
+    assert "1 of 2 formulas" in captured.err
+
+
+@pytest.mark.parametrize(
+    ("arguments", "part"),
+    [
+        (["NaCl"], "--structures --reference is required"),
+        (["NaCl", "--reference", "nowhere.csv"], "nowhere.csv"),
+        (["NaCl", "--structures", "nowhere.parquet"], "nowhere.parquet"),
+        (["--structures", "nowhere.parquet"], "give either formulas or --input"),
+        (["NaCl", "--reference", "x.csv", "--structures", "y.cif"], "not allowed with"),
+    ],
+)
+def test_errors_of_the_command_are_one_clear_line(arguments, part, capsys):
+    try:
+        status = main(["domain", *arguments])
+    except SystemExit as usage:
+        status = usage.code
+    captured = capsys.readouterr()
+    assert status == 2 and captured.out == ""
+    assert part in captured.err.splitlines()[-1]

@@ -1,0 +1,93 @@
+"""What is known of a formula's structures, and the trends of the uncertainty with it."""
+
+import numpy as np
+import pandas as pd
+import pytest
+import uncertainty
+from polymorphs import (
+    crystal_systems,
+    distinct_structures,
+    is_impure,
+    structure_counts,
+    structures_of,
+)
+from pymatgen.core import Lattice, Structure
+from uncertainty_figures import count_figure, group_figure
+
+from polysrl_dc.errors import InvalidInputError
+
+HALF = [0.5, 0.5, 0.5]
+SALT = Structure.from_spacegroup("Fm-3m", Lattice.cubic(5.69), ["Na", "Cl"], [[0, 0, 0], HALF])
+DENSE = Structure(Lattice.cubic(3.4), ["Na", "Cl"], [[0, 0, 0], HALF])
+
+
+@pytest.mark.parametrize("formula", ["Bi2Te3", "Cu3.0SbSe4", "AgSn15.0BiTe17.0", "(NH4)2SO4"])
+def test_whole_amounts_are_pure(formula):
+    assert not is_impure(formula)
+
+
+@pytest.mark.parametrize("formula", ["Ge0.99Mn0.01Te", "Cu2.1Se", "Hf0.8Ti0.2CoSb0.8Sn0.2"])
+def test_other_amounts_are_impure(formula):
+    assert is_impure(formula)
+
+
+def test_what_is_no_formula_is_neither():
+    with pytest.raises(InvalidInputError, match="Xx2"):
+        is_impure("Xx2")
+
+
+def test_structures_are_counted_by_reduced_formula():
+    known = ["NaCl", "Cl2Na2", "TiO2", "O2Ti", "O4Ti2"]
+    assert structure_counts(["ClNa", "Ti2O4", "KCl"], known).tolist() == [2, 3, 0]
+
+
+def test_structures_come_back_from_the_table(tmp_path):
+    rows = [
+        {
+            "material_id": str(i),
+            "formula": "NaCl",
+            "cell": [*structure.lattice.abc, *structure.lattice.angles],
+            "numbers": list(structure.atomic_numbers),
+            "frac_coords": structure.frac_coords.ravel().tolist(),
+        }
+        for i, structure in enumerate([SALT, DENSE, SALT * (1, 1, 2)])
+    ]
+    path = tmp_path / "structures.parquet"
+    pd.DataFrame(rows).to_parquet(path)
+    assert structures_of(path, "KCl") == []
+    found = structures_of(path, "Na2Cl2")
+    assert [item.composition.reduced_formula for item in found] == ["NaCl"] * 3
+    assert crystal_systems(found) == ["cubic", "cubic", "cubic"]
+    assert distinct_structures(found) == 2
+
+
+def test_ties_count_half_in_the_chance_to_lie_above():
+    found = uncertainty.above(np.array([1.0, 3.0]), np.array([1.0, 2.0]))
+    assert found["statistic"] == pytest.approx(2.5 / 4)
+    assert (found["n"], found["n_other"]) == (2, 2)
+    assert found["mean"] == pytest.approx(np.log(3) / 2)
+
+
+def test_formulas_without_a_structure_do_not_count_in_the_trend():
+    counts = np.array([0, 1, 2, 3])
+    found = uncertainty.rising(counts, np.array([9.0, 0.1, 0.2, 0.3]))
+    assert found["n"] == 3
+    assert found["statistic"] == pytest.approx(1.0)
+
+
+def test_the_shipped_encoder_is_less_certain_of_formulas_with_many_structures():
+    """Of the Materials Project: twelve or more structures against one."""
+    from polysrl_dc import PolySRLModel
+
+    model = PolySRLModel.from_pretrained("polysrl-mp")
+    many = uncertainty.uncertainties(model, ["MgO", "ZnO", "SiO2", "TiO2", "ZnS", "C"])
+    one = uncertainty.uncertainties(model, ["CaS", "HgCl", "RbF", "LaP", "YbTe", "SrSe"])
+    assert np.log(many).mean() > np.log(one).mean() + 0.1
+
+
+def test_figures_hold_every_group():
+    figure = count_figure(np.array([0, 1, 1, 7, 7]), np.array([0.1, 0.2, 0.3, 0.2, 0.1]))
+    axes = figure.axes[0]
+    assert [label.get_text() for label in axes.get_xticklabels()] == ["0", "1", "7+"]
+    assert [text.get_text() for text in axes.texts] == ["1", "2", "2"]
+    assert len(group_figure({"a": np.array([1.0, 2.0])}).axes[0].texts) == 1
