@@ -34,7 +34,7 @@ examples:
   polysrl pretrain cifs/*.cif --epochs 20 --output-dir encoder
 """
 STRUCTURES = "a .parquet table, a folder of them or of CIF files, aflow, or files pymatgen reads"
-_LARGEST_TABLE = 2**32  # bytes of a CSV table, unpacked
+_LARGEST_TABLE = 2**30  # bytes of a table, unpacked
 WRITERS: dict[str, Callable[[pd.DataFrame, Any], Any]] = {
     ".csv": lambda frame, path: frame.to_csv(path, index=False),
     ".csv.gz": lambda frame, path: frame.to_csv(path, index=False),

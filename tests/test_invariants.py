@@ -9,11 +9,11 @@ Structures: 1e-5 as well. Rotating, moving and choosing other unit vectors chang
 1e-12 Å, and distances are rounded to 1e-5 Å before they are compared and to 0.01 Å before they are
 embedded, so the graph is the same one. Of a shell of equal distances that the twelfth neighbor
 cuts, those with the lowest site numbers are kept. Where they lead to sites that a symmetry maps on
-one another this makes no difference. Where they do not, the order of the sites decides: in 1.9 % of
-3,000 structures of the Materials Project, whose embeddings then move by 0.14 (median) and at most
-0.8. spglib tells such structures, which are left out where the order changes. Lattices in single
-precision move distances by 1e-6 Å; then structures with a distance that close to a step of 0.01 Å
-are left out too.
+one another this makes no difference. Where they do not, the order of the sites decides: in 117 of
+6,000 structures of the Materials Project, whose embeddings then move by some 0.15 (median) and at
+most 0.82. spglib tells such structures, which are left out where the order changes. Lattices in
+single precision move distances by 1e-6 Å; then structures with a distance that close to a step of
+0.01 Å are left out too.
 """
 
 import deepchem as dc
