@@ -262,9 +262,9 @@ def test_bfloat16_agrees_within_its_precision(name):
     whole, half = losses(name, autocast=False), losses(name, autocast=True)
     assert not np.array_equal(whole, half)
     # bfloat16 has steps of 0.4 %; NT-Xent divides cosines by a temperature of 0.1
-    first = 0.1 if name in ("infomax3d", "graphcl") else 0.01
+    first, later = (0.1, 0.5) if name in ("infomax3d", "graphcl") else (0.01, 0.25)
     np.testing.assert_allclose(half[0], whole[0], rtol=first)
-    np.testing.assert_allclose(half.mean(), whole.mean(), rtol=0.25)
+    np.testing.assert_allclose(half.mean(), whole.mean(), rtol=later)  # each step amplifies
 
 
 @pytest.mark.skipif(shutil.which("g++") is None, reason="torch.compile needs a C++ compiler")
