@@ -331,3 +331,11 @@ def test_early_stopping_ends_the_fit_and_restores_the_best(tmp_path):
     assert model.evaluate(valid, [MAE])["mae_score"] == pytest.approx(min(scores), rel=1e-4)
     with pytest.raises(ValueError, match="patience is 0"):
         polysrl_dc.EarlyStopping(valid, MAE, interval=1, patience=0)
+
+
+@pytest.mark.parametrize("bad", [np.nan, np.inf])
+def test_evaluation_names_the_row_of_a_bad_label(bad):
+    labels = SIGNAL.copy()
+    labels[3] = bad
+    with pytest.raises(InvalidInputError, match=r"row 3 .*label"):
+        fitted().evaluate(data(labels), [MAE])
