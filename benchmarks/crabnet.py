@@ -28,13 +28,13 @@ from itertools import pairwise
 import numpy as np
 import torch
 from deepchem.data import Dataset
-from peers import labeled, seeded
+from peers import asked, labeled, seeded
 from pytorch_optimizer import Lamb, Lookahead
 from torch import Tensor, nn
 from torch.optim.lr_scheduler import CyclicLR
 from torch.optim.swa_utils import AveragedModel
 
-from polysrl_dc.batches import LabeledData, stoichiometries
+from polysrl_dc.batches import LabeledData
 from polysrl_dc.elements import N_FEATURES, element_features
 from polysrl_dc.errors import InvalidInputError
 from polysrl_dc.graphs import StoichiometryBatch
@@ -330,9 +330,7 @@ class CrabNetModel:
         """Predicted labels and the standard deviations of their noise, each (n, 1)."""
         if self._scale is None:
             raise ValueError("the model is not fitted; call fit first")
-        if len(dataset) == 0:
-            raise InvalidInputError("the dataset has no row")
-        formulas = stoichiometries(dataset.X, dataset.ids).to(self.device)
+        formulas = asked(dataset).to(self.device)
         value, log_std = outputs(self.network, formulas)
         center, scale = self._scale
         mean, std = value * scale + center, log_std.exp() * scale

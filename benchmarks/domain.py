@@ -20,7 +20,7 @@ from folds import write_atomic
 from paper_records import load_record
 from scipy.stats import spearmanr
 from targets import Target, wetlab_targets
-from tasks import find_data_dir
+from tasks import find_data_dir, structures_path
 
 from polysrl_dc import Domain, PolymorphDataset, PolySRLModel
 from polysrl_dc.domain import OutsideDomainWarning
@@ -101,7 +101,7 @@ def main(argv: list[str] | None = None) -> None:
     torch.set_num_threads(arguments.threads)
     warnings.simplefilter("ignore", OutsideDomainWarning)  # they are counted
     model = PolySRLModel.from_pretrained("polysrl-mp")
-    path = Path(data_dir) / "mp" / "structures.parquet"
+    path = structures_path(None, data_dir)
     structures = PolymorphDataset(path, on_error="skip", cache_dir=arguments.cache_dir)
     pretraining = Domain(model, structures)
     rows = []

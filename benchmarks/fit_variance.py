@@ -14,7 +14,7 @@ from pathlib import Path
 
 import torch
 from pretrain import split
-from tasks import find_data_dir
+from tasks import DataNotFoundError, structures_path
 
 from polysrl_dc import PolymorphDataset, PolySRLModel
 from polysrl_dc.checkpoints import checkpoint_path, load_checkpoint
@@ -43,10 +43,10 @@ def main(argv: list[str] | None = None) -> None:
         add(f"--{name.replace('_', '-')}", type=type(default), default=default)
     add("--dry-run", action="store_true", help="say what would be done, and stop")
     arguments = parser.parse_args(argv)
-    data_dir = find_data_dir(arguments.data_dir)
-    path = arguments.structures or (data_dir and Path(data_dir) / "mp" / "structures.parquet")
-    if not path:
-        parser.error("no structures: pass --structures, --data-dir or set POLYSRL_DATA")
+    try:
+        path = structures_path(arguments.structures, arguments.data_dir)
+    except DataNotFoundError as error:
+        parser.error(str(error))
     torch.set_num_threads(arguments.threads)
     dataset = PolymorphDataset(
         path,

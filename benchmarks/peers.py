@@ -17,8 +17,9 @@ from targets import Target
 from tasks import PAPER_TASKS
 from transfer import dataset_of
 
-from polysrl_dc.batches import LabeledData
+from polysrl_dc.batches import LabeledData, stoichiometries
 from polysrl_dc.errors import InvalidInputError
+from polysrl_dc.graphs import StoichiometryBatch
 
 #: What each peer needs to be imported; the extra ``peers`` has both.
 PEERS = {"roost": "aviary", "crabnet": "pytorch_optimizer"}
@@ -124,6 +125,19 @@ def labeled(dataset: Dataset) -> LabeledData:
     if len(data.weights.unique()) > 1:
         raise InvalidInputError("the weights differ, which the losses of Roost and CrabNet lack")
     return data
+
+
+def asked(dataset: Dataset) -> StoichiometryBatch:
+    """The formulas of a dataset to predict.
+
+    Raises
+    ------
+    InvalidInputError
+        It has no row, or a row that is no graph (names row and id).
+    """
+    if len(dataset) == 0:
+        raise InvalidInputError("the dataset has no row")
+    return stoichiometries(dataset.X, dataset.ids)
 
 
 @contextmanager

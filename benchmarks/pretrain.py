@@ -25,7 +25,7 @@ import pandas as pd
 import torch
 from folds import output_folder
 from labels import EXCLUDED, labelled_formulas, mp_property_dataset
-from tasks import find_data_dir
+from tasks import DataNotFoundError, find_data_dir, structures_path
 from tqdm import tqdm
 
 from polysrl_dc import PolymorphDataset, PolySRLConfig, PolySRLModel
@@ -179,9 +179,10 @@ def run(arguments: argparse.Namespace) -> None:
             encoder.mean_norm.adaptive = True  # whitened like the encoders it is compared with
         source: dict[str, Any] = {"labels": task}
     else:
-        path = arguments.structures or (data_dir and Path(data_dir) / "mp" / "structures.parquet")
-        if not path:
-            raise SystemExit("no structures: pass --structures, --data-dir or set POLYSRL_DATA")
+        try:
+            path = structures_path(arguments.structures, data_dir)
+        except DataNotFoundError as error:
+            raise SystemExit(str(error)) from error
         train, held_out = _structures(arguments, path, data_dir, first)
         model = PolySRLModel(
             "pretraining",

@@ -26,12 +26,11 @@ from aviary.roost.data import collate_batch
 from aviary.roost.model import Roost
 from aviary.utils import initialize_losses, initialize_optim
 from deepchem.data import Dataset
-from peers import labeled, seeded
+from peers import asked, labeled, seeded
 from pymatgen.core import Element
 from torch import Tensor
 from torch.utils.data import DataLoader
 
-from polysrl_dc.batches import stoichiometries
 from polysrl_dc.errors import InvalidInputError
 from polysrl_dc.graphs import StoichiometryBatch
 
@@ -147,9 +146,7 @@ class RoostModel:
         """Predicted labels and the standard deviations of their noise, each (n, 1)."""
         if self._normalizer is None:
             raise ValueError("the model is not fitted; call fit first")
-        if len(dataset) == 0:
-            raise InvalidInputError("the dataset has no row")
-        formulas = stoichiometries(dataset.X, dataset.ids)
+        formulas = asked(dataset)
         no_targets, size = torch.zeros(len(formulas)), 16 * BATCH_SIZE  # of the authors' script
         loader = self._loader(formulas, no_targets, dataset, size, shuffle=False)
         with seeded(self.seed, self.device):  # even a loader that does not shuffle draws a number

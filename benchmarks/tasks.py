@@ -195,6 +195,23 @@ def find_data_dir(data_dir: str | Path | None = None) -> Path | None:
     return path
 
 
+def structures_path(
+    structures: str | Path | None = None, data_dir: str | Path | None = None
+) -> str | Path:
+    """Source of crystal structures: the one given, else ``mp/structures.parquet`` of the data.
+
+    Raises
+    ------
+    DataNotFoundError
+        Neither is known, or the folder that was named does not exist.
+    """
+    if structures:
+        return structures
+    if (folder := find_data_dir(data_dir)) is None:
+        raise DataNotFoundError("no structures: pass --structures, --data-dir or set POLYSRL_DATA")
+    return folder / "mp" / "structures.parquet"
+
+
 def load_task(name: str, data_dir: str | Path | None = None) -> MatbenchTask:
     """A task with its data, indexed by id, holding composition strings.
 

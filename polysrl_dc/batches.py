@@ -76,6 +76,42 @@ def _numbers(values: Any, ids: Sequence[Any], what: str) -> np.ndarray:
         ) from error
 
 
+def checked_labels(
+    dataset: Dataset, n_tasks: int, classification: bool
+) -> tuple[np.ndarray, np.ndarray]:
+    """Labels and weights of a dataset, each (n_rows, n_tasks) float64; missing labels are 0.
+
+    Raises
+    ------
+    InvalidInputError
+        A label that is no finite number or class, or a bad weight, naming row and id.
+    """
+    check_lengths(dataset)
+    ids = dataset.ids
+    y, w = _numbers(dataset.y, ids, "label"), _numbers(dataset.w, ids, "weight")
+    if y.shape[1] != n_tasks:
+        raise InvalidInputError(f"the labels have {y.shape[1]} columns, the model {n_tasks}")
+    if w.shape[1] not in (1, n_tasks):
+        raise InvalidInputError(f"the weights have {w.shape[1]} columns, the model {n_tasks}")
+    w = np.broadcast_to(w, y.shape)
+
+    def refuse(bad: np.ndarray, what: str, values: np.ndarray, rule: str) -> None:
+        if bad.any():
+            row, task = np.argwhere(bad)[0]
+            raise InvalidInputError(
+                f"row {row} (id {ids[row]}): {what} {values[row, task]} of task {task}; {rule}"
+            )
+
+    refuse(~((w >= 0) & (w < np.inf)), "weight", w, "weights are finite and not negative")
+    if not w.any():
+        raise InvalidInputError("all weights are zero: every label is missing")
+    known = w != 0
+    refuse(known & ~(np.abs(y) <= _GREATEST_LABEL), "label", y, "mark missing ones by weight 0")
+    if classification:
+        refuse(known & ~np.isin(y, (0, 1)), "label", y, "classes are 0 and 1")
+    return np.where(known, y, 0.0), w
+
+
 def _is_number(value: Any) -> bool:
     try:
         np.asarray(value).astype(np.float64)
@@ -113,33 +149,11 @@ class LabeledData:
     @classmethod
     def from_dataset(cls, dataset: Dataset, n_tasks: int, classification: bool) -> "LabeledData":
         """Read and check a whole dataset; errors name row and id."""
-        check_lengths(dataset)
-        ids = dataset.ids
-        y, w = _numbers(dataset.y, ids, "label"), _numbers(dataset.w, ids, "weight")
-        if y.shape[1] != n_tasks:
-            raise InvalidInputError(f"the labels have {y.shape[1]} columns, the model {n_tasks}")
-        if w.shape[1] not in (1, n_tasks):
-            raise InvalidInputError(f"the weights have {w.shape[1]} columns, the model {n_tasks}")
-        w = np.broadcast_to(w, y.shape)
-
-        def refuse(bad: np.ndarray, what: str, values: np.ndarray, rule: str) -> None:
-            if bad.any():
-                row, task = np.argwhere(bad)[0]
-                raise InvalidInputError(
-                    f"row {row} (id {ids[row]}): {what} {values[row, task]} of task {task}; {rule}"
-                )
-
-        refuse(~((w >= 0) & (w < np.inf)), "weight", w, "weights are finite and not negative")
-        if not w.any():
-            raise InvalidInputError("all weights are zero: every label is missing")
-        known = w != 0
-        refuse(known & ~(np.abs(y) <= _GREATEST_LABEL), "label", y, "mark missing ones by weight 0")
-        if classification:
-            refuse(known & ~np.isin(y, (0, 1)), "label", y, "classes are 0 and 1")
+        labels, weights = checked_labels(dataset, n_tasks, classification)
         return cls(
-            stoichiometries(dataset.X, ids),
-            torch.as_tensor(np.where(known, y, 0.0), dtype=torch.float32),
-            torch.as_tensor(w / w.max(), dtype=torch.float32),
+            stoichiometries(dataset.X, dataset.ids),
+            torch.as_tensor(labels, dtype=torch.float32),
+            torch.as_tensor(weights / weights.max(), dtype=torch.float32),
         )
 
     def __len__(self) -> int:

@@ -13,7 +13,7 @@ from torch import Tensor, nn
 from tqdm import tqdm
 
 from polysrl_dc import losses
-from polysrl_dc.batches import LabeledData, PolymorphData, stoichiometries
+from polysrl_dc.batches import PolymorphData, checked_labels, stoichiometries
 from polysrl_dc.errors import InvalidInputError
 from polysrl_dc.featurizers import check_lengths
 from polysrl_dc.graphs import StoichiometryBatch
@@ -304,9 +304,8 @@ class PredictingModel(PersistentModel):
             A row that is no graph, a label that is NaN or infinite, naming row and id.
         """
         if self.settings["task"] != "pretraining":  # which predict refuses
-            LabeledData.from_dataset(
-                dataset, self.settings["n_tasks"], self.settings["task"] == "classification"
-            )
+            classification = self.settings["task"] == "classification"
+            checked_labels(dataset, self.settings["n_tasks"], classification)
         weights = np.asarray(dataset.w).reshape(len(dataset), -1)
         if weights.all():
             return super().evaluate(
