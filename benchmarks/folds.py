@@ -17,6 +17,7 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+from files import read_json
 from joblib import Parallel, delayed
 from sklearn.model_selection import GroupShuffleSplit, ShuffleSplit
 
@@ -90,6 +91,12 @@ def settings_hash(settings: dict[str, Any]) -> str:
     """Twelve hexadecimal digits that change with any setting."""
     text = json.dumps(settings, sort_keys=True, default=str)
     return hashlib.sha256(text.encode()).hexdigest()[:12]
+
+
+def record_digest(record: dict[str, Any]) -> str:
+    """SHA-256 of a JSON object, its entry ``sha256`` aside."""
+    rest = {name: value for name, value in record.items() if name != "sha256"}
+    return hashlib.sha256(json.dumps(rest, sort_keys=True, allow_nan=False).encode()).hexdigest()
 
 
 def write_atomic(path: Path, content: bytes) -> None:
@@ -187,7 +194,8 @@ class FoldStore:
     """Finished folds of one task under one set of settings, one JSON file each.
 
     The folder's name holds the hash of the settings, and so does every file: a fold that was made
-    with other settings is never taken for one of these.
+    with other settings is never taken for one of these. Nor is a file that was damaged: it holds
+    its own digest.
 
     Parameters
     ----------
@@ -210,7 +218,7 @@ class FoldStore:
         return self.folder / f"fold_{fold}.json"
 
     def load(self, fold: int, ids: Sequence[str]) -> dict[str, Any] | None:
-        """A finished fold, or ``None`` when it is absent, unreadable or of other settings or ids.
+        """A finished fold, or ``None`` when it is absent, damaged or of other settings or ids.
 
         Returns
         -------
@@ -218,14 +226,14 @@ class FoldStore:
             ``predictions`` (n,), ``std`` (n,) or ``None``, ``params``.
         """
         try:
-            record = json.loads(self.path(fold).read_text())
+            record = read_json(self.path(fold))
             same = (record["key"], record["task"], record["fold"], record["ids"]) == (
                 self.key,
                 self.task,
                 fold,
                 list(ids),
             )
-            return record if same else None
+            return record if same and record["sha256"] == record_digest(record) else None
         except (OSError, ValueError, KeyError, TypeError):
             return None
 
@@ -248,4 +256,5 @@ class FoldStore:
             "std": None if std is None else list(std),
             "params": params,
         }
+        record["sha256"] = record_digest(record)
         write_atomic(self.path(fold), json.dumps(record, allow_nan=False).encode())

@@ -19,6 +19,7 @@ import submission
 import tasks
 from check_submission import check_record
 from files import read_json
+from folds import FoldStore
 from matbench.util import hash_dictionary
 from models import FORMULAS, data, fitted, make, state
 from pymatgen.core import Lattice, Structure
@@ -226,6 +227,21 @@ def record(folder: Path) -> Kind:
     return Kind([folder / submission.RESULTS_FILE], load)
 
 
+def fold(folder: Path) -> Kind:
+    """A finished fold; a damaged one counts as missing and is trained again."""
+    store = FoldStore(folder, "gap", {"epochs": 1})
+    ids = [f"wl-gap-{row:04d}" for row in range(5)]
+    store.save(0, ids, [0.1, 0.25, 3.0, 4.5, 1e-3], None, {"lr": 0.1})
+
+    def load() -> Any:
+        found = store.load(0, ids)
+        if found is None:
+            raise InvalidInputError(f"{store.path(0).name}: no finished fold")
+        return found
+
+    return Kind([store.path(0)], load)
+
+
 def repacked_record(folder: Path) -> Kind:
     """The same, damaged within the gzip."""
     kind = record(folder)
@@ -321,6 +337,7 @@ KINDS: dict[str, Callable[[Path], Kind]] = {
     "cache": cache,
     "structures.parquet": parquet,
     "table of a task": task_table,
+    "fold": fold,
     "results.json.gz": record,
     "results.json.gz, repacked": repacked_record,
     "info.json": info_file,

@@ -177,7 +177,10 @@ def test_fold_store_never_mixes_settings(tmp_path):
     other.folder.mkdir()
     shutil.copy(store.path(0), other.path(0))
     assert other.load(0, ["a", "b"]) is None
-    store.path(0).write_text(store.path(0).read_text()[:40])
+    whole = store.path(0).read_text()
+    store.path(0).write_text(whole.replace("2.0", "3.0"))
+    assert store.load(0, ["a", "b"]) is None
+    store.path(0).write_text(whole[:40])
     assert store.load(0, ["a", "b"]) is None
     with pytest.raises(ValueError):
         store.save(1, ["a"], [float("nan")], None, {})
