@@ -11,7 +11,8 @@ are a little too wide rather than too narrow.
 
 Three methods (``intervals.py``), with and without the variance of the polymorphs: ``scaled``
 (Gaussian), ``normalized`` and ``constant`` conformal. Writes ``calibration.csv``, in units of the
-targets; finished folds are kept, ``--again`` makes them anew.
+targets; finished folds are kept, ``--again`` makes them anew. ``--peers`` scores in the same way
+what Roost and CrabNet say themselves in the records of ``compare.py``, and trains nothing.
 """
 
 from __future__ import annotations
@@ -28,7 +29,9 @@ import numpy as np
 import pandas as pd
 import torch
 from folds import FoldStore, locked, output_folder, write_atomic
-from intervals import Constant, Intervals, Normalized, Scaled, evaluate
+from intervals import Constant, Intervals, Laplace, Normalized, Scaled, evaluate
+from paper_records import recorded_std
+from peers import PEERS
 from sklearn.model_selection import KFold
 from targets import N_FOLDS, Target, matbench_target, wetlab_targets
 from tasks import find_data_dir
@@ -178,6 +181,21 @@ def score_fold(target: Target, fold: int, predictions: dict[str, np.ndarray]) ->
     return pd.DataFrame(rows, columns=COLUMNS[3:])
 
 
+def score_peer(target: Target, peer: str, output_dir: Path) -> pd.DataFrame | None:
+    """Scores of the standard deviations in a peer's record of seed 0; None if there is none."""
+    found = recorded_std(output_dir, target, peer, "transfer", 0)
+    if found is None:
+        return None
+    predictions, std = found
+    rows = []
+    for fold, (_, test) in enumerate(target.splits()):
+        errors = target.values[test] - predictions[test]
+        for metric, value in evaluate(Laplace(), errors, std[test]).items():
+            rows.append((fold, "its own", metric, value))
+    table = pd.DataFrame(rows, columns=COLUMNS[3:])
+    return table.assign(encoder=peer, protocol="transfer", target=target.name)
+
+
 def merge(path: Path, fresh: pd.DataFrame) -> None:
     """Put rows into the CSV file in place of earlier ones of the same encoder, target and fold."""
     with locked(path.parent):
@@ -227,6 +245,7 @@ def main(argv: Sequence[str] | None = None) -> None:
     add("--fine-tune", action="store_true", help="train the encoder, too")
     for name in ("epochs", "ensemble", "inner_folds", "n_samples", "seed"):
         add(f"--{name.replace('_', '-')}", type=int, default=getattr(default, name))
+    add("--peers", nargs="+", choices=PEERS, metavar="PEER", help="score their records instead")
     add("--device")
     add("--data-dir", help="layout of the shared data; or POLYSRL_DATA")
     add("--output-dir", type=Path, default=Path("benchmarks"))
@@ -240,15 +259,36 @@ def main(argv: Sequence[str] | None = None) -> None:
     if unknown := sorted(set(chosen) - set(targets)):
         parser.error(f"unknown targets {unknown}: there are {list(targets)}")
     settings = Settings(**{name: getattr(arguments, name) for name in asdict(default)})
-    print(f"{len(chosen)} targets, {settings}")
+    made = ", ".join(arguments.peers) if arguments.peers else str(settings)
+    print(f"{len(chosen)} targets, {made}")
     if arguments.dry_run:
         return
     torch.set_num_threads(arguments.threads)
+    asked = [targets[name] for name in chosen]
     with output_folder(arguments.output_dir):
-        table = run([targets[name] for name in chosen], settings, arguments)
-    wide = means(table)
-    print(wide.rename(columns=PRINTED).reset_index().to_markdown(index=False, floatfmt=".3f"))
-    print("\n".join(findings(wide)))
+        if arguments.peers:
+            tables = run_peers(asked, arguments)
+        else:
+            tables = {settings.encoder: run(asked, settings, arguments)}
+    for name, table in tables.items():
+        wide = means(table)
+        printed = wide.rename(columns=PRINTED).reset_index()
+        print(f"{name}\n\n{printed.to_markdown(index=False, floatfmt='.3f')}\n")
+        if not arguments.peers:
+            print("\n".join(findings(wide)))
+
+
+def run_peers(targets: Sequence[Target], arguments: argparse.Namespace) -> dict[str, pd.DataFrame]:
+    """Scores of each peer on the targets that it has a record of."""
+    tables = {}
+    for peer in arguments.peers:
+        found = [score_peer(target, peer, arguments.output_dir) for target in targets]
+        known = [table for table in found if table is not None]
+        print(f"{peer}: {len(known)} of {len(targets)} targets are recorded with uncertainty")
+        if known:
+            tables[peer] = pd.concat(known, ignore_index=True)
+            merge(arguments.output_dir / "calibration.csv", tables[peer])
+    return tables
 
 
 def all_targets(data_dir: Path | None) -> list[Target]:

@@ -92,6 +92,22 @@ class Constant(Normalized):
         return np.ones(len(std))
 
 
+class Laplace(Intervals):
+    """What a model with a Laplace loss says itself: nothing is fitted to residuals."""
+
+    def __init__(self) -> None: ...
+
+    def scales(self, std: np.ndarray) -> np.ndarray:
+        return std / np.sqrt(2)
+
+    def half_widths(self, std: np.ndarray, level: float) -> np.ndarray:
+        return -np.log1p(-level) * self.scales(std)
+
+    def crps(self, errors: np.ndarray, std: np.ndarray) -> float:
+        scales, sizes = self.scales(std), np.abs(errors)
+        return float((sizes + scales * (np.exp(-sizes / scales) - 0.75)).mean())
+
+
 def symmetric_crps(errors: np.ndarray, sizes: np.ndarray) -> np.ndarray:
     """Score of the distribution that is each of ``sizes`` with either sign, equally likely.
 

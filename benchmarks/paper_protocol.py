@@ -51,7 +51,7 @@ PAPER_COLUMNS = ["table", "protocol", "model", "dataset", "metric", "mean", "std
 #: Command that makes the records of a suite.
 RUNNERS = {"wetlab": "run_wetlab.py", "paper": "run_matbench.py --paper"}
 TargetsOf = Callable[[Path | None], list[Target]]
-PredictFold = Callable[..., tuple[np.ndarray, dict[str, Any]]]
+PredictFold = Callable[..., tuple[np.ndarray, np.ndarray | None, dict[str, Any]]]
 #: The seed whose trials choose the learning rate of each fold of the transfer protocol.
 RATE_SEED = 0
 
@@ -206,8 +206,8 @@ def run_transfer(
                 rates = _rates(target, seed, settings, arguments)
                 key["rates"] = [list(part) for part in rates]
                 predict, calls = transfer.predict_fold, [(encoder, seed, part) for part in rates]
-            predictions, params = _train_folds(target, predict, calls, key, arguments)
-            _save(target, settings, seed, predictions, params, arguments)
+            predictions, std, params = _train_folds(target, predict, calls, key, arguments)
+            _save(target, settings, seed, predictions, params, arguments, std)
             _score(target, predictions, "matbench", settings, seed, arguments)
 
 
@@ -227,11 +227,11 @@ def _train_folds(
     calls: Sequence[tuple[Any, ...]],
     key: dict[str, Any],
     arguments: argparse.Namespace,
-) -> tuple[np.ndarray, list[dict[str, Any]]]:
+) -> tuple[np.ndarray, np.ndarray | None, list[dict[str, Any]]]:
     """All folds of a target, those aside that an interrupted run has left behind.
 
-    ``predict(target, split, *call)`` trains on a fold and gives its predictions and what it chose;
-    ``key`` is all that changes them.
+    ``predict(target, split, *call)`` trains on a fold and gives its predictions, their standard
+    deviations or None, and what it chose; ``key`` is all that changes them.
     """
     splits, task = target.splits(), target.task
     store = FoldStore(arguments.output_dir / "folds", task.dataset_name, key)
@@ -241,19 +241,22 @@ def _train_folds(
     tasks = [(fold, predict, target, splits[fold], *calls[fold]) for fold in missing]
     with tqdm(total=len(splits), initial=len(splits) - len(missing), unit="fold") as bar:
         bar.set_description(f"{key['model']}, seed {key['seed']}, {target.name}")
-        for fold, predictions, params in in_parallel(_train_fold, tasks, arguments.jobs):
-            store.save(fold, tests[fold], [float(value) for value in predictions], None, params)
+        for fold, predictions, std, params in in_parallel(_train_fold, tasks, arguments.jobs):
+            spread = None if std is None else std.tolist()
+            store.save(fold, tests[fold], predictions.tolist(), spread, params)
             bar.update()
     records = [store.load(fold, ids) or {} for fold, ids in enumerate(tests)]
-    predictions = np.empty(len(target.values))
+    predictions, std = np.empty((2, len(target.values)))
     for (_, test), record in zip(splits, records, strict=True):
         predictions[test] = record["predictions"]
-    return predictions, [record["params"] for record in records]
+        std[test] = np.nan if record["std"] is None else record["std"]
+    known = None if np.isnan(std).any() else std
+    return predictions, known, [record["params"] for record in records]
 
 
 def _train_fold(
     fold: int, predict: PredictFold, *call: Any
-) -> tuple[int, np.ndarray, dict[str, Any]]:
+) -> tuple[int, np.ndarray, np.ndarray | None, dict[str, Any]]:
     return fold, *predict(*call)
 
 
@@ -319,13 +322,14 @@ def _save(
     predictions: np.ndarray,
     params: list[dict[str, Any]],
     arguments: argparse.Namespace,
+    std: np.ndarray | None = None,
 ) -> None:
     """Record predictions; without the scores of earlier ones, if a run is killed in between."""
     model, protocol = settings["model"], settings["protocol"]
     if not _recorded(target, settings, seed, arguments):
         drop_scores(scores_path(arguments), target.name, protocol, model, seed)
-    run, runner = (model, protocol, seed), RUNNERS[target.suite]
-    save_predictions(arguments.output_dir, target, *run, predictions, params, settings, runner)
+    place, runner = (arguments.output_dir, target, model, protocol, seed), RUNNERS[target.suite]
+    save_predictions(*place, predictions, params, settings, runner, std)
 
 
 def _score(

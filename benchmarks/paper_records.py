@@ -15,7 +15,7 @@ import pandas as pd
 from peers import ABOUT
 from scores import COLUMNS
 from sklearn.metrics import mean_absolute_error, r2_score
-from submission import RESULTS_FILE, read_benchmark, record_fold, write_record
+from submission import RESULTS_FILE, read_benchmark, record_fold, recorded_fold, write_record
 from targets import Splits, Target
 from tasks import FOLD_RULE_KEYS
 
@@ -35,6 +35,7 @@ def save_predictions(
     params: list[dict[str, Any]],
     settings: dict[str, Any],
     runner: str,
+    std: np.ndarray | None = None,
 ) -> Path:
     """Add a target, or replace it, in the record of a run.
 
@@ -48,17 +49,43 @@ def save_predictions(
         What made the predictions, such as the encoder's digest; with ``arguments`` of the runner.
     runner : str
         The command, ``run_wetlab.py``.
+    std : numpy.ndarray, shape (n,), optional
+        Standard deviations of the predictions, in units of the target.
     """
     task = target.task
     for fold, (_, test) in enumerate(target.splits()):
-        values = [float(f"{value:.7g}") for value in predictions[test]]
-        record_fold(task, fold, values, params=params[fold])
+        spread = None if std is None else _rounded(std[test])
+        record_fold(task, fold, _rounded(predictions[test]), spread, params[fold])
     folder = record_path(output_dir, target.suite, model, protocol, seed)
     about = ABOUT.get(model)
     variant = f"seed {seed}" if about else f"{model}, seed {seed}"
     described = {task.dataset_name: {**settings, "account": target.account}}
     write_record(folder, [task], described, protocol, "", variant, runner, about)
     return folder
+
+
+def _rounded(values: np.ndarray) -> list[float]:
+    return [float(f"{value:.7g}") for value in values]
+
+
+def recorded_std(
+    output_dir: str | Path, target: Target, model: str, protocol: str, seed: int
+) -> tuple[np.ndarray, np.ndarray] | None:
+    """Predictions and their standard deviations, each (n,); None if no record has both."""
+    folder = record_path(output_dir, target.suite, model, protocol, seed)
+    if not (folder / RESULTS_FILE).exists():
+        return None
+    task = read_benchmark(folder).tasks_map.get(target.task.dataset_name)
+    if task is None:
+        return None
+    by_id: dict[str, tuple[float, float]] = {}
+    for fold in range(len(task.folds)):
+        ids, values, std, _ = recorded_fold(task, fold)
+        if std is None:
+            return None
+        by_id |= dict(zip(ids, zip(values, std, strict=True), strict=True))
+    values, std = np.array([by_id[sample] for sample in sorted(by_id)]).T
+    return values, std
 
 
 def load_record(

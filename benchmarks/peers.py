@@ -97,20 +97,23 @@ def peer_settings(name: str) -> dict[str, Any]:
 
 def predict_peer_fold(
     target: Target, split: tuple[np.ndarray, np.ndarray], name: str, seed: int, threads: int = 1
-) -> tuple[np.ndarray, dict[str, Any]]:
+) -> tuple[np.ndarray, np.ndarray, dict[str, Any]]:
     """Train a peer on the training rows of a fold, and predict its test rows.
 
     Returns
     -------
     predictions : numpy.ndarray, shape (n_test,)
         In units of the target.
+    std : numpy.ndarray, shape (n_test,)
+        Standard deviations that the peer itself predicts, in the same units.
     params : dict
         What was chosen: nothing.
     """
     torch.set_num_threads(threads)
     train, test = split
     model = peer_model(name, seed).fit(dataset_of(target, train))
-    return np.ravel(model.predict(dataset_of(target, test))), {}
+    predictions, std = model.predict_uncertainty(dataset_of(target, test))
+    return np.ravel(predictions), np.ravel(std), {}
 
 
 def labeled(dataset: Dataset) -> LabeledData:

@@ -32,7 +32,7 @@ def predict_fold(
     learning_rates: Sequence[float] = LEARNING_RATES,
     epochs: int = EPOCHS,
     threads: int = 1,
-) -> tuple[np.ndarray, dict[str, Any]]:
+) -> tuple[np.ndarray, None, dict[str, Any]]:
     """Choose the learning rate on a fifth of the training fold, train on all of it, predict.
 
     Parameters
@@ -53,6 +53,8 @@ def predict_fold(
     -------
     predictions : numpy.ndarray, shape (n_test,)
         In units of the target.
+    std : None
+        See :data:`CONFIG`.
     params : dict
         ``learning_rate``, and ``validation_mae`` by rate if there was a choice.
     """
@@ -84,7 +86,7 @@ def predict_fold(
     params: dict[str, Any] = {"learning_rate": rate}
     if trials:
         params["validation_mae"] = {f"{rate:g}": error for rate, error in trials.items()}
-    return predictions, params
+    return predictions, None, params
 
 
 def dataset_of(target: Target, rows: np.ndarray) -> dc.data.NumpyDataset:

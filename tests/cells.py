@@ -138,6 +138,8 @@ def supercell(cell: Array, coords: Array, matrix: Array) -> tuple[Array, Array, 
 def disguised(rng: np.random.Generator, cell: Array, coords: Array) -> tuple[Array, Array, Array]:
     """The same crystal: rotated, mirrored, moved, in other unit vectors, sites in any order."""
     matrix = unimodular(rng, int(rng.choice([0, 1, 3, 40])))
+    if np.abs(matrix @ cell).max() > 5e5:  # longer than a million Å is refused
+        matrix = np.eye(3, dtype=int)
     order = rng.permutation(len(coords))
     moved = (coords[order] + rng.random(3)) @ np.linalg.inv(matrix)
     moved = moved + rng.integers(-3, 4, moved.shape) * rng.choice([0, 1, 100])

@@ -10,6 +10,7 @@ import torch
 from calibration import Settings, cross_predict
 from intervals import (
     Constant,
+    Laplace,
     Normalized,
     Scaled,
     ause,
@@ -18,7 +19,8 @@ from intervals import (
     symmetric_crps,
 )
 from models import FORMULAS, PLAIN, SIGNAL, N, data, fitted
-from scipy.stats import norm
+from paper_records import save_predictions
+from scipy.stats import laplace, norm
 from targets import Target
 
 from polysrl_dc.graphs import StoichiometryBatch
@@ -181,6 +183,20 @@ def test_crps_of_gaussian_residuals_is_the_closed_form():
     assert conformal.crps(3 * z, np.full(4, 5.0)) == pytest.approx(3 * gaussian.mean(), rel=1e-3)
 
 
+def test_what_a_laplace_model_says_of_itself():
+    rng = np.random.default_rng(0)
+    std = np.exp(rng.uniform(0, 3, 20_000))
+    errors = rng.laplace(scale=std / np.sqrt(2))
+    scores = evaluate(Laplace(), errors, std)
+    for level in (0.5, 0.8, 0.95):
+        assert scores[f"coverage_{100 * level:.0f}"] == pytest.approx(level, abs=0.012)
+    assert scores["miscalibration_area"] < 0.01
+    x = np.linspace(-60, 60, 400_001)
+    below = laplace.cdf(x, scale=1 / np.sqrt(2))
+    expected = ((below - (x >= 0.7)) ** 2).sum() * (x[1] - x[0])
+    assert Laplace().crps(np.array([0.7]), np.ones(1)) == pytest.approx(expected, abs=1e-3)
+
+
 def test_area_of_the_sparsification_error_is_the_closed_form():
     m = 9
     errors = np.arange(1.0, m + 1)
@@ -301,6 +317,25 @@ def test_the_command_keeps_what_is_finished(job, capsys):
     assert count == 20 and len(both) == 2 * len(table)
     with pytest.raises(SystemExit):
         job("--targets", "nothing")
+
+
+def test_peers_are_scored_by_their_own_records(job, tmp_path, capsys):
+    assert job("--peers", "roost") == (0, None)
+    assert "0 of 1 targets are recorded" in capsys.readouterr().out
+    target = toy_target()
+    predictions, std = target.values + np.where(np.arange(len(target.values)) % 2, 1, -1), 0.5
+    for seed, off in ((0, 1), (1, 2)):
+        run = (tmp_path, target, "roost", "transfer", seed)
+        spread = np.full(len(predictions), std)
+        values = target.values + off * (predictions - target.values)
+        save_predictions(*run, values, [{}] * 5, {}, "compare.py", spread)
+    count, table = job("--peers", "roost")
+    assert count == 0 and set(table["method"]) == {"its own"} and len(table) == 5 * 12
+    values = table[table["fold"] == 0].set_index("metric")["value"]
+    half = -np.log(0.05) * std / np.sqrt(2)
+    assert values["width_95"] == pytest.approx(2 * half, rel=1e-5)
+    assert values["mae"] == pytest.approx(1, rel=1e-5) and values["coverage_95"] == 1
+    assert values["coverage_80"] == 0
 
 
 def test_settings_know_the_encoder_by_its_weights(tmp_path):

@@ -13,7 +13,7 @@ import torch
 from check_submission import check_records
 from compare import main
 from compare_speed import WARM_UP, Contender, measure, step_seconds
-from paper_records import load_record, record_path
+from paper_records import load_record, record_path, recorded_std
 from peers import PEERS, lacking, peer_settings
 from targets import Target
 from tasks import PAPER_TASKS
@@ -44,8 +44,8 @@ class MeanModel:
         self.mean = dataset.y.mean() + 0.01 * self.seed
         return self
 
-    def predict(self, dataset):
-        return np.full((len(dataset), 1), self.mean)
+    def predict_uncertainty(self, dataset):
+        return np.full((len(dataset), 1), self.mean), np.full((len(dataset), 1), 0.25)
 
 
 @pytest.fixture
@@ -89,6 +89,9 @@ def test_peers_learn_from_whole_training_folds_and_are_recorded_as_themselves(qu
         np.testing.assert_allclose(predictions[test], mean, rtol=1e-6)
         assert error == pytest.approx(10 * np.abs(values[test] - mean).mean(), rel=1e-5)
     assert settings["config"].startswith("aviary-models ") and settings["epochs"] == 100
+    found = recorded_std(quick.folder, quick.target, "roost", "transfer", 1)
+    np.testing.assert_array_equal(found, [predictions, np.full(len(values), 0.25)])
+    assert recorded_std(quick.folder, quick.target, "roost", "transfer", 2) is None
 
 
 def test_what_is_there_is_not_run_again_unless_the_peer_changes(quick, monkeypatch):
@@ -112,7 +115,7 @@ def test_settings_of_peers_name_all_that_makes_them():
 
 def test_the_command_ends_with_table_8_and_differences_to_polysrl(quick, capsys, monkeypatch):
     def predict_fold(target, split, encoder, seed, rates):
-        return target.values[split[1]] + 0.01, {"learning_rate": rates[0]}
+        return target.values[split[1]] + 0.01, None, {"learning_rate": rates[0]}
 
     monkeypatch.setattr(paper_protocol.transfer, "predict_fold", predict_fold)
     monkeypatch.setattr(compare.paper_protocol, "predict_baseline", predict_mean)
@@ -243,9 +246,10 @@ def test_a_peer_of_its_own_learns_a_fold(name, monkeypatch):
     few = {"roost": {"epochs": 1}, "crabnet": {"epochs": 20, "config": tiny}}
     kind = peers.peer_model
     monkeypatch.setattr(peers, "peer_model", lambda name, seed: kind(name, seed, **few[name]))
-    predictions, params = peers.predict_peer_fold(target, split, name, 3)
+    predictions, std, params = peers.predict_peer_fold(target, split, name, 3)
     expected = kind(name, 3, **few[name]).fit(dataset_of(target, split[0]))
     np.testing.assert_array_equal(
         predictions, expected.predict(dataset_of(target, split[1])).ravel()
     )
     assert predictions.shape == (4,) and np.isfinite(predictions).all() and params == {}
+    assert std.shape == (4,) and (std > 0).all()

@@ -42,7 +42,7 @@ def quick(monkeypatch, tmp_path):
 
     def predict_fold(target, split, encoder, seed, rates):
         calls.append((target.name, seed, list(rates)))
-        return target.values[split[1]] + 0.5, {"learning_rate": rates[-1]}
+        return target.values[split[1]] + 0.5, None, {"learning_rate": rates[-1]}
 
     monkeypatch.setattr(transfer, "predict_fold", predict_fold)
 
@@ -163,11 +163,11 @@ def test_transfer_learns_and_repeats():
         for _ in range(2)
     ]
     np.testing.assert_array_equal(runs[0][0], runs[1][0])
-    assert runs[0][1]["learning_rate"] == 1e-3
-    assert set(runs[0][1]["validation_mae"]) == {"0.001", "1e-09"}
+    assert runs[0][2]["learning_rate"] == 1e-3
+    assert set(runs[0][2]["validation_mae"]) == {"0.001", "1e-09"}
     fixed = transfer.predict_fold(target, split, None, 0, learning_rates=(1e-3,), epochs=30)
     np.testing.assert_array_equal(fixed[0], runs[0][0])
-    assert fixed[1] == {"learning_rate": 1e-3}
+    assert fixed[1] is None and fixed[2] == {"learning_rate": 1e-3}
 
 
 def test_random_encoders_differ_by_seed_and_saved_ones_do_not(tmp_path):
