@@ -63,7 +63,7 @@ ROWS: dict[str, list[str]] = {
     "c and d start at 40": ["--set", "c_init=40", "d_init=40"],
     # the weight of the divergence (Figure 3; the first is that of the default) and J (Figure 9)
     **{f"beta {beta}": ["--set", f"beta={beta}"] for beta in BETAS},
-    **{f"{n} samples": ["--set", f"n_samples={n}"] for n in N_SAMPLES},
+    **{f"J {n}": ["--set", f"n_samples={n}"] for n in N_SAMPLES},
     "sigmoid of HIB": ["--set", "match_form=hib"],
     "edge hidden 100": ["--set", "edge_hidden=100"],
     "edge hidden 400": ["--set", "edge_hidden=400"],
