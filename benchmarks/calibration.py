@@ -33,8 +33,9 @@ from intervals import Constant, Intervals, Laplace, Normalized, Scaled, evaluate
 from paper_records import recorded_std
 from peers import PEERS
 from sklearn.model_selection import KFold
+from submission import read_benchmark
 from targets import N_FOLDS, Target, matbench_target, wetlab_targets
-from tasks import find_data_dir
+from tasks import find_data_dir, load_task
 from tqdm import tqdm
 from transfer import dataset_of
 
@@ -196,6 +197,41 @@ def score_peer(target: Target, peer: str, output_dir: Path) -> pd.DataFrame | No
     return table.assign(encoder=peer, protocol="transfer", target=target.name)
 
 
+def record_coverage(folder: Path, data_dir: Path | None) -> pd.DataFrame:
+    """How many values the 95 % intervals of a submission hold: a row for each task and fold.
+
+    Parameters
+    ----------
+    folder : path
+        With ``results.json.gz``.
+
+    Returns
+    -------
+    pandas.DataFrame
+        Columns task, fold, n, coverage_95 and width_95 (label units); tasks without uncertainty
+        are left out.
+    """
+    rows = []
+    for name, recorded in read_benchmark(folder).tasks_map.items():
+        truth = None
+        for fold in recorded.folds:
+            found = recorded.results[recorded.folds_map[fold]]
+            if found["uncertainty"] is None:
+                continue
+            if truth is None:
+                task = load_task(name, data_dir)
+                truth = task.df[task.metadata.target]
+            ids = list(found["data"])
+            low, high = (
+                np.array([found["uncertainty"][sample][end] for sample in ids])
+                for end in ("ci_lower", "ci_upper")
+            )
+            values = truth.loc[ids].to_numpy(float)
+            inside = ((low <= values) & (values <= high)).mean()
+            rows.append((name, fold, len(ids), inside, (high - low).mean()))
+    return pd.DataFrame(rows, columns=["task", "fold", "n", "coverage_95", "width_95"])
+
+
 def merge(path: Path, fresh: pd.DataFrame) -> None:
     """Put rows into the CSV file in place of earlier ones of the same encoder, target and fold."""
     with locked(path.parent):
@@ -246,6 +282,7 @@ def main(argv: Sequence[str] | None = None) -> None:
     for name in ("epochs", "ensemble", "inner_folds", "n_samples", "seed"):
         add(f"--{name.replace('_', '-')}", type=int, default=getattr(default, name))
     add("--peers", nargs="+", choices=PEERS, metavar="PEER", help="score their records instead")
+    add("--submission", type=Path, metavar="FOLDER", help="only say what its intervals hold")
     add("--device")
     add("--data-dir", help="layout of the shared data; or POLYSRL_DATA")
     add("--output-dir", type=Path, default=Path("benchmarks"))
@@ -254,6 +291,10 @@ def main(argv: Sequence[str] | None = None) -> None:
     add("--dry-run", action="store_true", help="say what would be done, and stop")
     arguments = parser.parse_args(argv)
     data_dir = find_data_dir(arguments.data_dir)
+    if arguments.submission:
+        coverage = record_coverage(arguments.submission, data_dir).groupby("task", sort=False)
+        print(coverage.mean().drop(columns="fold").to_markdown(floatfmt=".3f"))
+        return
     targets = {target.name: target for target in all_targets(data_dir)}
     chosen = arguments.targets or list(targets)
     if unknown := sorted(set(chosen) - set(targets)):

@@ -150,20 +150,38 @@ def cases(model: PolySRLModel, path: Path, known: pd.Series, formulas: list[str]
     return pd.DataFrame(rows)
 
 
-def by_error(
-    model: PolySRLModel, target: Target, output_dir: Path
-) -> dict[str, float] | None:
-    """Spearman's correlation of uncertainty and absolute error of the band gap (Figure 10a).
-
-    The errors are those of the record of the shipped encoder, representation protocol, seed 0.
-    """
+def recorded_errors(target: Target, output_dir: Path) -> np.ndarray | None:
+    """Absolute errors of the shipped encoder (representation, seed 0), (n,); None if not run."""
     record = load_record(output_dir, "wetlab", "polysrl", "representation", 0).get(target.name)
-    if record is None:
-        return None
-    errors = np.abs(record[0] - target.values)
-    sigma = uncertainties(model, list(target.formulas))
+    return None if record is None else np.abs(record[0] - target.values)
+
+
+def by_error(sigma: np.ndarray, errors: np.ndarray) -> pd.DataFrame:
+    """Trends of uncertainty with the error of the band gap, in eV: all, and great above small."""
     test = spearmanr(errors, sigma)
-    return {"n": len(errors), "statistic": test.statistic, "p": test.pvalue}
+    great = errors >= 1
+    rows = {
+        "band gap: rising with the error": {
+            "n": len(errors),
+            "statistic": test.statistic,
+            "p": test.pvalue,
+        },
+        "band gap: errors of 1 eV and more above the others": above(sigma[great], sigma[~great]),
+    }
+    return pd.DataFrame(rows).T.rename_axis("trend").reset_index()
+
+
+def error_groups(sigma: np.ndarray, errors: np.ndarray) -> dict[str, np.ndarray]:
+    """ln sigma by intervals of the error that are one unit wide, the last one open (Figure 10a).
+
+    Examples
+    --------
+    >>> list(error_groups(np.ones(3), np.array([0.2, 1.5, 9.0])))
+    ['0 to 1', '1 to 2', 'above 4']
+    """
+    group = np.minimum(errors.astype(int), 4)
+    label = {number: f"{number} to {number + 1}" for number in range(4)} | {4: "above 4"}
+    return {label[number]: np.log(sigma[group == number]) for number in np.unique(group)}
 
 
 def main(argv: list[str] | None = None) -> None:
@@ -187,15 +205,15 @@ def main(argv: list[str] | None = None) -> None:
     held_out = np.unique(split(structures, arguments.hold_out, set(), 0)[1].formulas)
     known = pd.Series(structures.formulas)
     gap = targets["band_gap"]
+    errors = recorded_errors(gap, arguments.output_dir)
     found = []
     for encoder in arguments.encoders:
         name, _, saved = encoder.rpartition("=")
         model = PolySRLModel.from_pretrained(saved)
         table = trends(model, known, held_out, targets)
-        errors = by_error(model, gap, arguments.output_dir)
         if errors is not None:
-            last = {"trend": "band gap: rising with the error", **errors}
-            table = pd.concat([table, pd.DataFrame([last])], ignore_index=True)
+            last = by_error(uncertainties(model, list(gap.formulas)), errors)
+            table = pd.concat([table, last], ignore_index=True)
         table.insert(0, "encoder", name or Path(saved).name)
         found.append(table)
         print(table.round(3).to_markdown(index=False))
@@ -210,6 +228,10 @@ def main(argv: list[str] | None = None) -> None:
     counts = np.minimum(structure_counts(gap.formulas, known), MOST)
     sigma = uncertainties(model, list(gap.formulas))
     save(folder, "uncertainty_counts", count_figure(counts, sigma))
+    if errors is not None:
+        figure = group_figure(error_groups(sigma, errors))
+        figure.axes[0].set_xlabel("absolute error of the band gap (eV)")
+        save(folder, "uncertainty_errors", figure)
     groups = {}
     for kelvin, name in THERMOELECTRICS.items():
         formulas = list(targets[name].formulas)

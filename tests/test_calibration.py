@@ -7,7 +7,7 @@ import numpy as np
 import pandas as pd
 import pytest
 import torch
-from calibration import Settings, cross_predict
+from calibration import Settings, cross_predict, record_coverage
 from intervals import (
     Constant,
     Laplace,
@@ -21,7 +21,9 @@ from intervals import (
 from models import FORMULAS, PLAIN, SIGNAL, N, data, fitted
 from paper_records import save_predictions
 from scipy.stats import laplace, norm
+from submission import record_fold, write_record
 from targets import Target
+from tasks import load_task
 
 from polysrl_dc.graphs import StoichiometryBatch
 
@@ -336,6 +338,23 @@ def test_peers_are_scored_by_their_own_records(job, tmp_path, capsys):
     assert values["width_95"] == pytest.approx(2 * half, rel=1e-5)
     assert values["mae"] == pytest.approx(1, rel=1e-5) and values["coverage_95"] == 1
     assert values["coverage_80"] == 0
+
+
+def test_coverage_of_a_submission_is_counted(tmp_path, capsys):
+    task = load_task("embedded_seebeck", None)
+    truth = task.df[task.metadata.target]
+    for fold in task.folds:
+        ids = task.validation[task.folds_map[fold]].test
+        values = truth.loc[list(ids)].to_numpy(float)
+        off = np.where(np.arange(len(values)) % 4 == 0, 3.0, 1.0)  # a quarter is outside
+        record_fold(task, fold, values + off, np.ones(len(values)))
+    write_record(tmp_path, [task], {}, "finetune")
+    table = record_coverage(tmp_path, None)
+    assert len(table) == 5 and table["n"].sum() == len(truth)
+    np.testing.assert_allclose(table["coverage_95"], 0.75, atol=1 / table["n"].min())
+    np.testing.assert_allclose(table["width_95"], 2 * 1.96, atol=0.001)
+    calibration.main(["--submission", str(tmp_path)])
+    assert "0.75" in capsys.readouterr().out
 
 
 def test_settings_know_the_encoder_by_its_weights(tmp_path):
