@@ -17,7 +17,7 @@ from pathlib import Path
 
 import compare_speed
 import paper_protocol
-from paper_protocol import read_paper
+from paired import read_paper
 from peers import SMALL_TASKS
 from results import COMPARED, MATBENCH_8, TABLE_8, cells_of, compared
 from summarize import section

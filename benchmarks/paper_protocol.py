@@ -23,6 +23,7 @@ import torch
 import transfer
 from folds import FoldStore, in_parallel, output_folder
 from magpie import BASELINES, predict_baseline
+from paired import comparison
 from paper_records import load_record, prediction_scores, save_predictions
 from peers import PEERS, lacking, peer_settings, predict_peer_fold
 from representation import EPOCHS, Embed, on_same_formulas, predict_targets, representation_digest
@@ -46,8 +47,6 @@ MODELS = (
     "polysrl",
 )
 PROTOCOLS = ("representation", "transfer")
-PAIR = ["task", "seed", "fold"]
-PAPER_COLUMNS = ["table", "protocol", "model", "dataset", "metric", "mean", "std"]
 #: Command that makes the records of a suite.
 RUNNERS = {"wetlab": "run_wetlab.py", "paper": "run_matbench.py --paper"}
 TargetsOf = Callable[[Path | None], list[Target]]
@@ -113,53 +112,6 @@ FOLDS: dict[str, Callable[[Target], Splits]] = {
 def suite_name(suite: str, folds: str) -> str:
     """Value of the column suite: ``wetlab``, ``wetlab_grouped``, ``wetlab_10%``, ..."""
     return suite if folds == "matbench" else f"{suite}_{folds}"
-
-
-def paired_differences(
-    scores: pd.DataFrame,
-    model: str,
-    baseline: str,
-    protocol: str = "representation",
-    suite: str = "wetlab",
-) -> pd.DataFrame:
-    """Mean absolute errors of two models on the same seeds and folds, by target.
-
-    Returns
-    -------
-    pandas.DataFrame
-        Columns mae, baseline, difference, standard_error (of the difference, over the pairs),
-        pairs; reported units. Without a row where the two share no fold.
-    """
-    errors = scores[(scores["metric"] == "mae") & (scores["protocol"] == protocol)]
-    errors = errors[errors["suite"] == suite]
-    ours, theirs = (
-        errors[errors["model"] == name].set_index(PAIR)["value"] for name in (model, baseline)
-    )
-    pairs = pd.DataFrame({"mae": ours, "baseline": theirs}).dropna()
-    pairs["difference"] = pairs["mae"] - pairs["baseline"]
-    by_task = pairs.groupby("task", sort=False)
-    table = by_task.mean()
-    table["standard_error"] = by_task["difference"].sem()
-    table["pairs"] = by_task.size()
-    return table
-
-
-def read_paper(data_dir: Path | None) -> pd.DataFrame:
-    """Means and standard deviations of the paper if its tables lie beside the data, else no row."""
-    path = None if data_dir is None else data_dir / ".." / "paper" / "tables.csv"
-    found = path is not None and path.is_file()
-    return pd.read_csv(path) if found else pd.DataFrame(columns=PAPER_COLUMNS)
-
-
-def published(data_dir: Path | None, protocol: str, model: str = "polysrl") -> pd.Series | None:
-    """MAE by target of a model in the paper, if its tables lie beside the data.
-
-    Tables 1, 6 and 7 for the representation protocol, 8 (which repeats 2) for transfer.
-    """
-    table = read_paper(data_dir)
-    chosen = table[(table["protocol"] == protocol) & (table["model"] == model)]
-    chosen = chosen[(chosen["metric"] == "mae") & chosen["table"].isin([1, 6, 7, 8])]
-    return chosen.set_index("dataset")["mean"].rename("paper") if len(chosen) else None
 
 
 def run_representation(
@@ -403,30 +355,6 @@ def arguments_of(
     return arguments
 
 
-def comparison(scores: pd.DataFrame, model: str, arguments: argparse.Namespace) -> str:
-    """MAE of a model by target and protocol beside a baseline's and the paper's, as text."""
-    baseline, suite, data_dir = arguments.baseline, arguments.suite, arguments.data_dir
-    tables = []
-    for protocol in PROTOCOLS:
-        table = paired_differences(scores, model, baseline, protocol, suite)
-        if model == baseline or not len(table):
-            errors = scores[(scores["model"] == model) & (scores["protocol"] == protocol)]
-            errors = errors[(errors["metric"] == "mae") & (errors["suite"] == suite)]
-            table = errors.groupby("task", sort=False)["value"].agg(["mean", "std", "count"])
-        if not len(table):
-            continue
-        table = table.reindex([t.name for t in arguments.targets if t.name in table.index])
-        known = model if model in (*MODELS, *PEERS) else "polysrl"
-        if (paper := published(data_dir, protocol, known)) is not None:
-            table = table.join(paper.rename(f"paper, {known}"))
-        lines = [f"{model}, {protocol}", table.round(3).to_string()]
-        if "difference" in table:
-            better = int((table["difference"] < 0).sum())
-            lines.append(f"{model} is better than {baseline} on {better} of {len(table)} targets")
-        tables.append("\n".join(lines))
-    return "\n\n".join(tables)
-
-
 def main(
     argv: list[str] | None, suite: str, targets_of: TargetsOf, description: str
 ) -> pd.DataFrame | None:
@@ -463,6 +391,8 @@ def main(
             if "transfer" in arguments.protocols and model not in BASELINES:
                 run_transfer(model, encoder, arguments.targets, arguments)
     scores = pd.read_csv(scores_path(arguments))
+    names = [target.name for target in arguments.targets]
+    known = (arguments.suite, names, arguments.data_dir, (*MODELS, *PEERS))
     for model in arguments.models:
-        print(comparison(scores, model, arguments), end="\n\n")
+        print(comparison(scores, model, arguments.baseline, *known), end="\n\n")
     return scores

@@ -15,7 +15,7 @@ from typing import Any
 
 import pandas as pd
 from folds import write_atomic
-from paper_protocol import paired_differences
+from paired import paired_differences
 
 from polysrl_dc import PolySRLConfig
 from polysrl_dc.checkpoints import SHIPPED, checkpoint_path, load_checkpoint, save_checkpoint

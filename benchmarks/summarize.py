@@ -17,7 +17,7 @@ import numpy as np
 import pandas as pd
 from claims import CLAIMS, MATBENCH, PROPERTIES, RULES, SHORT, WETLAB, ZT, verdict
 from folds import write_atomic
-from paper_protocol import read_paper
+from paired import read_paper
 from results import (
     CURVES,
     FILES,
@@ -273,7 +273,7 @@ def page(scores: pd.DataFrame, paper: pd.DataFrame, baseline: str) -> tuple[str,
     scores : pandas.DataFrame
         Of :func:`results.read_scores`.
     paper : pandas.DataFrame
-        Of :func:`paper_protocol.read_paper`.
+        Of :func:`paired.read_paper`.
     baseline : str
         Model of the paired differences.
     """

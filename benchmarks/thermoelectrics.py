@@ -28,7 +28,8 @@ import pandas as pd
 from folds import write_atomic
 from magpie import BASELINES
 from numpy.typing import ArrayLike
-from paper_protocol import MODELS, PROTOCOLS, RUNNERS, published
+from paired import published
+from paper_protocol import MODELS, PROTOCOLS, RUNNERS
 from paper_records import load_record, prediction_scores
 from scores import COLUMNS
 from sklearn.metrics import precision_recall_fscore_support

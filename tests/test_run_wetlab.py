@@ -11,7 +11,8 @@ import run_wetlab
 import transfer
 from check_submission import check_records
 from magpie import magpie_features, predict_baseline
-from paper_protocol import FOLDS, encoder_embeddings, paired_differences, part_of_training
+from paired import paired_differences
+from paper_protocol import FOLDS, encoder_embeddings, part_of_training
 from paper_records import load_record, prediction_scores, record_path
 from run_wetlab import main
 from sklearn.metrics import mean_absolute_error

@@ -4,7 +4,8 @@ import numpy as np
 import pandas as pd
 import pytest
 from claims import CLAIMS, MATBENCH, SUPERVISED, WETLAB, ZT, Claim, better, verdict
-from paper_protocol import MODELS, read_paper
+from paired import read_paper
+from paper_protocol import MODELS
 from results import (
     ALL,
     COMPARED,
