@@ -28,7 +28,7 @@ from typing import Any
 import numpy as np
 import pandas as pd
 import torch
-from folds import FoldStore, locked, output_folder, write_atomic
+from folds import FoldStore, locked, output_folder
 from intervals import Constant, Intervals, Laplace, Normalized, Scaled, evaluate
 from paper_records import recorded_std
 from peers import PEERS
@@ -40,6 +40,7 @@ from tqdm import tqdm
 from transfer import dataset_of
 
 from polysrl_dc import PolySRLModel
+from polysrl_dc.checkpoints import write_atomic
 
 #: Name -> kind of intervals, and the standard deviation that they are made from.
 METHODS: dict[str, tuple[type[Intervals], str]] = {

@@ -25,7 +25,6 @@ import deepchem as dc
 import numpy as np
 import pandas as pd
 import torch
-from folds import write_atomic
 from magpie import magpie_features, regressor
 from peers import PEERS, lacking, peer_model
 from targets import Target, wetlab_targets
@@ -35,6 +34,7 @@ from tqdm import tqdm
 from transfer import CONFIG, dataset_of
 
 from polysrl_dc import PolySRLModel
+from polysrl_dc.checkpoints import write_atomic
 
 BATCH_SIZE = 128
 WARM_UP = 3

@@ -16,13 +16,13 @@ from pathlib import Path
 import numpy as np
 import pandas as pd
 import torch
-from folds import write_atomic
 from paper_records import load_record
 from scipy.stats import spearmanr
 from targets import Target, wetlab_targets
 from tasks import find_data_dir, structures_path
 
 from polysrl_dc import Domain, PolymorphDataset, PolySRLModel
+from polysrl_dc.checkpoints import write_atomic
 from polysrl_dc.domain import OutsideDomainWarning
 
 

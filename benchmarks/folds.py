@@ -21,6 +21,7 @@ from files import read_json
 from joblib import Parallel, delayed
 from sklearn.model_selection import GroupShuffleSplit, ShuffleSplit
 
+from polysrl_dc.checkpoints import write_atomic
 from polysrl_dc.errors import InvalidInputError
 from polysrl_dc.stoichiometry import parse_formula, reduced_formula
 
@@ -97,25 +98,6 @@ def record_digest(record: dict[str, Any]) -> str:
     """SHA-256 of a JSON object, its entry ``sha256`` aside."""
     rest = {name: value for name, value in record.items() if name != "sha256"}
     return hashlib.sha256(json.dumps(rest, sort_keys=True, allow_nan=False).encode()).hexdigest()
-
-
-def write_atomic(path: Path, content: bytes) -> None:
-    """Write a file so that a reader sees the old or the new content, never a part of it.
-
-    Of several processes that write at once, one is the last.
-    """
-    path.parent.mkdir(parents=True, exist_ok=True)
-    temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
-    try:
-        with open(temporary, "wb") as file:
-            file.write(content)
-            file.flush()
-            os.fsync(file.fileno())
-        with contextlib.suppress(FileNotFoundError):  # removed by one that wrote the file just now
-            os.replace(temporary, path)
-    finally:
-        for left in path.parent.glob(f".{path.name}.*.tmp"):  # also by a process that was killed
-            left.unlink(missing_ok=True)
 
 
 @contextlib.contextmanager

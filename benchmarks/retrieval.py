@@ -17,11 +17,11 @@ import deepchem as dc
 import numpy as np
 import pandas as pd
 import torch
-from folds import write_atomic
 from pretrain import split
 from tasks import DataNotFoundError, structures_path
 
 from polysrl_dc import PolymorphDataset, PolySRLModel, StoichiometryGraphFeaturizer
+from polysrl_dc.checkpoints import write_atomic
 
 RANKS = (1, 10, 100)
 

@@ -7,11 +7,13 @@ from typing import Any
 
 import numpy as np
 import pandas as pd
-from folds import locked, write_atomic
+from folds import locked
 from matbench.constants import REG_KEY
 from matbench.task import MatbenchTask
 from sklearn.metrics import roc_auc_score
 from tasks import find_data_dir
+
+from polysrl_dc.checkpoints import write_atomic
 
 COLUMNS = ["suite", "task", "protocol", "model", "seed", "fold", "metric", "value"]
 KEYS = ["suite", "task", "protocol", "model", "seed"]

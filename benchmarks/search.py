@@ -19,7 +19,7 @@ import numpy as np
 import pandas as pd
 import pretrain
 import torch
-from folds import output_folder, write_atomic
+from folds import output_folder
 from paper_protocol import encoder_embeddings
 from paper_records import prediction_scores
 from representation import predict_targets
@@ -28,6 +28,7 @@ from targets import Splits, Target, wetlab_targets
 from tasks import find_data_dir
 
 from polysrl_dc import PolySRLModel, StoichiometryGraphFeaturizer
+from polysrl_dc.checkpoints import write_atomic
 from polysrl_dc.graphs import StoichiometryBatch
 
 BUDGET = ["--max-structures", "76800", "--max-sites", "60", "--epochs", "2", "--hold-out", "2000"]

@@ -14,11 +14,16 @@ from pathlib import Path
 from typing import Any
 
 import pandas as pd
-from folds import write_atomic
 from paired import paired_differences
 
 from polysrl_dc import PolySRLConfig
-from polysrl_dc.checkpoints import SHIPPED, checkpoint_path, load_checkpoint, save_checkpoint
+from polysrl_dc.checkpoints import (
+    SHIPPED,
+    checkpoint_path,
+    load_checkpoint,
+    save_checkpoint,
+    write_atomic,
+)
 
 FORMULAS = "encoders.0."
 

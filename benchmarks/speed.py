@@ -31,7 +31,6 @@ import pandas as pd
 import pyarrow.parquet as pq
 import reference
 import torch
-from folds import write_atomic
 from pymatgen.analysis.prototypes import AFLOW_PROTOTYPE_LIBRARY
 from pymatgen.core import Composition, Lattice, Structure
 from tasks import DataNotFoundError, find_data_dir
@@ -46,6 +45,7 @@ from polysrl_dc import (
     StructureGraphFeaturizer,
     losses,
 )
+from polysrl_dc.checkpoints import write_atomic
 from polysrl_dc.datasets import PolymorphDataset
 from polysrl_dc.graphs import StoichiometryBatch, StructureBatch
 from polysrl_dc.objectives import PretrainingNetwork

@@ -18,13 +18,14 @@ from typing import Any
 
 import numpy as np
 from files import one_line, read_json
-from folds import locked, write_atomic
+from folds import locked
 from matbench.bench import MatbenchBenchmark
 from matbench.constants import MBV01_KEY, REG_KEY
 from matbench.task import MatbenchTask
 from matbench.util import RecursiveDotDict
 from tasks import FOLD_RULE_KEYS, FoldRuleTask
 
+from polysrl_dc.checkpoints import write_atomic
 from polysrl_dc.errors import InvalidInputError
 
 RESULTS_FILE, INFO_FILE = "results.json.gz", "info.json"

@@ -16,7 +16,6 @@ from pathlib import Path
 import numpy as np
 import pandas as pd
 from claims import CLAIMS, MATBENCH, PROPERTIES, RULES, SHORT, WETLAB, ZT, verdict
-from folds import write_atomic
 from paired import read_paper
 from results import (
     CURVES,
@@ -45,6 +44,8 @@ from results import (
     shortfall,
 )
 from tasks import DataNotFoundError, find_data_dir
+
+from polysrl_dc.checkpoints import write_atomic
 
 PAGE = "RESULTS.md"
 METRICS = {"mae": "MAE", "r2": "R²", "precision": "precision", "recall": "recall", "f1": "F1"}

@@ -25,7 +25,6 @@ from typing import Any
 
 import numpy as np
 import pandas as pd
-from folds import write_atomic
 from magpie import BASELINES
 from numpy.typing import ArrayLike
 from paired import published
@@ -36,6 +35,8 @@ from sklearn.metrics import precision_recall_fscore_support
 from targets import Target, estm_rows
 from tasks import DataNotFoundError, find_data_dir
 from thermoelectrics_figures import scatter_figure, screening_figure
+
+from polysrl_dc.checkpoints import write_atomic
 
 SUITE = "wetlab"
 #: ZT from which a material counts as found, by temperature in K (Appendix F.3).

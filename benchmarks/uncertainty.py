@@ -17,7 +17,6 @@ import deepchem as dc
 import numpy as np
 import pandas as pd
 import torch
-from folds import write_atomic
 from paper_records import load_record
 from polymorphs import (
     crystal_systems,
@@ -33,6 +32,7 @@ from tasks import find_data_dir, structures_path
 from uncertainty_figures import count_figure, group_figure, save
 
 from polysrl_dc import PolymorphDataset, PolySRLModel, StoichiometryGraphFeaturizer
+from polysrl_dc.checkpoints import write_atomic
 from polysrl_dc.stoichiometry import parse_formula
 
 #: Formulas that Section 5.3 and Appendix F.6 of the paper discuss.

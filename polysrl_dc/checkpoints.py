@@ -110,6 +110,34 @@ def save_checkpoint(
         "manifest": plain,
     }
     content = save(own, metadata={_KEY: json.dumps(header, sort_keys=True)})
+    write_atomic(path, content)
+
+
+def write_atomic(path: str | os.PathLike[str], content: bytes) -> None:
+    """Write a file so that a reader sees the old or the new content, never a part of it.
+
+    Of several processes that write at once, one is the last. The folder is made if it is missing.
+
+    Parameters
+    ----------
+    path : path-like
+    content : bytes
+
+    Raises
+    ------
+    OSError
+        The disk is full or cannot be written; it names the file, and the old content stays.
+
+    Examples
+    --------
+    >>> import tempfile
+    >>> with tempfile.TemporaryDirectory() as folder:
+    ...     write_atomic(f"{folder}/a.txt", b"content")
+    ...     Path(folder, "a.txt").read_text()
+    'content'
+    """
+    path = Path(path)
+    path.parent.mkdir(parents=True, exist_ok=True)
     temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
     try:
         with open(temporary, "wb") as file:

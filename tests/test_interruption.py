@@ -13,11 +13,13 @@ import pandas as pd
 import pretrain
 import pytest
 import search
-from folds import _tied, write_atomic
+from folds import _tied
 from interruptions import Found, outcome
 from processes import PRETRAIN
 from runners import RUNNERS
 from targets import Target
+
+from polysrl_dc.checkpoints import write_atomic
 
 FORK = multiprocessing.get_context("fork")
 
