@@ -261,7 +261,8 @@ class Trial:
             if other is None:
                 continue
             folder, expected = self.folder(f"beside {name}"), self.expected
-            both = [Run(job, folder, Disturbance(pause=0.02)) for job in (self.runner.job, other)]
+            pause = 0.1 if self.runner.alone else 0.02  # so that one which is refused is in time
+            both = [Run(job, folder, Disturbance(pause=pause)) for job in (self.runner.job, other)]
             ended = [run.wait() for run in both]
             if name == "another":
                 after = self.scratch / "one after another"
