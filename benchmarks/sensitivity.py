@@ -91,7 +91,9 @@ def curve_figure(curve: pd.DataFrame, name: str) -> Figure:
     for column, marker in (("collapsed_1e-4", "o-"), ("collapsed_1e-6", "s--")):
         below = column.partition("_")[2]
         collapsed.plot(curve["value"], curve[column], marker, label=f"below {below}", **style)
-    collapsed.set(ylabel="share of variances", xlabel=name, xscale="log", ylim=(-0.05, 1.05))
+    collapsed.set(ylabel="share of variances", xlabel=name, xscale="log")
+    top = max(0.01, curve[["collapsed_1e-4", "collapsed_1e-6"]].max(axis=None))
+    collapsed.set_ylim(-0.05 * top, 1.05 * top)
     if name != "beta":
         collapsed.set_xticks(curve["value"], [f"{value:g}" for value in curve["value"]])
         collapsed.set_xticks([], minor=True)
