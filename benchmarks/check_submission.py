@@ -39,7 +39,9 @@ def check_records(folders: list[Path]) -> list[str]:
             name = read_json(folder / INFO_FILE, LARGEST_FILE)["algorithm"]
         except (ValueError, KeyError, TypeError):
             continue
-        key = (folder.name.partition("_PolySRL")[0], str(name))
+        suite = folder.resolve().parent.name  # of a suite with several records
+        benchmark = suite if suite in OWN_BENCHMARKS else folder.name.partition("_PolySRL")[0]
+        key = (benchmark, str(name))
         if key in seen:
             problems.append(f"{folder}: {seen[key]} has the same algorithm name {name!r}")
         seen[key] = folder

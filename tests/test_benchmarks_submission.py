@@ -260,6 +260,10 @@ def test_a_script_and_unique_names_are_required(record, tmp_path):
     twin = tmp_path / "wetlab_v0.1_PolySRL_twin"
     shutil.copytree(record, twin)
     assert "same algorithm name" in check_records([record, twin])[0]
+    for suite in ("wetlab_v0.1", "paper_v0.1"):
+        shutil.copytree(record, tmp_path / suite / "seed0")
+    both = [tmp_path / suite / "seed0" for suite in ("wetlab_v0.1", "paper_v0.1")]
+    assert check_records(both) == []  # of two benchmarks
     next(twin.glob("*.py")).unlink()
     assert "neither a notebook" in check_record(twin)[0]
     assert check_record(tmp_path / "absent") == ["no such folder"]
