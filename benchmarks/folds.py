@@ -124,10 +124,12 @@ def output_folder(folder: Path, alone: bool = False) -> Iterator[None]:
         files of one that was killed.
     """
     try:
-        with locked(folder):
-            write_atomic(folder / ".tried", b"Can be removed.")
-            (folder / ".tried").unlink()
-        with _alone(folder) if alone else contextlib.nullcontext():
+        with contextlib.ExitStack() as held:
+            with locked(folder):  # so that nobody removes what another is writing
+                if alone:
+                    held.enter_context(_alone(folder))
+                write_atomic(folder / ".tried", b"Can be removed.")
+                (folder / ".tried").unlink()
             yield
     except OSError as error:
         print(f"error: {error} (output folder {folder})", file=sys.stderr)

@@ -10,6 +10,7 @@ import errno
 import functools
 import json
 import mmap
+import multiprocessing
 import os
 import resource
 import select
@@ -22,6 +23,7 @@ import time
 import traceback
 from collections.abc import Callable
 from dataclasses import asdict, dataclass, field
+from multiprocessing.synchronize import Barrier
 from pathlib import Path
 from typing import Any
 
@@ -57,6 +59,8 @@ class Disturbance:
         Killed after so many seconds.
     pause : float
         Waits up to so many seconds before each change, by chance.
+    meets : Barrier, optional
+        Waits before its first change until the other run has come to it as well.
     largest : int
         Size in bytes beyond which no file grows: a full disk.
     read_only : bool
@@ -67,6 +71,7 @@ class Disturbance:
     cut: bool = False
     after: float = PATIENCE
     pause: float = 0.0
+    meets: Barrier | None = None
     largest: int | None = None
     read_only: bool = False
 
@@ -171,6 +176,8 @@ def _watch(folder: Path, what: Disturbance, changes: mmap.mmap) -> Callable[[str
             os.kill(process, signal.SIGKILL)
         if what.read_only:
             raise OSError(errno.EROFS, os.strerror(errno.EROFS), str(arguments[0]))
+        if count == 1 and what.meets is not None:
+            what.meets.wait(PATIENCE)
         if what.pause:
             time.sleep(rng.uniform(0, what.pause))
 
@@ -261,8 +268,8 @@ class Trial:
             if other is None:
                 continue
             folder, expected = self.folder(f"beside {name}"), self.expected
-            pause = 0.1 if self.runner.alone else 0.02  # so that one which is refused is in time
-            both = [Run(job, folder, Disturbance(pause=pause)) for job in (self.runner.job, other)]
+            what = Disturbance(pause=0.02, meets=multiprocessing.Barrier(2))
+            both = [Run(job, folder, what) for job in (self.runner.job, other)]
             ended = [run.wait() for run in both]
             if name == "another":
                 after = self.scratch / "one after another"

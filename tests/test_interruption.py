@@ -1,6 +1,7 @@
 """Every runner killed at random moments, run twice at once, and without a place to write to."""
 
 import errno
+import fcntl
 import multiprocessing
 import os
 import time
@@ -13,7 +14,7 @@ import pandas as pd
 import pretrain
 import pytest
 import search
-from folds import _tied
+from folds import _tied, locked, output_folder
 from interruptions import Found, outcome
 from processes import PRETRAIN
 from runners import RUNNERS
@@ -122,6 +123,19 @@ def test_workers_end_with_a_run_that_is_killed(tmp_path):
     run.kill()
     run.join()
     wait_until(lambda: not any(map(is_alive, workers)))
+
+
+def test_temporary_files_are_removed_while_nobody_writes_one(tmp_path, monkeypatch):
+    left = tmp_path / ".scores.csv.1.tmp"
+    left.touch()
+
+    def lockf(*_: Any) -> None:
+        with open(tmp_path / ".lock") as lock, pytest.raises(BlockingIOError):
+            fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+
+    monkeypatch.setattr(fcntl, "lockf", lockf)
+    with output_folder(tmp_path, alone=True), locked(tmp_path):
+        assert not left.exists()
 
 
 def test_a_file_is_the_old_or_the_new_one(tmp_path, monkeypatch):
