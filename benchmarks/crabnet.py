@@ -10,8 +10,8 @@ jitter of the fractions, Lamb inside Lookahead under a triangular learning rate,
   numbers from words of the materials literature, but only the former come with matminer.
 * The gate acts on each element, as in the paper. The authors' code multiplies the mean value by
   the sigmoid of the mean logit: ``CrabNetConfig(gate="mean")``.
-* Formulas are padded to the longest of their batch; the authors cut those that have more elements
-  than any in the training data.
+* No formula is padded or cut; the authors cut those that have more elements than any in the
+  training data.
 * Lookahead's slow weights start at the initial weights, the authors' at its first synchronization.
 * Regression only, and every random number follows from the seed of the model.
 
@@ -22,6 +22,7 @@ one of CrabNet.
 from __future__ import annotations
 
 import math
+from copy import deepcopy
 from dataclasses import dataclass
 from itertools import pairwise
 
@@ -91,7 +92,7 @@ class FractionEncoding(nn.Module):
         self.scales = nn.Parameter(torch.ones(2))
 
     def forward(self, fractions: Tensor) -> Tensor:
-        """(B, n) -> (B, n, width)."""
+        """(T,) -> (T, width)."""
         steps = len(self.waves)
         both = torch.stack([fractions, 0.0025 * fractions.log2() ** 2], dim=-1)
         rows = (both.clamp(1 / steps, 1.0) * steps).round().long() - 1
@@ -112,6 +113,34 @@ class ResidualLayer(nn.Module):
         return nn.functional.leaky_relu(self.linear(x)) + self.shortcut(x)
 
 
+class AttentionLayer(nn.TransformerEncoderLayer):
+    """A layer of a Transformer that computes no padding but in the attention itself.
+
+    Formulas differ in their number of elements; padded to the longest of a batch of 128, they take
+    1.3 to 1.9 times the work on the wet-lab targets.
+    """
+
+    def forward(self, x: Tensor, present: Tensor) -> Tensor:  # type: ignore[override]
+        """Elements (T, width) formula by formula, where they are (B, n) -> (T, width)."""
+        attention = self.self_attn
+        projected = nn.functional.linear(x, attention.in_proj_weight, attention.in_proj_bias)
+        padded = x.new_zeros(*present.shape, projected.shape[1])
+        padded[present] = projected
+        query, key, value = (
+            part.unflatten(2, (attention.num_heads, -1)).transpose(1, 2)
+            for part in padded.chunk(3, dim=2)
+        )
+        mixed = nn.functional.scaled_dot_product_attention(
+            *(query, key, value),
+            attn_mask=present[:, None, None, :],
+            dropout_p=attention.dropout if self.training else 0.0,
+        )
+        mixed = attention.out_proj(mixed.transpose(1, 2).flatten(2)[present])
+        x = self.norm1(x + self.dropout1(mixed))
+        inner = self.dropout(self.activation(self.linear1(x)))
+        return self.norm2(x + self.dropout2(self.linear2(inner)))
+
+
 class CrabNet(nn.Module):
     """Elements that attend to one another, and what each contributes to the property."""
 
@@ -124,43 +153,38 @@ class CrabNet(nn.Module):
         self.input = nn.Linear(N_FEATURES, config.width)
         self.input_scale = nn.Parameter(torch.ones(1))
         self.fractions = FractionEncoding(config.width, config.resolution)
-        layer = nn.TransformerEncoderLayer(
-            config.width, config.heads, config.feed_forward, config.dropout, batch_first=True
-        )
+        layer = AttentionLayer(config.width, config.heads, config.feed_forward, config.dropout)
         # As published, the layers start as copies of one another.
-        self.encoder = nn.TransformerEncoder(layer, config.layers, enable_nested_tensor=False)
+        self.layers = nn.ModuleList(deepcopy(layer) for _ in range(config.layers))
         widths = (config.width, *config.head)
         self.head = nn.Sequential(
             *(ResidualLayer(*pair) for pair in pairwise(widths)), nn.Linear(widths[-1], 3)
         )
 
-    def forward(self, numbers: Tensor, fractions: Tensor) -> tuple[Tensor, Tensor]:
-        """Elements (B, n) in any order, fraction 0 is padding -> normalized value, log std (B,)."""
-        padding = fractions == 0
+    def forward(self, fractions: Tensor) -> tuple[Tensor, Tensor]:
+        """Fractions by atomic number (B, Z) -> normalized value and log std, each (B,)."""
+        formulas, numbers = fractions.nonzero(as_tuple=True)
+        counts = formulas.bincount(minlength=len(fractions))
+        present = torch.arange(int(counts.max()), device=counts.device) < counts.unsqueeze(1)
         elements = self.input(self.features[numbers]) * 2**self.input_scale
-        elements = elements + self.fractions(fractions)
-        elements = self.encoder(elements, src_key_padding_mask=padding)
+        elements = elements + self.fractions(fractions[formulas, numbers])
+        for layer in self.layers:
+            elements = layer(elements, present)
         value, log_std, gate = self.head(elements).unbind(-1)
 
         def mean(x: Tensor) -> Tensor:
-            return x.masked_fill(padding, 0.0).sum(1) / (~padding).sum(1)
+            return x.new_zeros(len(fractions)).index_add(0, formulas, x) / counts
 
         if self.gate == "element":
             return mean(value * gate.sigmoid()), mean(log_std)
         return mean(value) * mean(gate).sigmoid(), mean(log_std)
 
 
-def padded(formulas: StoichiometryBatch) -> tuple[Tensor, Tensor]:
-    """Atomic numbers and fractions, each (B, n), n as large as the batch needs; by fraction."""
-    fractions, numbers = formulas.fractions.topk(int((formulas.fractions > 0).sum(1).max()))
-    return numbers, fractions
-
-
 def outputs(network: CrabNet, formulas: StoichiometryBatch) -> tuple[Tensor, Tensor]:
     """Values and logarithms of standard deviations, each (n,); leaves the network's dropout off."""
     network.eval()
     with torch.no_grad():
-        parts = [network(*padded(formulas[i : i + 1024])) for i in range(0, len(formulas), 1024)]
+        parts = [network(part) for part in formulas.fractions.split(1024)]
     return torch.cat([value for value, _ in parts]), torch.cat([log_std for _, log_std in parts])
 
 
@@ -299,10 +323,10 @@ class CrabNetModel:
             network.train()
             errors, good = [], False
             for rows in torch.randperm(len(data)).split(size):
-                numbers, fractions = padded(data.inputs[rows])
+                fractions = data.inputs[rows].fractions
                 noise = 1 + config.jitter * torch.randn_like(fractions)
                 fractions = nn.functional.normalize((fractions * noise).clamp(0, 1), p=1.0)
-                value, log_std = network(numbers, fractions)
+                value, log_std = network(fractions)
                 loss = robust_l1(value, log_std, targets[rows])
                 optimizer.zero_grad()
                 loss.backward()

@@ -11,6 +11,7 @@ import torch
 pytest.importorskip("pytorch_optimizer", reason="CrabNet needs the extra 'peers'")
 
 from crabnet import (
+    AttentionLayer,
     CrabNet,
     CrabNetConfig,
     CrabNetModel,
@@ -18,7 +19,6 @@ from crabnet import (
     WeightAverage,
     batch_size,
     crabnet_optimizer,
-    padded,
     robust_l1,
 )
 
@@ -36,9 +36,9 @@ def dataset(formulas, y=None, w=None):
     return dc.data.NumpyDataset(graphs, y, w, ids=formulas)
 
 
-def elements(*formulas):
+def fractions(*formulas):
     graphs = dataset(formulas)
-    return padded(stoichiometries(graphs.X, graphs.ids))
+    return stoichiometries(graphs.X, graphs.ids).fractions
 
 
 @pytest.fixture(scope="module")
@@ -64,39 +64,50 @@ def test_the_published_size_has_the_published_number_of_weights():
     assert CrabNetModel().n_parameters == by_hand == 11_987_206
 
 
-def test_elements_come_padded_with_the_largest_fraction_first():
-    numbers, fractions = elements("Fe2O3", "NaCl", "KMgF3")
-    assert numbers.shape == (3, 3)
-    assert [numbers[0, :2].tolist(), numbers[2, 0].item()] == [[8, 26], 9]
-    np.testing.assert_allclose(fractions, [[0.6, 0.4, 0], [0.5, 0.5, 0], [0.6, 0.2, 0.2]])
+@pytest.mark.parametrize("training", [False, True])
+def test_a_layer_is_that_of_torch_without_the_padding(training):
+    torch.manual_seed(0)
+    ours = AttentionLayer(32, 4, 64, dropout=0.0).train(training)
+    theirs = torch.nn.TransformerEncoderLayer(32, 4, 64, dropout=0.0, batch_first=True)
+    theirs.load_state_dict(ours.state_dict())
+    present = torch.arange(5) < torch.tensor([[2], [5], [1]])
+    padded = torch.randn(3, 5, 32)
+    output = ours(padded[present], present)
+    expected = theirs(padded, src_key_padding_mask=~present)[present]
+    torch.testing.assert_close(output, expected, rtol=0, atol=1e-5)
+    weights = zip(ours.parameters(), theirs.parameters(), strict=True)
+    output.square().sum().backward()
+    expected.square().sum().backward()
+    for one, other in weights:
+        torch.testing.assert_close(one.grad, other.grad, rtol=1e-4, atol=1e-4)
 
 
-def test_the_order_of_elements_does_not_matter(network):
-    numbers, fractions = elements("BaTiO3", "KMgF3")
-    order = torch.tensor([2, 0, 1])
-    for one, other in zip(
-        network(numbers, fractions), network(numbers[:, order], fractions[:, order]), strict=True
-    ):
-        torch.testing.assert_close(one, other, rtol=0, atol=1e-5)
-    swapped = network(numbers[:, order], fractions)
-    assert (swapped[0] - network(numbers, fractions)[0]).abs().min() > 1e-4
+def test_dropout_acts_in_training_only():
+    torch.manual_seed(0)
+    layer, x, present = AttentionLayer(32, 4, 64, dropout=0.5), torch.randn(6, 32), torch.ones(2, 3)
+    assert not torch.equal(layer(x, present > 0), layer(x, present > 0))
+    layer.eval()
+    assert torch.equal(layer(x, present > 0), layer(x, present > 0))
 
 
-def test_padding_does_not_change_a_prediction(network):
-    alone = network(*elements("NaCl"))
-    beside = network(*elements("NaCl", "LiNi0.3Mn0.3Co0.4O2"))
+def test_each_element_counts_with_its_fraction(network):
+    values, log_std = network(fractions("BaTiO3", "Ba3TiO", "BaTi3O"))
+    assert values.shape == log_std.shape == (3,)
+    assert (values[1:] - values[0]).abs().min() > 1e-4
+
+
+def test_what_stands_beside_a_formula_does_not_change_its_prediction(network):
+    alone = network(fractions("NaCl"))
+    beside = network(fractions("LiNi0.3Mn0.3Co0.4O2", "NaCl", "Si"))
     for one, other in zip(alone, beside, strict=True):
-        assert one.shape == (1,) and other.shape == (2,)
-        torch.testing.assert_close(one, other[:1], rtol=0, atol=1e-5)
-    numbers, fractions = elements("NaCl", "LiNi0.3Mn0.3Co0.4O2")
-    numbers[0, 2:] = 92
-    torch.testing.assert_close(network(numbers, fractions), beside)
+        assert one.shape == (1,) and other.shape == (3,)
+        torch.testing.assert_close(one, other[1:2], rtol=0, atol=1e-5)
 
 
 @pytest.mark.parametrize("fraction", [1.0, 0.5, 1 / 3, 0.0124, 1e-4, 1e-7])
 def test_fractions_are_encoded_as_published(fraction):
     width, steps = 12, 5000
-    encoded = FractionEncoding(width, steps)(torch.tensor([[fraction]]))[0, 0]
+    encoded = FractionEncoding(width, steps)(torch.tensor([fraction]))[0]
     expected = []
     for x in (fraction, min(1.0, 0.0025 * math.log2(fraction) ** 2)):
         step = round(max(x, 1 / steps) * steps) - 1
@@ -115,14 +126,13 @@ def test_encodings_tell_fractions_apart_but_not_below_the_resolution():
 def test_gates_act_on_each_element_or_on_the_mean():
     torch.manual_seed(0)
     each = CrabNet(SMALL).eval()
-    numbers, fractions = elements("BaTiO3")
-    contributions = []
-    each.head.register_forward_hook(lambda *call: contributions.append(call[-1][0]))
-    value = each(numbers, fractions)[0]
+    formula, contributions = fractions("BaTiO3"), []
+    each.head.register_forward_hook(lambda *call: contributions.append(call[-1]))
+    value = each(formula)[0]
     p, _, logit = contributions[0].unbind(-1)
     torch.testing.assert_close(value[0], (p * logit.sigmoid()).mean())
     each.gate = "mean"
-    value, log_std = each(numbers, fractions)
+    value, log_std = each(formula)
     torch.testing.assert_close(value[0], p.mean() * logit.mean().sigmoid())
     torch.testing.assert_close(log_std[0], contributions[0][:, 1].mean())
 
