@@ -30,7 +30,7 @@ import pandas as pd
 import torch
 from folds import FoldStore, locked, output_folder
 from intervals import Constant, Intervals, Laplace, Normalized, Scaled, evaluate
-from paper_records import recorded_std
+from paper_records import load_record
 from peers import PEERS
 from sklearn.model_selection import KFold
 from submission import read_benchmark
@@ -175,26 +175,28 @@ def score_fold(target: Target, fold: int, predictions: dict[str, np.ndarray]) ->
     train, test = target.splits()[fold]
     residuals = target.values[train] - predictions["mean"]
     errors = target.values[test] - predictions["test_mean"]
-    rows = []
-    for method, (kind, std) in METHODS.items():
-        intervals = kind(residuals, predictions[std])
-        for metric, value in evaluate(intervals, errors, predictions[f"test_{std}"]).items():
-            rows.append((fold, method, metric, value))
-    return pd.DataFrame(rows, columns=COLUMNS[3:])
+    scores = [
+        _scores(fold, name, kind(residuals, predictions[std]), errors, predictions[f"test_{std}"])
+        for name, (kind, std) in METHODS.items()
+    ]
+    return pd.concat(scores, ignore_index=True)
 
 
-def score_peer(target: Target, peer: str, output_dir: Path) -> pd.DataFrame | None:
-    """Scores of the standard deviations in a peer's record of seed 0; None if there is none."""
-    found = recorded_std(output_dir, target, peer, "transfer", 0)
-    if found is None:
-        return None
-    predictions, std = found
-    rows = []
-    for fold, (_, test) in enumerate(target.splits()):
-        errors = target.values[test] - predictions[test]
-        for metric, value in evaluate(Laplace(), errors, std[test]).items():
-            rows.append((fold, "its own", metric, value))
-    table = pd.DataFrame(rows, columns=COLUMNS[3:])
+def _scores(
+    fold: int, method: str, intervals: Intervals, errors: np.ndarray, std: np.ndarray
+) -> pd.DataFrame:
+    values = pd.Series(evaluate(intervals, errors, std), name="value").rename_axis("metric")
+    return values.reset_index().assign(fold=fold, method=method)[COLUMNS[3:]]
+
+
+def score_peer(target: Target, peer: str, predictions: np.ndarray, std: np.ndarray) -> pd.DataFrame:
+    """Scores of the standard deviations (n,) that a peer has predicted along."""
+    errors = target.values - predictions
+    scores = [
+        _scores(fold, "its own", Laplace(), errors[test], std[test])
+        for fold, (_, test) in enumerate(target.splits())
+    ]
+    table = pd.concat(scores, ignore_index=True)
     return table.assign(encoder=peer, protocol="transfer", target=target.name)
 
 
@@ -321,11 +323,18 @@ def main(argv: Sequence[str] | None = None) -> None:
 
 
 def run_peers(targets: Sequence[Target], arguments: argparse.Namespace) -> dict[str, pd.DataFrame]:
-    """Scores of each peer on the targets that it has a record of."""
+    """Scores of seed 0 of each peer on the targets that it has a record of."""
     tables = {}
     for peer in arguments.peers:
-        found = [score_peer(target, peer, arguments.output_dir) for target in targets]
-        known = [table for table in found if table is not None]
+        records = {
+            suite: load_record(arguments.output_dir, suite, peer, "transfer", 0)
+            for suite in {target.suite for target in targets}
+        }
+        known = []
+        for target in targets:
+            record = records[target.suite].get(target.name)
+            if record is not None and record.std is not None:
+                known.append(score_peer(target, peer, record.predictions, record.std))
         print(f"{peer}: {len(known)} of {len(targets)} targets are recorded with uncertainty")
         if known:
             tables[peer] = pd.concat(known, ignore_index=True)

@@ -35,7 +35,8 @@ def absolute_errors(target: Target, output_dir: Path) -> np.ndarray:
         No seed is recorded.
     """
     records = [load_record(output_dir, "wetlab", "polysrl", "representation", i) for i in range(3)]
-    found = [np.abs(rec[target.name][0] - target.values) for rec in records if target.name in rec]
+    known = [record[target.name] for record in records if target.name in record]
+    found = [np.abs(record.predictions - target.values) for record in known]
     if not found:
         raise FileNotFoundError(f"no record of polysrl, representation, {target.name}")
     return np.mean(found, axis=0) * target.scale

@@ -24,7 +24,7 @@ import transfer
 from folds import FoldStore, in_parallel, output_folder
 from magpie import BASELINES, predict_baseline
 from paired import comparison
-from paper_records import load_record, prediction_scores, save_predictions
+from paper_records import Record, load_record, prediction_scores, save_predictions
 from peers import PEERS, lacking, peer_settings, predict_peer_fold
 from representation import EPOCHS, Embed, on_same_formulas, predict_targets, representation_digest
 from scores import drop_scores, merge_scores, read_scores
@@ -169,7 +169,7 @@ def _rates(
     """The learning rates to try on each fold: the one that the first seed has chosen, or all."""
     first = _recorded(target, settings, RATE_SEED, arguments)
     if first and seed != RATE_SEED:
-        return [(params["learning_rate"],) for params in first[1]]
+        return [(params["learning_rate"],) for params in first.params]
     return [transfer.LEARNING_RATES] * N_FOLDS
 
 
@@ -240,12 +240,12 @@ def settings_of(
 
 def _recorded(
     target: Target, settings: dict[str, Any], seed: int, arguments: argparse.Namespace
-) -> Any:
+) -> Record | None:
     """The record of a target if it was made by the same encoder and settings, else None."""
     run = (target.suite, settings["model"], settings["protocol"], seed)
     record = load_record(arguments.output_dir, *run).get(target.name)
     same = ("encoder", "config", "epochs")
-    if record is None or any(record[2].get(name) != settings[name] for name in same):
+    if record is None or any(record.settings.get(name) != settings[name] for name in same):
         return None
     return record
 

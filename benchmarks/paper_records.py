@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import functools
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import numpy as np
 import pandas as pd
@@ -68,55 +68,50 @@ def _rounded(values: np.ndarray) -> list[float]:
     return [float(f"{value:.7g}") for value in values]
 
 
-def recorded_std(
-    output_dir: str | Path, target: Target, model: str, protocol: str, seed: int
-) -> tuple[np.ndarray, np.ndarray] | None:
-    """Predictions and their standard deviations, each (n,); None if no record has both."""
-    folder = record_path(output_dir, target.suite, model, protocol, seed)
-    if not (folder / RESULTS_FILE).exists():
-        return None
-    task = read_benchmark(folder).tasks_map.get(target.task.dataset_name)
-    if task is None:
-        return None
-    by_id: dict[str, tuple[float, float]] = {}
-    for fold in range(len(task.folds)):
-        ids, values, std, _ = recorded_fold(task, fold)
-        if std is None:
-            return None
-        by_id |= dict(zip(ids, zip(values, std, strict=True), strict=True))
-    values, std = np.array([by_id[sample] for sample in sorted(by_id)]).T
-    return values, std
+class Record(NamedTuple):
+    """What a record holds of a target, in the order of the target's rows.
+
+    Attributes
+    ----------
+    predictions : numpy.ndarray, shape (n,)
+        In units of the target.
+    std : numpy.ndarray, shape (n,), or None
+        Their standard deviations, in the same units, where the model gave them for every row.
+    params : list of dict
+        What was chosen on each fold.
+    settings : dict
+        What made the predictions.
+    """
+
+    predictions: np.ndarray
+    std: np.ndarray | None
+    params: list[dict[str, Any]]
+    settings: dict[str, Any]
 
 
 def load_record(
     output_dir: str | Path, suite: str, model: str, protocol: str, seed: int
-) -> dict[str, tuple[np.ndarray, list[dict[str, Any]], dict[str, Any]]]:
-    """What a record holds, by name of the target.
-
-    Returns
-    -------
-    dict of str to (predictions, params, settings)
-        Predictions (n,) in the order of the target's rows, chosen parameters of each fold, and
-        settings; empty if there is no record.
-    """
+) -> dict[str, Record]:
+    """What a record holds, by name of the target; empty if there is no record."""
     path = record_path(output_dir, suite, model, protocol, seed) / RESULTS_FILE
     return _load(path, path.stat().st_mtime_ns) if path.exists() else {}
 
 
 @functools.lru_cache(maxsize=64)
-def _load(
-    path: Path, _changed: int
-) -> dict[str, tuple[np.ndarray, list[dict[str, Any]], dict[str, Any]]]:
+def _load(path: Path, _changed: int) -> dict[str, Record]:
     benchmark = read_benchmark(path.parent)
     found = {}
     for name, task in benchmark.tasks_map.items():
-        by_id: dict[str, float] = {}
-        for fold in task.folds_keys:
-            by_id |= task.results[fold]["data"]
-        values = np.array([by_id[sample] for sample in sorted(by_id)])
-        params = [dict(task.results[fold]["parameters"]) for fold in task.folds_keys]
+        parts, params = [], []
+        for fold in range(len(task.folds)):
+            ids, values, std, chosen = recorded_fold(task, fold)
+            parts.append(pd.DataFrame({"value": values, "std": std}, ids, dtype=float))
+            params.append(dict(chosen))
+        rows = pd.concat(parts).sort_index()
+        known = None if rows["std"].isna().any() else rows["std"].to_numpy()
         settings = dict(benchmark.user_metadata["tasks"][name])
-        found[name.partition("_")[2]] = (values, params, settings)
+        record = Record(rows["value"].to_numpy(), known, params, settings)
+        found[name.partition("_")[2]] = record
     return found
 
 

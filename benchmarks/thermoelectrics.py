@@ -243,13 +243,13 @@ def collect(
         for measured in sets:
             names, scaled = [f"estm{measured.kelvin}_{name}" for name in TARGETS], {}
             for seed, record in records.items():
-                sizes = {name: len(record[name][0]) if name in record else 0 for name in names}
-                lacking = [name for name, size in sizes.items() if size != len(measured.rows)]
+                known = {name: len(record[name].predictions) for name in names if name in record}
+                lacking = [name for name in names if known.get(name) != len(measured.rows)]
                 for name in lacking if record else ["record"]:
                     missing.setdefault(name, []).append(seed)
                 if not lacking:
-                    scaled[seed] = np.stack([record[name][0] for name in names])
-                    encoders |= {record[name][2].get("encoder") for name in names}
+                    scaled[seed] = np.stack([record[name].predictions for name in names])
+                    encoders |= {record[name].settings.get("encoder") for name in names}
             if scaled:
                 by_seed = {seed: measured.physical(values) for seed, values in scaled.items()}
                 mean = measured.physical(np.mean(list(scaled.values()), axis=0))

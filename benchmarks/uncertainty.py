@@ -153,7 +153,7 @@ def cases(model: PolySRLModel, path: Path, known: pd.Series, formulas: list[str]
 def recorded_errors(target: Target, output_dir: Path) -> np.ndarray | None:
     """Absolute errors of the shipped encoder (representation, seed 0), (n,); None if not run."""
     record = load_record(output_dir, "wetlab", "polysrl", "representation", 0).get(target.name)
-    return None if record is None else np.abs(record[0] - target.values)
+    return None if record is None else np.abs(record.predictions - target.values)
 
 
 def by_error(sigma: np.ndarray, errors: np.ndarray) -> pd.DataFrame:

@@ -13,7 +13,7 @@ import torch
 from check_submission import check_records
 from compare import main
 from compare_speed import WARM_UP, Contender, measure, step_seconds
-from paper_records import load_record, record_path, recorded_std
+from paper_records import load_record, record_path
 from peers import PEERS, lacking, peer_settings
 from targets import Target
 from tasks import PAPER_TASKS
@@ -82,16 +82,15 @@ def test_peers_learn_from_whole_training_folds_and_are_recorded_as_themselves(qu
     assert names[0] == "Roost (seed 0)" and names[3] == "CrabNet (seed 1)"
     assert "Goodall" in (folders[0] / "info.json").read_text()
     values = quick.target.values
-    predictions, _, settings = load_record(*run, "roost", "transfer", 1)["metallic"]
+    predictions, std, _, settings = load_record(*run, "roost", "transfer", 1)["metallic"]
     errors = scores.query("model == 'roost' and seed == 1 and metric == 'mae'")["value"]
     for (train, test), error in zip(splits, errors, strict=True):
         mean = values[train].mean() + 0.01
         np.testing.assert_allclose(predictions[test], mean, rtol=1e-6)
         assert error == pytest.approx(10 * np.abs(values[test] - mean).mean(), rel=1e-5)
     assert settings["config"].startswith("aviary-models ") and settings["epochs"] == 100
-    found = recorded_std(quick.folder, quick.target, "roost", "transfer", 1)
-    np.testing.assert_array_equal(found, [predictions, np.full(len(values), 0.25)])
-    assert recorded_std(quick.folder, quick.target, "roost", "transfer", 2) is None
+    np.testing.assert_array_equal(std, np.full(len(values), 0.25))
+    assert load_record(*run, "roost", "transfer", 2) == {}
 
 
 def test_what_is_there_is_not_run_again_unless_the_peer_changes(quick, monkeypatch):

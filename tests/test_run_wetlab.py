@@ -61,7 +61,7 @@ def test_representation_writes_records_that_are_accepted_and_scores_of_them(quic
     run = (quick.folder, "wetlab", "rand_init", "representation")
     assert check_records([record_path(*run, seed) for seed in (0, 1)]) == []
     for target in quick.targets:
-        predictions = load_record(*run, 1)[target.name][0]
+        predictions = load_record(*run, 1)[target.name].predictions
         errors = scores.query("task == @target.name and seed == 1 and metric == 'mae'")["value"]
         expected = [
             mean_absolute_error(target.values[test], predictions[test]) * target.scale
@@ -77,7 +77,7 @@ def test_transfer_chooses_rates_with_the_first_seed_only(quick):
     errors = scores[scores["metric"] == "mae"].groupby("task")["value"].mean()
     assert errors.to_dict() == pytest.approx({"one": 0.5, "two": 5.0})
     record = load_record(quick.folder, "wetlab", "rand_init", "transfer", 1)["one"]
-    assert record[1] == [{"learning_rate": 1e-4}] * 5
+    assert record.std is None and record.params == [{"learning_rate": 1e-4}] * 5
 
 
 def test_what_is_there_is_not_run_again_unless_the_encoder_changes(quick, tmp_path):
