@@ -5,10 +5,12 @@ import random
 from collections import Counter
 from collections.abc import Iterator
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
 import torch
+from drawing import Tally
 
 ROOT = Path(__file__).resolve().parents[1]
 
@@ -40,6 +42,20 @@ def pytest_configure(config: pytest.Config) -> None:
 def counts(request: pytest.FixtureRequest) -> Counter[str]:
     """What was generated and what became of it, printed when all tests have run."""
     return request.config.stash[COUNTS]
+
+
+@pytest.fixture
+def tally(counts: Counter[str]) -> Tally:
+    """Of the inputs of one test."""
+    return Tally(counts)
+
+
+@pytest.fixture(scope="module")
+def encoder() -> Any:
+    """The shipped model, which has both encoders."""
+    from polysrl_dc import PolySRLModel
+
+    return PolySRLModel.from_pretrained("polysrl-mp")
 
 
 @pytest.fixture(scope="session")

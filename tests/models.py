@@ -22,6 +22,13 @@ def data(y=SIGNAL, w=None, formulas=FORMULAS):
     return dc.data.NumpyDataset(dc.feat.StoichiometryGraphFeaturizer()(formulas), y, w)
 
 
+def dataset_of(graphs, **kwargs):
+    """Graphs of whatever kind, labels and ids as a dataset."""
+    X = np.empty(len(graphs), dtype=object)
+    X[:] = graphs
+    return dc.data.NumpyDataset(X, **kwargs)
+
+
 def make(*args, **kwargs):
     settings = {"config": CONFIG, "pretrained": None, "batch_size": 8, "learning_rate": 1e-2}
     return dc.models.PolySRLModel(*args, **{**settings, **kwargs})

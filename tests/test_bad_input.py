@@ -12,33 +12,17 @@ import numpy as np
 import pandas as pd
 import pytest
 from cells import Crystal, bad_crystals, good_crystals, neighbors
-from drawing import Tally, draw
+from drawing import draw
 from formulas import Formula, any_text, formulas, written
 from hypothesis import example, given
 from hypothesis import strategies as st
+from models import dataset_of
 from pymatgen.core import Composition, Lattice, Structure
 
 import polysrl_dc
 from polysrl_dc.datasets import drop_skipped
 from polysrl_dc.errors import InvalidInputError
 from polysrl_dc.graphs import StoichiometryGraph
-
-
-@pytest.fixture(scope="module")
-def encoder():
-    """The shipped model, which has both encoders."""
-    return dc.models.PolySRLModel.from_pretrained("polysrl-mp")
-
-
-@pytest.fixture
-def tally(counts):
-    return Tally(counts)
-
-
-def dataset_of(graphs, **kwargs):
-    X = np.empty(len(graphs), dtype=object)
-    X[:] = graphs
-    return dc.data.NumpyDataset(X, **kwargs)
 
 
 def exact_graph(formula):

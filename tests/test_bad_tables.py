@@ -13,7 +13,7 @@ import deepchem as dc
 import numpy as np
 import pandas as pd
 import pytest
-from drawing import Tally, draw
+from drawing import draw
 from formulas import bad_formulas, written
 from hypothesis import assume, given
 from hypothesis import strategies as st
@@ -28,11 +28,6 @@ from polysrl_dc.graphs import StoichiometryGraph
 
 #: What pandas takes for a missing or infinite number before a loader of DeepChem sees it.
 NO_TEXT = {"nan", "na", "n/a", "none", "null", "inf", "infinity", ""}
-
-
-@pytest.fixture
-def tally(counts):
-    return Tally(counts)
 
 
 def is_text(formula):
@@ -129,12 +124,12 @@ def run(arguments, capsys):
 
 
 @pytest.mark.parametrize("kind", WRITERS)
-def test_the_console_keeps_every_row_or_names_it(kind, deep, tally, tmp_path, capsys):
+def test_the_console_keeps_every_row_or_names_it(kind, deep, tally, encoder, tmp_path, capsys):
     table, output = str(tmp_path / f"t.{kind}"), tmp_path / "out.parquet"
 
     @given(tables())
     def check(drawn):
-        frame = pd.DataFrame({"name": [f"n{i}" for i in range(len(drawn))], "note": "é, \"x\""})
+        frame = pd.DataFrame({"name": [f"n{i}" for i in range(len(drawn))], "note": 'é, "x"'})
         frame["composition"] = [formula.given for formula in drawn]
         WRITERS[kind](frame, table)
         good = [i for i, formula in enumerate(drawn) if accepted(formula)]
@@ -151,12 +146,11 @@ def test_the_console_keeps_every_row_or_names_it(kind, deep, tally, tmp_path, ca
             found = pd.read_parquet(output)
             assert found["name"].tolist() == [f"n{i}" for i in good]
             assert found["composition"].tolist() == [drawn[i].given for i in good]
-            model = dc.models.PolySRLModel.from_pretrained("polysrl-mp")
             graphs = np.array([graph_of(drawn[i]) for i in good], dtype=object)
-            expected = model.predict_embedding(dc.data.NumpyDataset(graphs))
+            expected = encoder.predict_embedding(dc.data.NumpyDataset(graphs))
             columns = [f"embedding_{i}" for i in range(expected.shape[1])]
             np.testing.assert_allclose(found[columns], expected, atol=1e-5)
-            assert (found["polymorphism"] > 0).all() and (found["note"] == "é, \"x\"").all()
+            assert (found["polymorphism"] > 0).all() and (found["note"] == 'é, "x"').all()
             tally.right(len(good))
 
     draw(check, deep, few=3, many=60)

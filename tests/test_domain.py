@@ -8,7 +8,7 @@ import pandas as pd
 import pytest
 from pymatgen.core import Composition, Lattice, Structure
 
-from polysrl_dc import InvalidInputError, PolymorphDataset, PolySRLModel
+from polysrl_dc import InvalidInputError, PolymorphDataset
 from polysrl_dc.cli import main
 from polysrl_dc.domain import Domain, OutsideDomainWarning
 from polysrl_dc.elements import N_ELEMENTS
@@ -31,13 +31,8 @@ class Flat:
 
 
 @pytest.fixture(scope="module")
-def model():
-    return PolySRLModel.from_pretrained("polysrl-mp")
-
-
-@pytest.fixture(scope="module")
-def domain(model):
-    return Domain(model, dc.data.NumpyDataset(featurize(KNOWN), ids=IDS))
+def domain(encoder):
+    return Domain(encoder, dc.data.NumpyDataset(featurize(KNOWN), ids=IDS))
 
 
 def featurize(formulas):
@@ -57,13 +52,13 @@ def salts():
 
 
 @pytest.mark.filterwarnings("ignore::polysrl_dc.domain.OutsideDomainWarning")
-def test_distances_and_structures_are_those_of_a_full_comparison(model, domain):
+def test_distances_and_structures_are_those_of_a_full_comparison(encoder, domain):
     names = np.array([graph.formula for graph in featurize(KNOWN)])
     known = np.unique(names)
     assert domain.formulas.tolist() == known.tolist()
-    vectors, k = embedded(model, known), 7
+    vectors, k = embedded(encoder, known), 7
     found = domain.query(ASKED, k=k)
-    distances = np.linalg.norm(embedded(model, ASKED)[:, None] - vectors, axis=2)
+    distances = np.linalg.norm(embedded(encoder, ASKED)[:, None] - vectors, axis=2)
     np.testing.assert_allclose(
         found["distance"].to_numpy().reshape(-1, k), np.sort(distances)[:, :k], atol=1e-5
     )
@@ -78,13 +73,13 @@ def test_distances_and_structures_are_those_of_a_full_comparison(model, domain):
     assert found["n_structures"].iloc[0] == 3
 
 
-def test_far_means_further_than_reference_formulas_are_from_each_other(model, domain):
-    vectors = embedded(model, domain.formulas)
+def test_far_means_further_than_reference_formulas_are_from_each_other(encoder, domain):
+    vectors = embedded(encoder, domain.formulas)
     own = np.linalg.norm(vectors[:, None] - vectors, axis=2)
     np.fill_diagonal(own, np.inf)
     np.testing.assert_allclose(domain.own_distances, np.sort(own.min(1)), atol=1e-5)
     assert domain.threshold == np.percentile(domain.own_distances, 99)
-    few = Domain(model, KNOWN, n_sampled=50, percentile=10)
+    few = Domain(encoder, KNOWN, n_sampled=50, percentile=10)
     assert len(few.own_distances) == 50
     assert few.threshold == np.percentile(few.own_distances, 10)
     nearest = np.searchsorted(own.min(1)[np.argsort(own.min(1))] + 2e-6, few.own_distances)
@@ -136,12 +131,12 @@ def test_unseen_elements_and_distance_each_put_a_formula_outside():
     assert found["outside"].tolist() == [False, True]
 
 
-def test_every_kind_of_reference_is_the_same_one(model, tmp_path):
+def test_every_kind_of_reference_is_the_same_one(encoder, tmp_path):
     structures = list(salts())
     packed = PolymorphDataset(structures, cache_dir=tmp_path, progress=False, processes=1)
     formulas = [structure.composition for structure in structures]
     graphs = featurize(formulas)
-    one = Domain(model, packed)
+    one = Domain(encoder, packed)
     assert one.formulas.tolist() == ["NaCl", "NaF", "NaI"]
     assert np.flatnonzero(one.elements).tolist() == [9, 11, 17, 53]
     assert len(one.elements) == N_ELEMENTS
@@ -156,7 +151,7 @@ def test_every_kind_of_reference_is_the_same_one(model, tmp_path):
         pd.Series(formulas, index=[7, 7, 8, 9]),
         (formula for formula in formulas),
     ):
-        other = Domain(model, reference)
+        other = Domain(encoder, reference)
         found = other.query(dc.data.NumpyDataset(graphs[[1, 3]], ids=asked.ids), k=2)
         named = [ids.tolist() for ids in other.structures]
         if isinstance(reference, dc.data.Dataset):
@@ -173,26 +168,26 @@ def test_a_single_formula_is_one_row(domain):
         assert domain.query(formula, k=1)["nearest"].tolist() == ["NaCl"]
 
 
-def test_bad_input_is_named(model, domain):
+def test_bad_input_is_named(encoder, domain):
     with pytest.raises(InvalidInputError, match=r"row 1: .*Xx2O3"):
-        Domain(model, ["NaCl", "Xx2O3"])
+        Domain(encoder, ["NaCl", "Xx2O3"])
     with pytest.raises(InvalidInputError, match=r"row 2: .*Qq"):
         domain.query(["NaCl", Composition("KCl"), "Qq"])
     skipped = StoichiometryGraphFeaturizer(on_error="skip").featurize(["NaCl", "Qq"])
-    for read in (lambda data: Domain(model, data), domain.query):
+    for read in (lambda data: Domain(encoder, data), domain.query):
         with pytest.raises(InvalidInputError, match=r"row 1 \(id b\)"):
             read(dc.data.NumpyDataset(skipped, ids=["a", "b"]))
         for empty in ([], dc.data.NumpyDataset(np.zeros((0, 1)), np.zeros((0, 1)))):
             with pytest.raises(InvalidInputError, match=r"no (row|formula)"):
                 read(empty)
     with pytest.raises(InvalidInputError, match="no formula but NaCl"):
-        Domain(model, ["NaCl", "Na2Cl2"])
+        Domain(encoder, ["NaCl", "Na2Cl2"])
     for k in (0, len(domain.formulas) + 1):
         with pytest.raises(ValueError, match=f"k is {k}"):
             domain.query("NaCl", k=k)
     for settings in ({"percentile": 101}, {"percentile": float("nan")}, {"n_sampled": 0}):
         with pytest.raises(ValueError, match=f"{next(iter(settings))} is"):
-            Domain(model, ["NaCl", "KCl"], **settings)
+            Domain(encoder, ["NaCl", "KCl"], **settings)
 
 
 def test_the_command_writes_the_table_and_counts(tmp_path, capsys):

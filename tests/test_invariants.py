@@ -21,11 +21,11 @@ import numpy as np
 import pytest
 from cells import good_crystals, neighbors, rotation, supercell, triclinic, unimodular
 from crystals import AFLOW
-from drawing import Tally, draw
+from drawing import draw
 from formulas import USABLE
 from hypothesis import example, given
 from hypothesis import strategies as st
-from models import data, fitted
+from models import data, dataset_of, fitted
 from pymatgen.core import Composition, Element, Lattice, Structure
 from pymatgen.symmetry.analyzer import SpacegroupAnalyzer
 
@@ -33,23 +33,6 @@ import polysrl_dc
 
 TOLERANCE = 1e-5
 PROTOTYPES = [s for s in (entry["snl"].structure for entry in AFLOW) if len(s) <= 20]
-
-
-@pytest.fixture(scope="module")
-def encoder():
-    """The shipped model, which has both encoders."""
-    return dc.models.PolySRLModel.from_pretrained("polysrl-mp")
-
-
-@pytest.fixture
-def tally(counts):
-    return Tally(counts)
-
-
-def dataset_of(graphs):
-    X = np.empty(len(graphs), dtype=object)
-    X[:] = graphs
-    return dc.data.NumpyDataset(X)
 
 
 def dataset(formulas):
