@@ -77,7 +77,7 @@ class Settings:
     fine_tune : bool
         Train the encoder, too; else the head only.
     epochs, ensemble : int
-        Of each model, and its members.
+        Of each model, in batches of the target's size, and its members.
     inner_folds : int
         Parts of a training fold; each is predicted by a model of the others.
     n_samples : int
@@ -89,7 +89,7 @@ class Settings:
 
     encoder: str = "polysrl-mp"
     fine_tune: bool = False
-    epochs: int = 60
+    epochs: int = 300
     ensemble: int = 2
     inner_folds: int = 5
     n_samples: int = 64
@@ -109,11 +109,11 @@ class Settings:
             device=self.device,
         )
 
-    def fingerprint(self) -> dict[str, Any]:
+    def fingerprint(self, batch_size: int) -> dict[str, Any]:
         """Plain values that change with the predictions; the encoder counts by its weights."""
         weights = self.model(2).model.encoders.state_dict()
         digest = hashlib.sha256(b"".join(part.cpu().numpy().tobytes() for part in weights.values()))
-        values = {**asdict(self), "encoder": digest.hexdigest()}
+        values = {**asdict(self), "encoder": digest.hexdigest(), "batch_size": batch_size}
         del values["device"]
         return values
 
@@ -135,7 +135,7 @@ def cross_predict(
     tests: dict[str, list[np.ndarray]] = {name: [] for name in names}
     folds = KFold(settings.inner_folds, shuffle=True, random_state=settings.seed).split(train)
     for number, (part, rest) in enumerate(folds):
-        model = settings.model(128, number)
+        model = settings.model(target.batch_size, number)
         model.fit(dataset_of(target, train[part]), settings.epochs, checkpoint_interval=0)
         for name, values in predict(model, dataset_of(target, train[rest]), settings).items():
             found[name][rest] = values
@@ -352,10 +352,11 @@ def run(
     targets: Sequence[Target], settings: Settings, arguments: argparse.Namespace
 ) -> pd.DataFrame:
     """Scores of all folds, written target by target."""
-    fingerprint, tables = settings.fingerprint(), []
+    tables = []
     for target in targets:
         start = time.monotonic()
         name = f"calibration_{target.name}"
+        fingerprint = settings.fingerprint(target.batch_size)
         store = FoldStore(arguments.output_dir / "folds", name, fingerprint)
         scores = []
         for fold in tqdm(range(N_FOLDS), desc=target.name, unit="fold"):

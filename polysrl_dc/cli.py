@@ -379,7 +379,7 @@ def _parser() -> argparse.ArgumentParser:
     sub.add_argument("--freeze-encoder", action="store_true", help="train the head only")
     sub.add_argument("--ensemble", type=_positive, default=1, help="models to average")
     sub.add_argument("--hold-out", type=_fraction, default=0.0, help="part kept to score on")
-    add_training(sub, 100, 128)
+    add_training(sub, 100, 32)
 
     sub = add(pretrain, "Pretrain an encoder on crystal structures.")
     sub.add_argument("structures", nargs="+", help=STRUCTURES)

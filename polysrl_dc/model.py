@@ -48,7 +48,9 @@ class PolySRLModel(TrainableModel):
         Pretraining: fuse the structure encoder with ``torch.compile`` (needs a C++ compiler).
     autocast : bool
         Compute in bfloat16 where that is safe; losses and pooled sums stay in float32.
-    batch_size : int
+    batch_size : int, optional
+        Default: 32, as steps count for more than rows on small data (see README); 256 for
+        pretraining, where the rest of a batch are the negatives.
     learning_rate : float or dc.models.optimizers.LearningRateSchedule
         A DeepChem schedule is stepped every batch; a float is the peak of ``schedule``.
     schedule : {"one_cycle", "constant"}
@@ -89,7 +91,7 @@ class PolySRLModel(TrainableModel):
         max_edges: int | None = None,
         compile: bool = False,
         autocast: bool = False,
-        batch_size: int = 128,
+        batch_size: int | None = None,
         learning_rate: float | LearningRateSchedule = 1e-3,
         schedule: str = "one_cycle",
         weight_decay: float = 0.0,
@@ -98,6 +100,8 @@ class PolySRLModel(TrainableModel):
         device: str | torch.device | None = None,
         log_frequency: int = 100,
     ) -> None:
+        if batch_size is None:
+            batch_size = 256 if task == "pretraining" else 32
         given = locals()
         self._given = {name: given[name] for name in signature(PolySRLModel).parameters}
         if task not in TASKS:
