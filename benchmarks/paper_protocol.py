@@ -158,7 +158,7 @@ def run_transfer(
                 rates = _rates(target, seed, settings, arguments)
                 key["rates"] = [list(part) for part in rates]
                 predict, calls = transfer.predict_fold, [(encoder, seed, part) for part in rates]
-            predictions, std, params = _train_folds(target, predict, calls, key, arguments)
+            predictions, std, params = train_folds(target, predict, calls, key, arguments)
             _save(target, settings, seed, predictions, params, arguments, std)
             _score(target, predictions, "matbench", settings, seed, arguments)
 
@@ -173,20 +173,39 @@ def _rates(
     return [transfer.LEARNING_RATES] * N_FOLDS
 
 
-def _train_folds(
+def train_folds(
     target: Target,
     predict: PredictFold,
     calls: Sequence[tuple[Any, ...]],
     key: dict[str, Any],
     arguments: argparse.Namespace,
+    name: str | None = None,
 ) -> tuple[np.ndarray, np.ndarray | None, list[dict[str, Any]]]:
     """All folds of a target, those aside that an interrupted run has left behind.
 
-    ``predict(target, split, *call)`` trains on a fold and gives its predictions, their standard
-    deviations or None, and what it chose; ``key`` is all that changes them.
+    Parameters
+    ----------
+    target : Target
+    predict : callable
+        ``predict(target, split, *call)`` trains on a fold and gives its predictions, their standard
+        deviations or None, and what it chose.
+    calls : sequence of tuple
+        For each fold.
+    key : dict
+        All that changes the predictions; its ``model`` and ``seed`` are shown.
+    arguments : argparse.Namespace
+        Its ``output_dir`` and ``jobs``.
+    name : str, optional
+        Under which finished folds are kept; default: that of the target's task.
+
+    Returns
+    -------
+    predictions : numpy.ndarray, shape (n,)
+    std : numpy.ndarray, shape (n,), or None
+    params : list of dict
     """
     splits, task = target.splits(), target.task
-    store = FoldStore(arguments.output_dir / "folds", task.dataset_name, key)
+    store = FoldStore(arguments.output_dir / "folds", name or task.dataset_name, key)
     tests = [task.validation[name].test for name in task.folds_keys]
     kept = {fold: store.load(fold, ids) for fold, ids in enumerate(tests)}
     missing = [fold for fold, record in kept.items() if record is None]

@@ -16,7 +16,7 @@ from peers import SMALL_TASKS
 from scipy import stats
 from scores import COLUMNS
 
-FILES = ("wetlab_scores.csv", "thermoelectrics.csv", "paper_scores.csv")
+FILES = ("wetlab_scores.csv", "thermoelectrics.csv", "paper_scores.csv", "recipes.csv")
 N_SEEDS, N_FOLDS = 3, 5
 LEVEL = 0.05
 NOT_RUN = "not run"
@@ -155,6 +155,7 @@ ZT_TABLES = {name: _extra("ZT", "wetlab", name, tuple(ZT)) for name in PROTOCOLS
 GROUPED = _extra(
     "wet lab in grouped folds", suite_name("wetlab", "grouped"), "representation", NINE
 )
+RECIPES = _extra("wet lab, trained on whole folds", "wetlab", "recipe", NINE)
 #: Learning curves, by part of the training rows, ascending.
 CURVES = {
     part.replace("%", " %"): _extra(

@@ -17,6 +17,7 @@ import numpy as np
 import pandas as pd
 from claims import CLAIMS, MATBENCH, PROPERTIES, RULES, SHORT, WETLAB, ZT, verdict
 from paired import read_paper
+from recipes import FIRST
 from results import (
     CURVES,
     FILES,
@@ -27,6 +28,7 @@ from results import (
     N_FOLDS,
     N_SEEDS,
     NOT_RUN,
+    RECIPES,
     TABLE_8,
     TABLES,
     TIMES,
@@ -63,7 +65,8 @@ rule). Encoders differ only in their pretraining: none (rand_init), contrasting 
 all polymorphs (polysrl, and without_sampling, for which the paper's values are those of its Table
 7). The Magpie models fit tabulated features without an encoder. Roost (package aviary-models) and
 CrabNet (written anew, `benchmarks/crabnet.py`) are trained on each training fold by their own
-recipes, untuned. Rows beneath them are further encoders of ours.
+recipes, untuned. Rows beneath them are further encoders of ours. What is called a recipe is a way
+to train a model of this package on a whole training fold without choosing anything.
 
 Columns: gap (eV), form. (formation enthalpy, eV/atom {x} 10), glass (T_rg {x} 10); {sigma} (ln
 S/m), {kappa} (ln W/mK) and S (min-max scaled {x} 10) are electrical conductivity, thermal
@@ -255,7 +258,13 @@ def claims_of(cells: Cells, paper: pd.DataFrame) -> tuple[list[str], str]:
 def missing_lines(cells: Cells, beside: Cells, paper: pd.DataFrame) -> list[str]:
     """What the page lacks, a line for each part; ``beside`` are the cells of Table 8."""
     parts = [BY_NAME[name] for name in ("Table 1", "Table 2", "Table 6")]
-    parts += [MATBENCH_TRANSFER, ZT_TABLES["transfer"], GROUPED, *list(CURVES.values())[:-1]]
+    parts += [
+        MATBENCH_TRANSFER,
+        ZT_TABLES["transfer"],
+        GROUPED,
+        *list(CURVES.values())[:-1],
+        RECIPES,
+    ]
     found = {table: shortfall(cells, table) for table in parts}
     found |= {table: shortfall(beside, table) for table in (TABLE_8, MATBENCH_8)}
     lines = [f"- {t.name}: {t.title}, {t.protocol}: {text}" for t, text in found.items() if text]
@@ -303,6 +312,8 @@ def page(scores: pd.DataFrame, paper: pd.DataFrame, baseline: str) -> tuple[str,
     for table in (MATBENCH_TRANSFER, GROUPED):
         lines += section(cells, paper, table, baseline)
     lines += section(beside, paper, MATBENCH_8, "polysrl")
+    recipes = cells_of(scores[scores["protocol"] == RECIPES.protocol], FIRST)
+    lines += section(recipes, paper, RECIPES, FIRST)
     lines += curve_lines(cells, baseline)
     for table in ZT_TABLES.values():
         lines += screening_lines(cells, table)

@@ -12,6 +12,7 @@ from results import (
     CURVES,
     GROUPED,
     MATBENCH_TRANSFER,
+    RECIPES,
     TABLES,
     ZT_TABLES,
     Cell,
@@ -38,6 +39,8 @@ FACTORS = {
 }
 #: Of the models that have no encoder of ours.
 PEER_FACTORS = {"roost": 1.05, "crabnet": 1.3}
+#: Relative to the first of them.
+RECIPE_FACTORS = {"fine-tuned": 1.0, "frozen, 300 epochs": 0.9}
 BY_NAME = {table.name: table for table in TABLES}
 
 
@@ -79,6 +82,7 @@ def write_scores(folder, factors=FACTORS, seeds=3):
         transfer = [table for table in tables if table.protocol == "transfer"]
         parts += [scores_of(table, PEER_FACTORS, seeds) for table in transfer]
         pd.concat(parts).to_csv(folder / f"{name}.csv", index=False)
+    scores_of(RECIPES, RECIPE_FACTORS, seeds).to_csv(folder / "recipes.csv", index=False)
     parts = [scores_of(table, factors, seeds) for table in zt]
     parts += [screening_of(table, factors) for table in zt]
     pd.concat(parts).to_csv(folder / "thermoelectrics.csv", index=False)
@@ -222,6 +226,14 @@ def test_published_models_are_compared_with_polysrl_fold_by_fold(complete):
     assert "| crabnet | " in small and "mp_gap" not in small and "log_gvrh" in small
 
 
+def test_recipes_are_compared_with_the_first_of_them(complete):
+    _, page = complete
+    part = part_of(page, "Not in the paper: wet lab, trained on whole folds, recipe")
+    assert "| frozen, 300 epochs | **0.2" in part
+    below = part[part.index("| minus fine-tuned |") :]
+    assert "| frozen, 300 epochs | **-0.0" in below and "| 9 (9) | 0 (0) |" in below
+
+
 def test_errors_of_peers_are_the_papers_only_where_they_have_not_been_run(folder):
     paper = read_paper(folder / "data")
     key = ("wetlab", "transfer", "mae", "metallic", "roost")
@@ -254,6 +266,7 @@ def test_missing_and_shortened_parts_are_named(folder):
     assert "Table 2: wet lab, transfer: not run" in top and "Table 6: Matbench" in top
     assert "rand_init: not run for glass, ZT300, ZT600" in top
     assert "polysrl: 1\N{MULTIPLICATION SIGN}5 for gap, form." in top
+    assert "trained on whole folds, recipe: not run" in top
     assert "in grouped folds, representation: not run" in top and "10 % of the" in top
     row = next(line for line in page.splitlines() if line.startswith("| polysrl | "))
     assert "[1\N{MULTIPLICATION SIGN}5]<br>0.160 (0.012)" in row and "not run<br>" in row

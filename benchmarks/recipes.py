@@ -1,0 +1,112 @@
+"""Ways to train ``PolySRLModel`` on a small data set, on the nine wet-lab targets.
+
+    python benchmarks/recipes.py --data-dir DATA
+
+Each recipe learns from a whole training fold, chooses nothing on a part of it and has one member;
+the first one is what ``polysrl train`` does. The folds are those of ``run_wetlab.py``. Scores go to
+``recipes.csv``, which ``summarize.py`` reads; finished folds are kept.
+"""
+
+from __future__ import annotations
+
+import argparse
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from folds import output_folder
+from paper_protocol import train_folds
+from paper_records import prediction_scores
+from representation import representation_digest
+from scores import merge_scores
+from targets import N_FOLDS, Target, wetlab_targets
+from tasks import find_data_dir
+from transfer import dataset_of
+
+from polysrl_dc import PolySRLModel
+from polysrl_dc.checkpoints import DEFAULT_ENCODER
+
+EPOCHS = 100
+#: Epochs, and what differs from the defaults of ``PolySRLModel``.
+RECIPES: dict[str, tuple[int, dict[str, Any]]] = {
+    "fine-tuned": (EPOCHS, {}),
+    "fine-tuned, batches of 128": (EPOCHS, {"batch_size": 128}),
+    "fine-tuned, random start": (EPOCHS, {"pretrained": None}),
+    "frozen, 300 epochs": (300, {"freeze_encoder": True}),
+}
+#: All are compared with this one.
+FIRST = "fine-tuned"
+
+
+def predict_fold(
+    target: Target, split: tuple[np.ndarray, np.ndarray], recipe: str, seed: int, threads: int = 1
+) -> tuple[np.ndarray, np.ndarray, dict[str, Any]]:
+    """Train on the training rows of a fold by a recipe, and predict its test rows.
+
+    Returns
+    -------
+    predictions, std : numpy.ndarray, each of shape (n_test,)
+        In units of the target; what the model itself says of its uncertainty.
+    params : dict
+        What was chosen: nothing.
+    """
+    torch.set_num_threads(threads)
+    train, test = split
+    epochs, settings = RECIPES[recipe]
+    model = PolySRLModel(seed=seed, **settings)
+    model.fit(dataset_of(target, train), nb_epoch=epochs, checkpoint_interval=0)
+    mean, std = model.predict_uncertainty(dataset_of(target, test))
+    return mean[:, 0], std[:, 0], {}
+
+
+def main(argv: list[str] | None = None) -> None:
+    """Train what is missing, score and print."""
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    add = parser.add_argument
+    add("--recipes", nargs="+", choices=RECIPES, default=list(RECIPES), metavar="RECIPE")
+    add("--targets", nargs="+", metavar="TARGET", help="names; default: all")
+    add("--seeds", type=int, default=1, help="number of seeds")
+    add("--jobs", type=int, default=1, help="folds trained at once, a process each")
+    add("--data-dir", help="layout of the shared data; or POLYSRL_DATA")
+    add("--output-dir", type=Path, default=Path("benchmarks"))
+    add("--dry-run", action="store_true", help="show what would run; train and write nothing")
+    arguments = parser.parse_args(argv)
+    targets = {target.name: target for target in wetlab_targets(find_data_dir(arguments.data_dir))}
+    if unknown := sorted(set(arguments.targets or ()) - set(targets)):
+        parser.error(f"no target is named {unknown[0]!r}; the targets are: {', '.join(targets)}")
+    chosen = [targets[name] for name in arguments.targets or targets]
+    print(f"{', '.join(arguments.recipes)}; {len(chosen)} targets, {arguments.seeds} seeds")
+    if arguments.dry_run:
+        return
+    path = arguments.output_dir / "recipes.csv"
+    with output_folder(arguments.output_dir):
+        for seed in range(arguments.seeds):
+            for target in chosen:
+                for recipe in arguments.recipes:
+                    key = settings_of(recipe, seed)
+                    calls = [(recipe, seed)] * N_FOLDS
+                    name = f"recipes_{target.name}"
+                    found, *_ = train_folds(target, predict_fold, calls, key, arguments, name)
+                    run = (target.suite, "recipe", recipe, seed)
+                    scores = merge_scores(
+                        path, prediction_scores(target, found, target.splits(), *run)
+                    )
+    errors = scores[scores["metric"] == "mae"].pivot_table("value", "task", "model", sort=False)
+    print(errors[[recipe for recipe in RECIPES if recipe in errors]].round(3).to_markdown())
+
+
+def settings_of(recipe: str, seed: int) -> dict[str, Any]:
+    """Everything that changes the predictions, and the recipe's name."""
+    epochs, settings = RECIPES[recipe]
+    model = PolySRLModel(seed=seed, **settings)
+    start = "random weights"
+    if settings.get("pretrained", DEFAULT_ENCODER) is not None:
+        start = representation_digest(DEFAULT_ENCODER)
+    return {**model.settings, **model.training, "epochs": epochs, "start": start, "model": recipe}
+
+
+if __name__ == "__main__":
+    main()

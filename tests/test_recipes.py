@@ -1,0 +1,61 @@
+"""Recipes: whole training folds, nothing chosen, finished folds kept."""
+
+import numpy as np
+import pandas as pd
+import pytest
+import recipes
+from sklearn.metrics import mean_absolute_error
+from targets import Target
+from transfer import dataset_of
+
+from polysrl_dc import PolySRLModel
+
+
+@pytest.fixture
+def target(monkeypatch):
+    formulas = np.array([f"{metal}{i}Cl" for metal in ("Na", "K", "Li") for i in range(1, 7)])
+    target = Target("metallic", "eV", formulas, np.linspace(1, 2, 18), 10.0, 8)
+    monkeypatch.setattr(recipes, "wetlab_targets", lambda _: [target])
+    short = {name: (1, settings) for name, (_, settings) in recipes.RECIPES.items()}
+    monkeypatch.setattr(recipes, "RECIPES", short)
+    return target
+
+
+def test_scores_are_those_of_models_of_whole_training_folds(target, tmp_path, capsys):
+    recipes.main(["--recipes", "fine-tuned", "frozen, 300 epochs", "--output-dir", str(tmp_path)])
+    table = pd.read_csv(tmp_path / "recipes.csv")
+    assert set(table["protocol"]) == {"recipe"} and set(table["suite"]) == {"wetlab"}
+    assert len(table) == 2 * 5 * 2
+    train, test = target.splits()[3]
+    model = PolySRLModel(freeze_encoder=True)
+    model.fit(dataset_of(target, train), nb_epoch=1)
+    error = 10 * mean_absolute_error(target.values[test], model.predict(dataset_of(target, test)))
+    found = table.query("model == 'frozen, 300 epochs' and fold == 3 and metric == 'mae'")
+    assert found["value"].item() == pytest.approx(error, rel=1e-5)
+    means = table[table["metric"] == "mae"].groupby("model")["value"].mean()
+    printed = capsys.readouterr().out.splitlines()[-1]
+    assert printed.startswith("| metallic ")
+    assert [f"{means[name]:.3f}".rstrip("0") in printed for name in means.index] == [True, True]
+
+
+def test_what_is_finished_is_kept_and_belongs_to_one_recipe(target, tmp_path, monkeypatch):
+    command = ["--output-dir", str(tmp_path), "--recipes"]
+    recipes.main([*command, "fine-tuned"])
+    first = pd.read_csv(tmp_path / "recipes.csv")
+    with monkeypatch.context() as patch:
+        patch.setattr(PolySRLModel, "fit", lambda *_, **__: pytest.fail("trained again"))
+        recipes.main([*command, "fine-tuned"])
+    pd.testing.assert_frame_equal(pd.read_csv(tmp_path / "recipes.csv"), first)
+    recipes.main([*command, "fine-tuned, random start"])
+    errors = pd.read_csv(tmp_path / "recipes.csv").pivot_table("value", "metric", "model")
+    assert errors.loc["mae"].nunique() == 2
+    keys = [frozenset(recipes.settings_of(name, 0).items()) for name in recipes.RECIPES]
+    assert len(set(keys)) == len(keys)
+
+
+def test_nothing_is_written_in_a_dry_run_or_for_an_unknown_target(target, tmp_path, capsys):
+    recipes.main(["--dry-run", "--output-dir", str(tmp_path)])
+    with pytest.raises(SystemExit):
+        recipes.main(["--targets", "glass", "--output-dir", str(tmp_path)])
+    assert "no target is named 'glass'; the targets are: metallic" in capsys.readouterr().err
+    assert not list(tmp_path.iterdir())
