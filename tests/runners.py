@@ -14,6 +14,7 @@ from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
 
+import numpy as np
 import pandas as pd
 from processes import PRETRAIN, crystals
 
@@ -48,6 +49,16 @@ def paper(folder: Path, *more: str) -> Any:
 def wetlab(folder: Path, *more: str) -> Any:
     job = ["--models", "rand_init", "--seeds", str(SEEDS), "--output-dir", str(folder)]
     return loaded.run_wetlab.main([*job, *more])
+
+
+def by_recipe(folder: Path) -> Any:
+    job = ["--recipes", "fine-tuned, random start", "--targets", "metallic"]
+    return loaded.recipes.main([*job, "--output-dir", str(folder)])
+
+
+def calibrating(folder: Path) -> Any:
+    job = ["--targets", "metallic", "--epochs", "1", "--ensemble", "1", "--inner-folds", "2"]
+    return loaded.calibration.main([*job, "--n-samples", "2", "--output-dir", str(folder)])
 
 
 def with_encoder(seed: int) -> Callable[[Path], Any]:
@@ -90,7 +101,10 @@ def unit(*parts: Any) -> str:
 
 def folds(folder: Path) -> set[str]:
     records = [json.loads(path.read_bytes()) for path in folder.glob("folds/*/*/fold_*.json")]
-    return {unit(r["task"], r["settings"]["seed"], r["fold"]) for r in records}
+    names = [r["task"].replace("recipes_", "wetlab_") for r in records]
+    return {
+        unit(name, r["settings"]["seed"], r["fold"]) for name, r in zip(names, records, strict=True)
+    }
 
 
 def targets(folder: Path) -> set[str]:
@@ -160,6 +174,8 @@ RUNNERS = {
     ),
     "run_wetlab.py": Runner(wetlab, targets, beside=with_encoder(0)),
     "run_wetlab.py after another encoder": Runner(with_encoder(1), nothing, with_encoder(0)),
+    "recipes.py": Runner(by_recipe, folds),
+    "calibration.py": Runner(calibrating, folds),
     "pretrain.py": Runner(pretraining, models, alone=True),
     "search.py": Runner(searching, rows_of_the_search, alone=True),
     "packing": Runner(packing, parts, command=False),
@@ -183,7 +199,9 @@ def noting(function: Callable, units_of: Callable[..., Iterable[str]]) -> Callab
 
 def prepare(scratch: Path) -> None:
     """Import the runners, make their jobs small, and let them note what they begin."""
+    import calibration
     import pretrain
+    import recipes
     import run_matbench
     import run_wetlab
     import search
@@ -196,6 +214,7 @@ def prepare(scratch: Path) -> None:
     torch.set_num_threads(1)
     loaded.run_matbench, loaded.run_wetlab, loaded.pretrain = run_matbench, run_wetlab, pretrain
     loaded.search, loaded.packing, loaded.cli = search, packing, cli
+    loaded.recipes, loaded.calibration = recipes, calibration
     _cut_tasks()
     _cut_targets()
     search.BUDGET, search.START = PRETRAIN, []
@@ -225,7 +244,9 @@ def _cut_tasks() -> None:
 
 
 def _cut_targets() -> None:
+    import calibration
     import paper_protocol
+    import recipes
     import run_matbench
     import run_wetlab
     import search
@@ -244,7 +265,17 @@ def _cut_targets() -> None:
     }
     run_matbench.matbench_targets = lambda _: [small["matbench_jdft2d"]]
     run_wetlab.wetlab_targets = lambda _: [small["metallic"], small["estm600_seebeck"]]
-    search.wetlab_targets = run_wetlab.wetlab_targets
+    search.wetlab_targets = recipes.wetlab_targets = run_wetlab.wetlab_targets
+    calibration.all_targets = run_wetlab.wetlab_targets
+    recipes.RECIPES = {name: (1, settings) for name, (_, settings) in recipes.RECIPES.items()}
+    calibration.cross_predict = noting(
+        calibration.cross_predict,
+        lambda target, train, test, settings: [
+            unit(f"calibration_{target.name}", settings.seed, fold)
+            for fold, (_, rows) in enumerate(target.splits())
+            if np.array_equal(rows, test)
+        ],
+    )
     search.predict_targets = functools.partial(search.predict_targets, epochs=1)
     paper_protocol.EPOCHS = 2
     transfer.EPOCHS, transfer.LEARNING_RATES = 1, (1e-3,)
