@@ -189,15 +189,17 @@ def _scores(
     return values.reset_index().assign(fold=fold, method=method)[COLUMNS[3:]]
 
 
-def score_peer(target: Target, peer: str, predictions: np.ndarray, std: np.ndarray) -> pd.DataFrame:
-    """Scores of the standard deviations (n,) that a peer has predicted along."""
+def score_own(
+    target: Target, model: str, protocol: str, predictions: np.ndarray, std: np.ndarray
+) -> pd.DataFrame:
+    """Scores of the standard deviations (n,) that a model has predicted along, as it says them."""
     errors = target.values - predictions
     scores = [
         _scores(fold, "its own", Laplace(), errors[test], std[test])
         for fold, (_, test) in enumerate(target.splits())
     ]
     table = pd.concat(scores, ignore_index=True)
-    return table.assign(encoder=peer, protocol="transfer", target=target.name)
+    return table.assign(encoder=model, protocol=protocol, target=target.name)
 
 
 def record_coverage(folder: Path, data_dir: Path | None) -> pd.DataFrame:
@@ -334,7 +336,8 @@ def run_peers(targets: Sequence[Target], arguments: argparse.Namespace) -> dict[
         for target in targets:
             record = records[target.suite].get(target.name)
             if record is not None and record.std is not None:
-                known.append(score_peer(target, peer, record.predictions, record.std))
+                own = (record.predictions, record.std)
+                known.append(score_own(target, peer, "transfer", *own))
         print(f"{peer}: {len(known)} of {len(targets)} targets are recorded with uncertainty")
         if known:
             tables[peer] = pd.concat(known, ignore_index=True)

@@ -4,7 +4,8 @@
 
 Each recipe learns from a whole training fold, chooses nothing on a part of it and has one member;
 the first one is what ``polysrl train`` does. The folds are those of ``run_wetlab.py``. Scores go to
-``recipes.csv``, which ``summarize.py`` reads; finished folds are kept.
+``recipes.csv``, which ``summarize.py`` reads, and for the first seed those of the uncertainty that
+the models predict along to ``calibration.csv``; finished folds are kept.
 """
 
 from __future__ import annotations
@@ -14,7 +15,9 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+import pandas as pd
 import torch
+from calibration import merge, score_own
 from folds import output_folder
 from paper_protocol import train_folds
 from paper_records import prediction_scores
@@ -81,21 +84,26 @@ def main(argv: list[str] | None = None) -> None:
     print(f"{', '.join(arguments.recipes)}; {len(chosen)} targets, {arguments.seeds} seeds")
     if arguments.dry_run:
         return
-    path = arguments.output_dir / "recipes.csv"
     with output_folder(arguments.output_dir):
         for seed in range(arguments.seeds):
             for target in chosen:
                 for recipe in arguments.recipes:
-                    key = settings_of(recipe, seed)
-                    calls = [(recipe, seed)] * N_FOLDS
-                    name = f"recipes_{target.name}"
-                    found, *_ = train_folds(target, predict_fold, calls, key, arguments, name)
-                    run = (target.suite, "recipe", recipe, seed)
-                    scores = merge_scores(
-                        path, prediction_scores(target, found, target.splits(), *run)
-                    )
+                    scores = run(target, recipe, seed, arguments)
     errors = scores[scores["metric"] == "mae"].pivot_table("value", "task", "model", sort=False)
     print(errors[[recipe for recipe in RECIPES if recipe in errors]].round(3).to_markdown())
+
+
+def run(target: Target, recipe: str, seed: int, arguments: argparse.Namespace) -> pd.DataFrame:
+    """Train the folds that are missing, write the scores, and return all there are."""
+    calls, name = [(recipe, seed)] * N_FOLDS, f"recipes_{target.name}"
+    key = settings_of(recipe, seed)
+    predictions, std, _ = train_folds(target, predict_fold, calls, key, arguments, name)
+    if seed == 0 and std is not None:
+        own = score_own(target, recipe, "recipe", predictions, std)
+        merge(arguments.output_dir / "calibration.csv", own)
+    about = (target.suite, "recipe", recipe, seed)
+    scores = prediction_scores(target, predictions, target.splits(), *about)
+    return merge_scores(arguments.output_dir / "recipes.csv", scores)
 
 
 def settings_of(recipe: str, seed: int) -> dict[str, Any]:

@@ -33,6 +33,10 @@ def test_scores_are_those_of_models_of_whole_training_folds(target, tmp_path, ca
     found = table.query("model == 'frozen, 300 epochs' and fold == 3 and metric == 'mae'")
     assert found["value"].item() == pytest.approx(error, rel=1e-5)
     means = table[table["metric"] == "mae"].groupby("model")["value"].mean()
+    own = pd.read_csv(tmp_path / "calibration.csv")
+    assert set(own["method"]) == {"its own"} and set(own["protocol"]) == {"recipe"}
+    unscaled = own.query("metric == 'mae'").groupby("encoder")["value"].mean()
+    np.testing.assert_allclose(10 * unscaled[means.index], means, rtol=1e-4)
     printed = capsys.readouterr().out.splitlines()[-1]
     assert printed.startswith("| metallic ")
     assert [f"{means[name]:.3f}".rstrip("0") in printed for name in means.index] == [True, True]
