@@ -24,7 +24,7 @@ from paper_records import prediction_scores
 from representation import representation_digest
 from scores import merge_scores
 from targets import N_FOLDS, Target, wetlab_targets
-from tasks import find_data_dir
+from tasks import DataNotFoundError, find_data_dir
 from transfer import dataset_of
 
 from polysrl_dc import PolySRLModel
@@ -77,7 +77,13 @@ def main(argv: list[str] | None = None) -> None:
     add("--output-dir", type=Path, default=Path("benchmarks"))
     add("--dry-run", action="store_true", help="show what would run; train and write nothing")
     arguments = parser.parse_args(argv)
-    targets = {target.name: target for target in wetlab_targets(find_data_dir(arguments.data_dir))}
+    if min(arguments.seeds, arguments.jobs) < 1:
+        parser.error("--seeds and --jobs must be at least 1")
+    try:
+        found = wetlab_targets(find_data_dir(arguments.data_dir))
+    except DataNotFoundError as error:
+        parser.error(str(error))
+    targets = {target.name: target for target in found}
     if unknown := sorted(set(arguments.targets or ()) - set(targets)):
         parser.error(f"no target is named {unknown[0]!r}; the targets are: {', '.join(targets)}")
     chosen = [targets[name] for name in arguments.targets or targets]

@@ -59,7 +59,12 @@ def test_what_is_finished_is_kept_and_belongs_to_one_recipe(target, tmp_path, mo
 
 def test_nothing_is_written_in_a_dry_run_or_for_an_unknown_target(target, tmp_path, capsys):
     recipes.main(["--dry-run", "--output-dir", str(tmp_path)])
-    with pytest.raises(SystemExit):
-        recipes.main(["--targets", "glass", "--output-dir", str(tmp_path)])
-    assert "no target is named 'glass'; the targets are: metallic" in capsys.readouterr().err
+    for wrong, message in (
+        (["--targets", "glass"], "no target is named 'glass'; the targets are: metallic"),
+        (["--seeds", "0"], "must be at least 1"),
+        (["--data-dir", str(tmp_path / "absent")], "absent"),
+    ):
+        with pytest.raises(SystemExit):
+            recipes.main([*wrong, "--output-dir", str(tmp_path)])
+        assert message in capsys.readouterr().err.splitlines()[-1]
     assert not list(tmp_path.iterdir())
