@@ -297,7 +297,7 @@ def job(tmp_path, monkeypatch):
     monkeypatch.setattr(calibration, "cross_predict", counted)
 
     def run(*more):
-        calibration.main(["--output-dir", str(tmp_path), *more])
+        calibration.main(["--output-dir", str(tmp_path), "--epochs", "1", *more])
         path = tmp_path / "calibration.csv"
         return len(trained), pd.read_csv(path) if path.exists() else None
 
@@ -319,6 +319,28 @@ def test_the_command_keeps_what_is_finished(job, capsys):
     assert count == 20 and len(both) == 2 * len(table)
     with pytest.raises(SystemExit):
         job("--targets", "nothing")
+
+
+def test_epochs_are_chosen_by_the_residuals_of_the_training_fold(
+    job, tmp_path, capsys, monkeypatch
+):
+    target = toy_target()
+    odd = [set(train) for train, _ in target.splits()][1::2]
+
+    def trained(_, train, test, settings):
+        """Twenty epochs learn the training folds of odd number better, and any test fold worse."""
+        off = 0.1 if (settings.epochs == 20) == (set(train) in odd) else 0.2
+        on_test = 5.0 if settings.epochs == 20 else 0.0
+        found = {"mean": target.values[train] + off, "test_mean": target.values[test] + on_test}
+        for name in ("std", "sampled_std"):
+            found |= {name: np.ones(len(train)), f"test_{name}": np.ones(len(test))}
+        return found
+
+    monkeypatch.setattr(calibration, "cross_predict", trained)
+    _, table = job("--epochs", "10", "20")
+    assert "epochs [10, 20, 10, 20, 10]" in capsys.readouterr().out
+    errors = table[table["metric"] == "mae"].groupby("fold")["value"].mean()
+    np.testing.assert_allclose(errors, [0, 5, 0, 5, 0])
 
 
 def test_peers_are_scored_by_their_own_records(job, tmp_path, capsys):
