@@ -112,11 +112,11 @@ class Settings:
             device=self.device,
         )
 
-    def fingerprint(self, batch_size: int) -> dict[str, Any]:
+    def fingerprint(self) -> dict[str, Any]:
         """Plain values that change with the predictions; the encoder counts by its weights."""
         weights = self.model(2).model.encoders.state_dict()
         digest = hashlib.sha256(b"".join(part.cpu().numpy().tobytes() for part in weights.values()))
-        values = {**asdict(self), "encoder": digest.hexdigest(), "batch_size": batch_size}
+        values = {**asdict(self), "encoder": digest.hexdigest()}
         del values["device"]
         return values
 
@@ -360,11 +360,11 @@ def run(
     targets: Sequence[Target], trials: Sequence[Settings], arguments: argparse.Namespace
 ) -> pd.DataFrame:
     """Scores of all folds, written target by target; trials differ in their epochs."""
-    tables = []
+    fingerprints, tables = [settings.fingerprint() for settings in trials], []
     for target in targets:
         start = time.monotonic()
         name = f"calibration_{target.name}"
-        keys = [settings.fingerprint(target.batch_size) for settings in trials]
+        keys = [{**common, "batch_size": target.batch_size} for common in fingerprints]
         stores = [FoldStore(arguments.output_dir / "folds", name, key) for key in keys]
         scores, chosen = [], []
         for fold in tqdm(range(N_FOLDS), desc=target.name, unit="fold"):
