@@ -3,7 +3,8 @@
     python benchmarks/recipes.py --data-dir DATA
 
 Each recipe learns from a whole training fold, chooses nothing on a part of it and has one member;
-the first one is what ``polysrl train`` does. The folds are those of ``run_wetlab.py``. Scores go to
+the first one is what ``polysrl train`` does. Those with a calibrated standard deviation learn from
+four fifths and calibrate on the rest. The folds are those of ``run_wetlab.py``. Scores go to
 ``recipes.csv``, which ``summarize.py`` reads, and for the first seed those of the uncertainty that
 the models predict along to ``calibration.csv``; finished folds are kept.
 """
@@ -11,6 +12,7 @@ the models predict along to ``calibration.csv``; finished folds are kept.
 from __future__ import annotations
 
 import argparse
+from dataclasses import astuple, dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -18,7 +20,7 @@ import numpy as np
 import pandas as pd
 import torch
 from calibration import merge, score_own
-from folds import output_folder
+from folds import output_folder, split_validation
 from paper_protocol import train_folds
 from paper_records import prediction_scores
 from representation import representation_digest
@@ -30,13 +32,26 @@ from transfer import dataset_of
 from polysrl_dc import PolySRLModel
 from polysrl_dc.checkpoints import DEFAULT_ENCODER
 
-EPOCHS = 100
-#: Epochs, and what differs from the defaults of ``PolySRLModel``.
-RECIPES: dict[str, tuple[int, dict[str, Any]]] = {
-    "fine-tuned": (EPOCHS, {}),
-    "fine-tuned, batches of 128": (EPOCHS, {"batch_size": 128}),
-    "fine-tuned, random start": (EPOCHS, {"pretrained": None}),
-    "frozen, 300 epochs": (300, {"freeze_encoder": True}),
+
+@dataclass(frozen=True)
+class Recipe:
+    """How to train: ``settings`` are what differs from the defaults of ``PolySRLModel``.
+
+    ``held_out``: part of the training rows that only calibrates the standard deviations.
+    """
+
+    epochs: int = 100
+    settings: dict[str, Any] = field(default_factory=dict)
+    held_out: float = 0.0
+
+
+RECIPES = {
+    "fine-tuned": Recipe(),
+    "fine-tuned, batches of 128": Recipe(settings={"batch_size": 128}),
+    "fine-tuned, random start": Recipe(settings={"pretrained": None}),
+    "fine-tuned, std calibrated": Recipe(held_out=0.2),
+    "frozen, 300 epochs": Recipe(300, {"freeze_encoder": True}),
+    "frozen, 300 epochs, std calibrated": Recipe(300, {"freeze_encoder": True}, held_out=0.2),
 }
 #: All are compared with this one.
 FIRST = "fine-tuned"
@@ -50,15 +65,20 @@ def predict_fold(
     Returns
     -------
     predictions, std : numpy.ndarray, each of shape (n_test,)
-        In units of the target; what the model itself says of its uncertainty.
+        In units of the target; what the model says of its uncertainty.
     params : dict
         What was chosen: nothing.
     """
     torch.set_num_threads(threads)
     train, test = split
-    epochs, settings = RECIPES[recipe]
+    epochs, settings, held_out = astuple(RECIPES[recipe])
+    learned, kept = np.arange(len(train)), np.arange(0)
+    if held_out:
+        learned, kept = split_validation(target.formulas[train], held_out, seed)
     model = PolySRLModel(seed=seed, **settings)
-    model.fit(dataset_of(target, train), nb_epoch=epochs, checkpoint_interval=0)
+    model.fit(dataset_of(target, train[learned]), nb_epoch=epochs, checkpoint_interval=0)
+    if held_out:
+        model.calibrate(dataset_of(target, train[kept]))
     mean, std = model.predict_uncertainty(dataset_of(target, test))
     return mean[:, 0], std[:, 0], {}
 
@@ -114,12 +134,13 @@ def run(target: Target, recipe: str, seed: int, arguments: argparse.Namespace) -
 
 def settings_of(recipe: str, seed: int) -> dict[str, Any]:
     """Everything that changes the predictions, and the recipe's name."""
-    epochs, settings = RECIPES[recipe]
+    epochs, settings, held_out = astuple(RECIPES[recipe])
     model = PolySRLModel(seed=seed, **settings)
     start = "random weights"
     if settings.get("pretrained", DEFAULT_ENCODER) is not None:
         start = representation_digest(DEFAULT_ENCODER)
-    return {**model.settings, **model.training, "epochs": epochs, "start": start, "model": recipe}
+    key = {**model.settings, **model.training, "epochs": epochs, "start": start, "model": recipe}
+    return {**key, "held_out": held_out} if held_out else key
 
 
 if __name__ == "__main__":

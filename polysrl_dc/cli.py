@@ -101,6 +101,8 @@ def train(options: argparse.Namespace) -> None:
         **_training(options),
     )
     _fit(model, dataset, options.epochs)
+    if test is not None and options.task == "regression":
+        _calibrate(model, test)
     model.save(options.output_dir)
     print(f"model written to {options.output_dir}", file=sys.stderr)
     if test is not None:
@@ -271,6 +273,14 @@ def _fit(model: PolySRLModel, dataset: dc.data.Dataset, epochs: int) -> None:
         model.fit(dataset, nb_epoch=epochs, callbacks=[lambda model, step: bar.update()])
 
 
+def _calibrate(model: PolySRLModel, test: dc.data.Dataset) -> None:
+    try:
+        model.calibrate(test)
+        print(f"std is calibrated on {len(test)} held-out rows", file=sys.stderr)
+    except InvalidInputError as error:
+        print(f"std is not calibrated: {error}", file=sys.stderr)
+
+
 def _write(given: pd.DataFrame, found: pd.DataFrame, path: str | None) -> None:
     """Write the rows of a table as they were given, and what was found, beside one another."""
     taken = [name for name in found if name in given]
@@ -378,7 +388,9 @@ def _parser() -> argparse.ArgumentParser:
     )
     sub.add_argument("--freeze-encoder", action="store_true", help="train the head only")
     sub.add_argument("--ensemble", type=_positive, default=1, help="models to average")
-    sub.add_argument("--hold-out", type=_fraction, default=0.0, help="part kept to score on")
+    sub.add_argument(
+        "--hold-out", type=_fraction, default=0.0, help="to score and calibrate"
+    )
     add_training(sub, 100, 32)
 
     sub = add(pretrain, "Pretrain an encoder on crystal structures.")

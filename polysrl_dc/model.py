@@ -145,6 +145,7 @@ class PolySRLModel(TrainableModel):
         self._epoch = 0
         self._run: dict[str, Any] | None = None
         self.provenance = {}
+        self.calibration = None
         if pretrained == "default":
             pretrained = None if task == "pretraining" else DEFAULT_ENCODER
         if pretrained is not None:

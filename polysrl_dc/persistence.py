@@ -3,6 +3,7 @@
 import os
 from collections.abc import Callable, Mapping
 from contextlib import nullcontext
+from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
@@ -22,6 +23,7 @@ from polysrl_dc.checkpoints import (
 from polysrl_dc.checkpoints import save_checkpoint as save_tensors
 from polysrl_dc.config import PolySRLConfig
 from polysrl_dc.distributed import process_rank
+from polysrl_dc.recalibration import Calibration
 
 ENCODER_FIELDS = (
     "n_features",
@@ -62,6 +64,8 @@ class PersistentModel(TorchModel):
     training: dict[str, Any]
     #: What the weights come from: data, epochs, revision of the code; kept in the manifest.
     provenance: dict[str, Any]
+    #: Of the standard deviations, if it has been done for these weights.
+    calibration: Calibration | None
     _epoch: int
     _lr_schedule: torch.optim.lr_scheduler.LRScheduler | None
     #: The call of ``fit`` that is under way: its plan, and its learning rate schedule.
@@ -79,6 +83,7 @@ class PersistentModel(TorchModel):
             "settings": self.settings,
             "training": self.training,
             "provenance": self.provenance,
+            "calibration": asdict(self.calibration) if self.calibration else None,
             "step": self._global_step,
             "epoch": self._epoch,
             "schedule": self._lr_schedule.state_dict() if self._lr_schedule else None,
@@ -122,6 +127,7 @@ class PersistentModel(TorchModel):
             model = cls(**fixed, pretrained=None, **{**training, **kwargs})
         with content_of(file):
             load_into(model.model, tensors)
+            model.calibration = model._calibration_of(manifest)
         model.provenance = manifest.get("provenance", {})
         model.model.eval()
         return model
@@ -147,7 +153,16 @@ class PersistentModel(TorchModel):
         tensors, manifest = load_checkpoint(path)
         with content_of(path):
             self._check_same(manifest)
+            calibration = self._calibration_of(manifest)
             load_into(self.model, tensors)
+        self.calibration = calibration
+
+    def _calibration_of(self, manifest: dict[str, Any]) -> Calibration | None:
+        """The calibration in a manifest; files had none before."""
+        values = manifest.get("calibration")
+        if values is None:
+            return None
+        return Calibration.from_dict(values, self.settings["n_tasks"])
 
     def _check_same(self, manifest: dict[str, Any]) -> None:
         """Refuse the weights of a network that computes something else, whatever their shapes."""
@@ -179,6 +194,7 @@ class PersistentModel(TorchModel):
                     )
             for module in self.model.encoders:
                 load_into(module, encoder)
+        self.calibration = None
 
     def save_checkpoint(
         self, max_checkpoints_to_keep: int = 5, model_dir: str | None = None
@@ -229,6 +245,7 @@ class PersistentModel(TorchModel):
         optimizer = {k: v for k, v in tensors.items() if k.startswith("optimizer.")}
         with content_of(checkpoint):
             self._check_same(manifest)
+            calibration = self._calibration_of(manifest)
             if len(tensors) != len(weights) + len(optimizer):
                 raise CheckpointError("it holds more than a model and its optimizer")
             step, epoch, run = (manifest[name] for name in ("step", "epoch", "run"))
@@ -240,6 +257,7 @@ class PersistentModel(TorchModel):
             self._global_step, self._epoch, self._run = step, epoch, run
             if self._lr_schedule and manifest["schedule"]:
                 load_schedule(self._lr_schedule, manifest["schedule"])
+        self.calibration = calibration
 
 
 def load_schedule(

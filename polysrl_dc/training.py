@@ -70,8 +70,9 @@ class TrainableModel(PredictingModel):
         """Train; the parameters are those of ``TorchModel.fit``.
 
         Labels are normalized inside the model by the statistics of the first dataset it is
-        fitted to. Labels of weight 0 are missing ones. After ``torch.distributed`` has been
-        initialized, pretraining shares every batch between the processes.
+        fitted to. Labels of weight 0 are missing ones. What :meth:`calibrate` has found is
+        forgotten. After ``torch.distributed`` has been initialized, pretraining shares every batch
+        between the processes.
 
         Parameters
         ----------
@@ -126,6 +127,7 @@ class TrainableModel(PredictingModel):
         losses: list[Tensor] = []
         average = 0.0
         network.train()
+        self.calibration = None  # of other weights
         try:
             for rows, last in self._batches(data, run, deterministic):
                 generator.manual_seed(self.training["seed"] * 1_000_003 + self._global_step)

@@ -9,7 +9,7 @@ import gzip
 import json
 import os
 from collections.abc import Callable, Iterable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -267,7 +267,7 @@ def _cut_targets() -> None:
     run_wetlab.wetlab_targets = lambda _: [small["metallic"], small["estm600_seebeck"]]
     search.wetlab_targets = recipes.wetlab_targets = run_wetlab.wetlab_targets
     calibration.all_targets = run_wetlab.wetlab_targets
-    recipes.RECIPES = {name: (1, settings) for name, (_, settings) in recipes.RECIPES.items()}
+    recipes.RECIPES = {name: replace(one, epochs=1) for name, one in recipes.RECIPES.items()}
     calibration.cross_predict = noting(
         calibration.cross_predict,
         lambda target, train, test, settings: [

@@ -1,13 +1,16 @@
 """The console command, run in this process on small tables."""
 
+from io import StringIO
 from pathlib import Path
 
+import deepchem as dc
 import numpy as np
 import pandas as pd
 import pytest
 import torch
 from pymatgen.core import Lattice, Structure
 
+from polysrl_dc import PolySRLModel, StoichiometryGraphFeaturizer, StoichiometrySplitter
 from polysrl_dc.checkpoints import load_checkpoint
 from polysrl_dc.cli import main
 
@@ -92,10 +95,35 @@ def test_train_scores_on_held_out_formulas(
     command = ["train", "--input", str(table), "--column", "name", "--target", "gap", "oxide"]
     folder = str(tmp_path / "two")
     assert main([*command, "--epochs", "1", "--hold-out", "0.25", "--output-dir", folder]) == 0
-    assert "on 3 held-out rows" in capsys.readouterr().err
+    error = capsys.readouterr().err
+    assert "on 3 held-out rows" in error
+    assert "std is not calibrated: 3 labels of task 0 are too few" in error
     assert main(["predict", "--model", folder, "NaCl"]) == 0
     header = capsys.readouterr().out.splitlines()[0]
     assert header == "formula,prediction_0,prediction_1,std_0,std_1"
+
+
+def test_held_out_formulas_calibrate_the_std(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    formulas = [f"{metal}{n}{anion}" for metal in ("Li", "Na", "K") for anion in ("O", "S", "Cl")
+                for n in range(1, 9)]  # fmt: skip
+    table, folder = tmp_path / "many.csv", str(tmp_path / "model")
+    pd.DataFrame({"formula": formulas, "gap": np.sin(np.arange(72))}).to_csv(table, index=False)
+    command = ["train", "--input", str(table), "--target", "gap", "--epochs", "1"]
+    assert main([*command, "--hold-out", "0.5", "--output-dir", folder]) == 0
+    error = capsys.readouterr().err
+    model = PolySRLModel.from_pretrained(folder)
+    assert model.calibration is not None and model.calibration.n_samples > 0
+    graphs = StoichiometryGraphFeaturizer().featurize(formulas)
+    dataset = dc.data.NumpyDataset(graphs, np.sin(np.arange(72)), ids=np.arange(72))
+    std = model.predict_uncertainty(dataset)[1]
+    assert main(["predict", "--model", folder, "--input", str(table)]) == 0
+    written = pd.read_csv(StringIO(capsys.readouterr().out))
+    np.testing.assert_allclose(written["std"], std[:, 0], rtol=1e-5)
+    held_out = StoichiometrySplitter().train_test_split(dataset, frac_train=0.5, seed=0)[1]
+    assert f"std is calibrated on {len(held_out)} held-out rows" in error
+    assert model.calibration == model.calibrate(held_out)
 
 
 def test_classification_gives_probabilities(

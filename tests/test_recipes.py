@@ -1,9 +1,12 @@
 """Recipes: whole training folds, nothing chosen, finished folds kept."""
 
+from dataclasses import replace
+
 import numpy as np
 import pandas as pd
 import pytest
 import recipes
+from folds import split_validation
 from sklearn.metrics import mean_absolute_error
 from targets import Target
 from transfer import dataset_of
@@ -13,10 +16,10 @@ from polysrl_dc import PolySRLModel
 
 @pytest.fixture
 def target(monkeypatch):
-    formulas = np.array([f"{metal}{i}Cl" for metal in ("Na", "K", "Li") for i in range(1, 7)])
-    target = Target("metallic", "eV", formulas, np.linspace(1, 2, 18), 10.0, 8)
+    formulas = np.array([f"{metal}{i}Cl" for metal in ("Na", "K", "Li") for i in range(1, 25)])
+    target = Target("metallic", "eV", formulas, np.linspace(1, 2, 72), 10.0, 8)
     monkeypatch.setattr(recipes, "wetlab_targets", lambda _: [target])
-    short = {name: (1, settings) for name, (_, settings) in recipes.RECIPES.items()}
+    short = {name: replace(recipe, epochs=1) for name, recipe in recipes.RECIPES.items()}
     monkeypatch.setattr(recipes, "RECIPES", short)
     return target
 
@@ -40,6 +43,19 @@ def test_scores_are_those_of_models_of_whole_training_folds(target, tmp_path, ca
     printed = capsys.readouterr().out.splitlines()[-1]
     assert printed.startswith("| metallic ")
     assert [f"{means[name]:.3f}".rstrip("0") in printed for name in means.index] == [True, True]
+
+
+def test_a_held_out_part_calibrates_and_is_not_learned_from(target):
+    train, test = target.splits()[1]
+    name = "frozen, 300 epochs, std calibrated"
+    mean, std, _ = recipes.predict_fold(target, (train, test), name, seed=2)
+    learned, kept = (train[part] for part in split_validation(target.formulas[train], 0.2, 2))
+    model = PolySRLModel(freeze_encoder=True, seed=2)
+    model.fit(dataset_of(target, learned), nb_epoch=1)
+    np.testing.assert_array_equal(mean, model.predict(dataset_of(target, test))[:, 0])
+    calibration = model.calibrate(dataset_of(target, kept))
+    own = model.predict_uncertainty(dataset_of(target, test), n_samples=calibration.n_samples)[1]
+    np.testing.assert_array_equal(std, calibration.apply(own)[:, 0])
 
 
 def test_what_is_finished_is_kept_and_belongs_to_one_recipe(target, tmp_path, monkeypatch):

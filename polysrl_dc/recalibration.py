@@ -1,0 +1,117 @@
+"""Standard deviations that mean what they say, scaled on rows that the model has not learned from.
+
+A model of few rows is too certain, and of some rows by far. So its standard deviations are shifted
+and scaled (standard deviation scaling, Levi et al. 2022, doi:10.3390/s22155540; the shift is the
+one of normalized conformal prediction, Papadopoulos et al. 2008).
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+
+from polysrl_dc.errors import InvalidInputError
+
+#: With fewer rows the standard error of the factor, 1 / sqrt(n), is more than a third of it.
+LEAST = 10
+
+
+@dataclass(frozen=True)
+class Calibration:
+    """Calibrated standard deviation = factor * (the model's own + offset), task by task.
+
+    Parameters
+    ----------
+    factors : tuple of float, (n_tasks,)
+        Positive.
+    offsets : tuple of float, (n_tasks,)
+        In label units; not negative.
+    n_samples : int
+        Samples of the Gaussian of each formula that the model's own is made with.
+
+    Raises
+    ------
+    ValueError
+        A value is out of range.
+
+    Examples
+    --------
+    >>> Calibration((2.0,), (0.1,), n_samples=0).apply(np.array([[0.1], [0.4]])).tolist()
+    [[0.4], [1.0]]
+    """
+
+    factors: tuple[float, ...]
+    offsets: tuple[float, ...]
+    n_samples: int
+
+    def __post_init__(self) -> None:
+        if not all(0 < factor < math.inf for factor in self.factors):
+            raise ValueError(f"factors are {self.factors}: must be positive and finite")
+        if not all(0 <= offset < math.inf for offset in self.offsets):
+            raise ValueError(f"offsets are {self.offsets}: must be finite and not negative")
+        if not isinstance(self.n_samples, int) or self.n_samples < 0:
+            raise ValueError(f"n_samples is {self.n_samples!r}: must be 0 or more")
+
+    @classmethod
+    def fit(
+        cls, errors: np.ndarray, std: np.ndarray, known: np.ndarray, n_samples: int
+    ) -> Calibration:
+        """Give the errors the greatest likelihood as those of Laplace distributions.
+
+        Such is the distribution of the model's own standard deviations, too. The offset is their
+        median, so that a row that the model is far too certain of does not widen all others.
+
+        Parameters
+        ----------
+        errors : numpy.ndarray, shape (n, n_tasks)
+            Label minus prediction, of rows that the model has not learned from.
+        std : numpy.ndarray, shape (n, n_tasks)
+            The model's own.
+        known : numpy.ndarray of bool, shape (n, n_tasks)
+            Where there is a label.
+        n_samples : int
+
+        Raises
+        ------
+        InvalidInputError
+            A task has fewer than 10 labels, or no error or standard deviation other than zero.
+
+        Examples
+        --------
+        >>> errors = np.random.default_rng(0).laplace(scale=3.0, size=(1000, 1))
+        >>> found = Calibration.fit(errors, np.ones((1000, 1)), np.ones((1000, 1), bool), 0)
+        >>> found.apply(np.ones(1)).round(1).tolist()  # 3 sqrt(2)
+        [4.2]
+        """
+        factors, offsets = [], []
+        for task, rows in enumerate(known.T):
+            if rows.sum() < LEAST:
+                raise InvalidInputError(
+                    f"{rows.sum()} labels of task {task} are too few to calibrate: at least {LEAST}"
+                )
+            own = std[rows, task].astype(float)
+            offset = float(np.median(own))
+            with np.errstate(divide="ignore", invalid="ignore"):
+                size = float(np.mean(np.abs(errors[rows, task]) / (own + offset)))
+            if not 0 < size < math.inf:
+                raise InvalidInputError(f"task {task}: no error, or no standard deviation but zero")
+            factors.append(math.sqrt(2) * size)
+            offsets.append(offset)
+        return cls(tuple(factors), tuple(offsets), n_samples)
+
+    @classmethod
+    def from_dict(cls, values: Mapping[str, Any], n_tasks: int) -> Calibration:
+        """Read what ``dataclasses.asdict`` wrote, for a model of ``n_tasks``."""
+        pairs = {name: tuple(values[name]) for name in ("factors", "offsets")}
+        if {len(pair) for pair in pairs.values()} != {n_tasks}:
+            raise ValueError(f"factors and offsets {pairs} are not those of {n_tasks} tasks")
+        return cls(**{**values, **pairs})
+
+    def apply(self, std: np.ndarray) -> np.ndarray:
+        """Calibrated standard deviations, shape (n, n_tasks), of the model's own."""
+        shift, scale = np.array(self.offsets, std.dtype), np.array(self.factors, std.dtype)
+        return scale * (std + shift)

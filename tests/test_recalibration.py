@@ -1,0 +1,149 @@
+"""Calibrated standard deviations: what they hold, what keeps and what forgets them."""
+
+import math
+from dataclasses import asdict
+
+import deepchem as dc
+import numpy as np
+import pytest
+from models import SIGNAL, N, data, fitted, make
+
+from polysrl_dc.checkpoints import CheckpointError, load_checkpoint, save_checkpoint
+from polysrl_dc.errors import InvalidInputError
+from polysrl_dc.recalibration import Calibration
+
+OTHER = SIGNAL + np.sin(7.0 * np.arange(N))  # labels that the model has not learned
+KNOWN = np.ones((N, 1), bool)
+
+
+def test_standard_deviations_that_are_right_but_for_a_factor_become_right():
+    rng = np.random.default_rng(0)
+    own = rng.uniform(1, 1.01, (100_000, 1))
+    errors = 7 * own * rng.laplace(scale=math.sqrt(0.5), size=own.shape)
+    std = Calibration.fit(errors, own, np.ones(own.shape, bool), 0).apply(own)
+    np.testing.assert_allclose(std, 7 * own, rtol=0.02)
+    inside = np.abs(errors) <= -math.log(0.05) / math.sqrt(2) * std  # 2.12
+    assert inside.mean() == pytest.approx(0.95, abs=0.003)
+
+
+def test_the_factor_is_the_likeliest_of_laplace_distributions():
+    rng = np.random.default_rng(1)
+    own, errors = np.exp(rng.normal(size=(60, 1))), rng.standard_t(3, size=(60, 1))
+    found = Calibration.fit(errors, own, np.ones(own.shape, bool), 0)
+
+    def likelihood(factor):
+        scale = factor * (own + np.median(own)) / math.sqrt(2)
+        return -np.mean(np.abs(errors) / scale + np.log(2 * scale))
+
+    best = likelihood(found.factors[0])
+    assert all(likelihood(found.factors[0] * change) < best for change in (0.9, 0.99, 1.01, 1.1))
+
+
+def test_one_row_that_the_model_is_too_certain_of_does_not_widen_all():
+    own = np.ones((40, 1))
+    errors = np.where(np.arange(40) % 2, 1.0, -1.0)[:, None]
+    plain = Calibration.fit(errors, own, np.ones(own.shape, bool), 0).apply(own)
+    own[3] = 1e-9
+    assert Calibration.fit(errors, own, np.ones(own.shape, bool), 0).apply(own)[0] < 1.05 * plain[0]
+
+
+def test_rows_far_too_certain_or_without_error_give_no_calibration():
+    for errors, own, known, message in (
+        (np.ones((N, 1)), np.ones((N, 1)), np.arange(N)[:, None] < 9, "9 labels of task 0"),
+        (np.zeros((N, 1)), np.ones((N, 1)), KNOWN, "task 0: no error"),
+        (np.ones((N, 1)), np.zeros((N, 1)), KNOWN, "no standard deviation but zero"),
+        (np.zeros((N, 1)), np.zeros((N, 1)), KNOWN, "task 0: no error"),
+    ):
+        with pytest.raises(InvalidInputError, match=message):
+            Calibration.fit(errors, own, known, 0)
+
+
+@pytest.mark.parametrize("n_samples", [0, 8])
+def test_a_calibrated_model_has_another_std_and_nothing_else(n_samples):
+    model = fitted(n_ensemble=2)
+    mean, own = model.predict_uncertainty(data(), n_samples=n_samples)
+    calibration = model.calibrate(data(OTHER), n_samples)
+    again, std = model.predict_uncertainty(data())
+    np.testing.assert_array_equal(mean, again)
+    np.testing.assert_array_equal(mean, model.predict(data()))
+    np.testing.assert_array_equal(std, calibration.apply(own))
+    assert calibration == Calibration.fit(OTHER[:, None] - mean, own, KNOWN, n_samples)
+    np.testing.assert_array_equal(own, model.predict_uncertainty(data(), n_samples=n_samples)[1])
+
+
+def test_each_task_has_its_own_and_missing_labels_do_not_count():
+    labels = np.stack([SIGNAL, 100 * OTHER, SIGNAL], axis=1)
+    model = fitted(n_tasks=3, dataset=data(labels))
+    weights = np.ones_like(labels)
+    weights[:10, 1] = 0
+    wrong = labels + 1
+    wrong[:10, 1] = np.nan
+    calibration = model.calibrate(data(wrong, weights), 0)
+    mean, own = model.predict_uncertainty(data(), n_samples=0)
+    assert len(set(calibration.factors)) == len(set(calibration.offsets)) == 3
+    alone = Calibration.fit((wrong - mean)[10:, 1:2], own[10:, 1:2], KNOWN[10:], 0)
+    assert (calibration.factors[1], calibration.offsets[1]) == (*alone.factors, *alone.offsets)
+    calibrated = model.predict_uncertainty(data())[1]
+    np.testing.assert_array_equal(calibrated[:, 1:2], alone.apply(own[:, 1:2]))
+    weights[9:, 2] = 0
+    with pytest.raises(InvalidInputError, match="9 labels of task 2 are too few"):
+        model.calibrate(data(wrong, weights))
+    assert model.calibration == calibration  # as before
+
+
+def test_it_is_saved_with_the_model_and_with_a_checkpoint(tmp_path):
+    model = fitted(model_dir=str(tmp_path))
+    model.save_checkpoint()
+    model.calibrate(data(OTHER), 4)
+    model.save()
+    std = model.predict_uncertainty(data())[1]
+    again = dc.models.PolySRLModel.from_pretrained(tmp_path)
+    assert again.calibration == model.calibration
+    np.testing.assert_array_equal(std, again.predict_uncertainty(data())[1])
+    model.restore()  # from before
+    assert model.calibration is None
+    model.reload()
+    assert model.calibration == again.calibration
+
+
+def test_other_weights_have_none(tmp_path):
+    model = fitted()
+    model.calibrate(data(OTHER))
+    model.save(tmp_path)
+    model.fit(data(), nb_epoch=1, checkpoint_interval=0)
+    assert model.calibration is None
+    model.calibrate(data(OTHER))
+    model.load_encoder(tmp_path)
+    assert model.calibration is None
+
+
+def test_files_without_one_are_read_and_wrong_ones_are_not(tmp_path):
+    fitted().save(tmp_path)
+    path = tmp_path / "model.safetensors"
+    tensors, manifest = load_checkpoint(path)
+    right = asdict(Calibration((1.0,), (0.0,), 1))
+    save_checkpoint(path, tensors, {**manifest, "calibration": right})
+    assert dc.models.PolySRLModel.from_pretrained(tmp_path).calibration is not None
+    for wrong in (
+        *({}, [], 1, False, {"factors": [1.0]}, {**right, "level": 0.9}),
+        *({**right, "factors": factors} for factors in ([], [0.0], [-1.0], ["1"], [None], [1, 1])),
+        *({**right, "offsets": offsets} for offsets in ([], [-0.1], [[0.1]], 1.0)),
+        *({**right, "n_samples": n} for n in (-1, 0.5, None)),
+    ):
+        save_checkpoint(path, tensors, {**manifest, "calibration": wrong})
+        with pytest.raises(CheckpointError, match=r"model\.safetensors"):
+            dc.models.PolySRLModel.from_pretrained(tmp_path)
+    del manifest["calibration"]  # as files were before
+    save_checkpoint(path, tensors, manifest)
+    assert dc.models.PolySRLModel.from_pretrained(tmp_path).calibration is None
+
+
+def test_what_has_no_std_cannot_be_calibrated():
+    with pytest.raises(ValueError, match="nothing to scale"):
+        fitted(task="classification", dataset=data((SIGNAL > 0).astype(float))).calibrate(data())
+    with pytest.raises(ValueError, match="not fitted"):
+        make().calibrate(data())
+    with pytest.raises(ValueError, match="n_samples is -1"):
+        fitted().calibrate(data(), -1)
+    with pytest.raises(InvalidInputError, match="row 2 "):
+        fitted().calibrate(data(np.where(np.arange(N) == 2, np.nan, SIGNAL)))
