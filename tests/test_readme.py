@@ -14,6 +14,9 @@ from polysrl_dc.cli import main
 
 README = (Path(__file__).resolve().parents[1] / "README.md").read_text()
 FORMULAS = "NaCl KCl LiF NaF KBr MgO CaO ZnO GaN AlN TiO2 SiO2 Fe2O3 SrTiO3 CdTe InP".split()
+METALS = "Li Na K Rb Cs Mg Ca Sr Ba Sc Y La Ti Zr Hf V Nb Ta Cr Mo W Mn Fe Co Ni Cu".split()
+ANIONS = "P S3 Se5 Te7 Cl2 Br4 O3 F5".split()
+FORMULAS += [metal + anion for metal in METALS for anion in ANIONS]
 
 
 @pytest.fixture

@@ -16,8 +16,8 @@ from polysrl_dc import PolySRLModel
 
 @pytest.fixture
 def target(monkeypatch):
-    formulas = np.array([f"{metal}{i}Cl" for metal in ("Na", "K", "Li") for i in range(1, 25)])
-    target = Target("metallic", "eV", formulas, np.linspace(1, 2, 72), 10.0, 8)
+    formulas = np.array([f"{metal}{i}Cl" for metal in ("Na", "K", "Li") for i in range(1, 51)])
+    target = Target("metallic", "eV", formulas, np.linspace(1, 2, 150), 10.0, 8)
     monkeypatch.setattr(recipes, "wetlab_targets", lambda _: [target])
     short = {name: replace(recipe, epochs=1) for name, recipe in recipes.RECIPES.items()}
     monkeypatch.setattr(recipes, "RECIPES", short)
