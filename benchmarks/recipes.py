@@ -45,11 +45,15 @@ class Recipe:
     held_out: float = 0.0
 
 
+#: The smallest rate of the paper's transfer protocol, without the choice among four.
+SLOWLY = {"schedule": "constant", "learning_rate": 1e-4}
 RECIPES = {
     "fine-tuned": Recipe(),
     "fine-tuned, batches of 128": Recipe(settings={"batch_size": 128}),
     "fine-tuned, random start": Recipe(settings={"pretrained": None}),
     "fine-tuned, std calibrated": Recipe(held_out=0.2),
+    "fine-tuned, 500 epochs at 1e-4": Recipe(500, SLOWLY),
+    "fine-tuned, 500 epochs at 1e-4, random start": Recipe(500, {**SLOWLY, "pretrained": None}),
     "frozen, 300 epochs": Recipe(300, {"freeze_encoder": True}),
     "frozen, 300 epochs, std calibrated": Recipe(300, {"freeze_encoder": True}, held_out=0.2),
 }
