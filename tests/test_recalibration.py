@@ -34,6 +34,18 @@ def test_so_many_errors_are_inside_whatever_their_distribution(n):
     assert (np.abs(errors) <= 2.118 * std).sum() == 1 + math.floor(0.95 * (n - 1))
 
 
+def test_neither_the_order_of_rows_nor_the_unit_matters():
+    rng = np.random.default_rng(2)
+    own, errors = np.exp(rng.normal(size=(50, 2))), rng.normal(size=(50, 2))
+    known = rng.random((50, 2)) < 0.9
+    found = Calibration.fit(errors, own, known, 0)
+    order = rng.permutation(50)
+    assert Calibration.fit(-errors[order], own[order], known[order], 0) == found
+    other = Calibration.fit(1000 * errors, 1000 * own, known, 0)
+    np.testing.assert_allclose(other.factors, found.factors)
+    np.testing.assert_allclose(other.apply(1000 * own), 1000 * found.apply(own))
+
+
 def test_rows_that_the_model_is_too_certain_of_do_not_widen_all():
     own, errors = np.ones((40, 1)), np.where(np.arange(40) % 2, 1.0, -1.0)[:, None]
     known = np.ones(own.shape, bool)
