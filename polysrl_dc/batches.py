@@ -205,7 +205,8 @@ class LabeledData:
         if self.embeddings is None:
             embeddings = network.embed_each([self.inputs[member] for member in index])
         else:
-            embeddings = self.embeddings[0, index]  # of the one frozen encoder
+            encoder = torch.arange(len(index), device=index.device) % len(self.embeddings)
+            embeddings = self.embeddings[encoder.unsqueeze(1), index]  # of frozen encoders
         return network.loss(embeddings, self.labels[index], self.weights[index])
 
 

@@ -43,8 +43,8 @@ class PredictionHead(nn.Sequential):
 class PropertyNetwork(nn.Module):
     """An ensemble of members, each an encoder with a head; predicts in label units.
 
-    Members start from the same encoder if it is pretrained or frozen and always from heads of
-    their own. A frozen encoder is one for all members.
+    Member ``i`` has a head of its own and reads encoder ``i % n_encoders``: one of its own, or a
+    frozen one, which several members can read.
 
     Parameters
     ----------
@@ -57,12 +57,14 @@ class PropertyNetwork(nn.Module):
         and passes no gradient to the encoder or the location.
     n_ensemble : int
         Number of members.
+    n_encoders : int
+        Number of encoders, of which ``n_ensemble`` is a multiple, and the same unless ``frozen``.
     frozen : bool
         Train the heads only.
 
     Examples
     --------
-    >>> network = PropertyNetwork(PolySRLConfig.named("default"), 1, False, 2, False)
+    >>> network = PropertyNetwork(PolySRLConfig.named("default"), 1, False, 2, 2, False)
     >>> fractions = torch.zeros(3, 119)
     >>> fractions[:, 26] = 1
     >>> mean, variance = network(StoichiometryBatch(fractions))
@@ -80,6 +82,7 @@ class PropertyNetwork(nn.Module):
         n_tasks: int,
         classification: bool,
         n_ensemble: int,
+        n_encoders: int,
         frozen: bool,
     ) -> None:
         super().__init__()
@@ -88,7 +91,7 @@ class PropertyNetwork(nn.Module):
         self.frozen = frozen
         self.heteroscedastic = config.heteroscedastic and not classification
         self.encoders = nn.ModuleList(
-            StoichiometryEncoder(config) for _ in range(1 if frozen else n_ensemble)
+            StoichiometryEncoder(config) for _ in range(n_encoders)
         ).requires_grad_(not frozen)
         self.heads = nn.ModuleList(
             PredictionHead(config.n_features, config.head_hidden, n_tasks)
@@ -129,9 +132,11 @@ class PropertyNetwork(nn.Module):
     def outputs(self, embeddings: Tensor) -> tuple[Tensor, Tensor]:
         """Location (or logit) and log scale of every member, each (n_ensemble, n_graphs, n_tasks).
 
-        Both are in units of the normalized labels.
+        Both are in units of the normalized labels; embeddings are those of encoders or of members.
         """
-        embeddings = (embeddings * self.config.head_scale).expand(len(self.heads), -1, -1)
+        readers = len(self.heads) // len(embeddings)
+        embeddings = embeddings.expand(readers, *embeddings.shape).flatten(0, 1)
+        embeddings = embeddings * self.config.head_scale
         location = _apply(self.heads, embeddings)
         if not self.heteroscedastic:
             return location, torch.zeros_like(location)

@@ -1,5 +1,6 @@
 """``PolySRLModel``: pretraining, transfer and prediction as one DeepChem ``TorchModel``."""
 
+from collections.abc import Sequence
 from inspect import signature
 from pathlib import Path
 from typing import Any
@@ -29,15 +30,16 @@ class PolySRLModel(TrainableModel):
         Columns of the labels.
     config : str or PolySRLConfig
         ``"default"``, ``"paper"`` or a configuration.
-    pretrained : str, path or None
+    pretrained : str, path, None or list of them
         Encoder to start from: the name of a shipped one, a folder or file written by
         :meth:`save`, or None for random weights. Its configuration of the encoder must equal
         ``config``. ``"default"`` is the shipped encoder ``"polysrl-mp"``; pretraining itself
-        starts from random weights.
+        starts from random weights. Of a list, member ``i`` of the ensemble starts from entry ``i``.
     freeze_encoder : bool
         Train the head only (the paper's representation protocol); the encoder is run once.
-    n_ensemble : int
-        Members trained side by side; predictions are their mean.
+    n_ensemble : int, optional
+        Members trained side by side; predictions are their mean. Default: one for each encoder in
+        ``pretrained``, of which it must be a multiple.
     objective : str
         Pretraining objective, see :mod:`polysrl_dc.objectives`.
     polymorphs_per_batch : int
@@ -83,9 +85,9 @@ class PolySRLModel(TrainableModel):
         n_tasks: int = 1,
         *,
         config: str | PolySRLConfig = "default",
-        pretrained: str | Path | None = "default",
+        pretrained: str | Path | Sequence[str | Path | None] | None = "default",
         freeze_encoder: bool = False,
-        n_ensemble: int = 1,
+        n_ensemble: int | None = None,
         objective: str = "polysrl",
         polymorphs_per_batch: int = 1,
         max_edges: int | None = None,
@@ -104,6 +106,10 @@ class PolySRLModel(TrainableModel):
             batch_size = 256 if task == "pretraining" else 32
         given = locals()
         self._given = {name: given[name] for name in signature(PolySRLModel).parameters}
+        if pretrained is None or isinstance(pretrained, str | Path):
+            pretrained = [pretrained]
+        starts = list(pretrained)
+        n_ensemble = n_ensemble if n_ensemble is not None else len(starts)
         if task not in TASKS:
             raise ValueError(f"task is {task!r}: must be one of {TASKS}")
         if schedule not in SCHEDULES:
@@ -111,6 +117,10 @@ class PolySRLModel(TrainableModel):
         for name, value in (("n_tasks", n_tasks), ("n_ensemble", n_ensemble)):
             if value < 1:
                 raise ValueError(f"{name} is {value}: must be at least 1")
+        if not starts or n_ensemble % len(starts):
+            raise ValueError(f"n_ensemble is {n_ensemble}: no multiple of {len(starts)} encoders")
+        if task == "pretraining" and len(starts) > 1:
+            raise ValueError(f"pretrained has {len(starts)} encoders: pretraining has one")
         if batch_size < 2:
             raise ValueError(f"batch_size is {batch_size}: must be at least 2")
         self.config = PolySRLConfig.named(config) if isinstance(config, str) else config
@@ -119,6 +129,7 @@ class PolySRLModel(TrainableModel):
             "n_tasks": n_tasks,
             "freeze_encoder": freeze_encoder,
             "n_ensemble": n_ensemble,
+            "n_encoders": len(starts) if freeze_encoder else n_ensemble,
             "objective": objective,
         }
         self.schedule = schedule
@@ -146,10 +157,11 @@ class PolySRLModel(TrainableModel):
         self._run: dict[str, Any] | None = None
         self.provenance = {}
         self.calibration = None
-        if pretrained == "default":
-            pretrained = None if task == "pretraining" else DEFAULT_ENCODER
-        if pretrained is not None:
-            self.load_encoder(pretrained)
+        default = None if task == "pretraining" else DEFAULT_ENCODER
+        starts = [default if start == "default" else start for start in starts]
+        for i, start in enumerate(starts):
+            if start is not None:
+                self._load_encoder(start, self.model.encoders[i :: len(starts)])
 
     @staticmethod
     def _network(
@@ -158,13 +170,14 @@ class PolySRLModel(TrainableModel):
         n_tasks: int,
         freeze_encoder: bool,
         n_ensemble: int,
+        n_encoders: int,
         objective: str,
     ) -> Any:
         """The network that configuration and settings describe."""
         if task == "pretraining":
             return PretrainingNetwork(config, objective)
         classes = task == "classification"
-        return PropertyNetwork(config, n_tasks, classes, n_ensemble, freeze_encoder)
+        return PropertyNetwork(config, n_tasks, classes, n_ensemble, n_encoders, freeze_encoder)
 
     def get_params(self, deep: bool = True) -> dict[str, Any]:
         """Arguments of the constructor, for ``sklearn.base.clone``: an unfitted model like this.

@@ -1,7 +1,7 @@
 """Saving, loading and checkpointing of a DeepChem model without pickle."""
 
 import os
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from contextlib import nullcontext
 from dataclasses import asdict
 from pathlib import Path
@@ -112,11 +112,14 @@ class PersistentModel(TorchModel):
         file = checkpoint_path(path)
         tensors, manifest = load_checkpoint(file)
         if str(path) in shipped_encoders():
-            tensors |= load_checkpoint(file.with_name(f"{path}.structures.safetensors"))[0]
+            structures = file.with_name(f"{path}.structures.safetensors")
+            tensors |= load_checkpoint(structures)[0] if structures.exists() else {}
         with content_of(file):
             config = PolySRLConfig.from_dict(manifest["config"])
-            settings, training = manifest["settings"], manifest["training"]
+            settings, training = _settings_of(manifest), manifest["training"]
             cls._check_size(config, settings, tensors)
+            n_encoders = settings.pop("n_encoders")
+            starts = [None] * n_encoders if settings["freeze_encoder"] and n_encoders > 1 else None
             foreign = sorted(training.keys() - set(TRAINING_FIELDS))
             if foreign:
                 raise CheckpointError(f"unknown fields of training {foreign}")
@@ -124,7 +127,7 @@ class PersistentModel(TorchModel):
         if fixed.keys() & kwargs.keys():
             raise ValueError(f"{sorted(fixed.keys() & kwargs.keys())} are fixed by {path}")
         with nullcontext() if kwargs else content_of(file):
-            model = cls(**fixed, pretrained=None, **{**training, **kwargs})
+            model = cls(**fixed, pretrained=starts, **{**training, **kwargs})
         with content_of(file):
             load_into(model.model, tensors)
             model.calibration = model._calibration_of(manifest)
@@ -138,9 +141,9 @@ class PersistentModel(TorchModel):
     ) -> None:
         """Refuse a network that has other tensors than its file before memory is taken for it."""
         members, layers = settings["n_ensemble"], config.stoichiometry_layers
+        encoders = settings["n_encoders"]
         if settings["task"] == "pretraining":
-            members, layers = 1, layers + config.structure_layers
-        encoders = 1 if settings["freeze_encoder"] else members
+            members, encoders, layers = 1, 1, layers + config.structure_layers
         if max(members, encoders * layers) > len(tensors):
             raise CheckpointError(f"{members} members of {layers} layers, {len(tensors)} tensors")
         with torch.device("meta"):
@@ -168,7 +171,7 @@ class PersistentModel(TorchModel):
         """Refuse the weights of a network that computes something else, whatever their shapes."""
         for own, theirs in (
             (self.config.to_dict(), manifest["config"]),
-            (self.settings, manifest["settings"]),
+            (self.settings, _settings_of(manifest)),
         ):
             other = sorted(name for name in own.keys() | theirs.keys()
                            if own.get(name) != theirs.get(name))  # fmt: skip
@@ -180,6 +183,10 @@ class PersistentModel(TorchModel):
 
     def load_encoder(self, path: str | Path) -> None:
         """Start every encoder of this model from that of another one, or from a shipped one."""
+        self._load_encoder(path, self.model.encoders)
+        self.calibration = None
+
+    def _load_encoder(self, path: str | Path, encoders: Iterable[torch.nn.Module]) -> None:
         file = checkpoint_path(path)
         tensors, manifest = load_checkpoint(file)
         prefix = "encoders.0."
@@ -192,9 +199,8 @@ class PersistentModel(TorchModel):
                         f"{field} is {theirs}, this configuration has {ours}; "
                         "pretrained=None starts from random weights"
                     )
-            for module in self.model.encoders:
+            for module in encoders:
                 load_into(module, encoder)
-        self.calibration = None
 
     def save_checkpoint(
         self, max_checkpoints_to_keep: int = 5, model_dir: str | None = None
@@ -258,6 +264,13 @@ class PersistentModel(TorchModel):
             if self._lr_schedule and manifest["schedule"]:
                 load_schedule(self._lr_schedule, manifest["schedule"])
         self.calibration = calibration
+
+
+def _settings_of(manifest: dict[str, Any]) -> dict[str, Any]:
+    """The settings in a manifest; files did not say how many encoders there are before."""
+    settings = manifest["settings"]
+    n_encoders = 1 if settings["freeze_encoder"] else settings["n_ensemble"]
+    return {"n_encoders": n_encoders, **settings}
 
 
 def load_schedule(

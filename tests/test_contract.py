@@ -25,6 +25,7 @@ KINDS = {
     "several tasks": {"n_tasks": 3, "weight_decay": 0.01},
     "ensemble": {"n_ensemble": 2, "schedule": "constant"},
     "frozen": {"freeze_encoder": True, "n_ensemble": 2},
+    "two frozen encoders": {"freeze_encoder": True, "pretrained": [None] * 2, "n_ensemble": 4},
     "autocast": {"autocast": True},
     "classification": {"task": "classification"},
     "several classes, ensemble": {"task": "classification", "n_tasks": 2, "n_ensemble": 2},
@@ -168,7 +169,7 @@ def test_a_clone_is_an_unfitted_model_of_the_same_arguments(name, trained):
 def test_arguments_of_one_model_make_another():
     model = make(n_ensemble=2)
     other = polysrl_dc.PolySRLModel(**{**model.get_params(), "n_ensemble": 3})
-    assert other.settings == {**model.settings, "n_ensemble": 3}
+    assert other.settings == {**model.settings, "n_ensemble": 3, "n_encoders": 3}
     schedule = dc.models.optimizers.ExponentialDecay(1e-2, 0.5, 4)
     assert clone(make(learning_rate=schedule)).get_params()["learning_rate"].initial_rate == 1e-2
 

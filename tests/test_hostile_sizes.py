@@ -88,6 +88,8 @@ def _changed(manifest, place, value):
         (["config", "unknown"], 1),
         (["settings", "n_ensemble"], 10**12),
         (["settings", "n_ensemble"], "2"),
+        (["settings", "n_ensemble"], 0),
+        *((["settings", "n_encoders"], n) for n in (10**12, "2", 2, 0, -1, 0.5)),
         (["settings", "n_tasks"], 10**15),
         (["settings", "task"], "no task"),
         (["settings", "task"], None),

@@ -11,6 +11,7 @@ from sklearn.metrics import roc_auc_score
 import polysrl_dc
 from polysrl_dc.batches import LabeledData
 from polysrl_dc.errors import InvalidInputError
+from polysrl_dc.graphs import StoichiometryBatch
 
 # ------------------------------------------------------------------ arguments
 
@@ -268,6 +269,62 @@ def test_a_frozen_encoder_stays_as_it_is():
     assert not torch.equal(
         before["encoders.0.mean_output.weight"], free.model.encoders[0].mean_output.weight
     )
+
+
+@pytest.fixture(scope="module")
+def two_encoders(tmp_path_factory):
+    folders = [tmp_path_factory.mktemp("encoder") for _ in range(2)]
+    for seed, folder in enumerate(folders):
+        make(seed=seed + 10).save(folder)
+    return folders
+
+
+@pytest.mark.parametrize("freeze_encoder", [False, True])
+def test_members_start_from_the_encoders_of_a_list(two_encoders, freeze_encoder):
+    model = make(pretrained=two_encoders, freeze_encoder=freeze_encoder, n_ensemble=4)
+    singles = [make(pretrained=folder) for folder in two_encoders]
+    assert len(model.model.encoders) == (2 if freeze_encoder else 4)
+    for i, encoder in enumerate(model.model.encoders):
+        single = singles[i % 2].model.encoders[0].state_dict()
+        assert_same_state(single, encoder.state_dict())
+    model.fit(data(), nb_epoch=2)
+    graphs = StoichiometryBatch.from_graphs(data().X)
+    network = model.model.eval()
+    with torch.no_grad():
+        found = network.outputs(network.embed(graphs))[0]
+        for i, head in enumerate(network.heads):
+            mean = network.encoders[i % len(network.encoders)].mean(graphs)
+            expected = head(mean * model.config.head_scale)
+            torch.testing.assert_close(found[i], expected, rtol=1e-4, atol=1e-5)
+    assert make(pretrained=two_encoders).settings["n_ensemble"] == 2
+    for wrong in ({"n_ensemble": 3}, {"pretrained": []}):
+        with pytest.raises(ValueError, match="n_ensemble is"):
+            make(**{"pretrained": two_encoders, **wrong})
+    with pytest.raises(ValueError, match="pretraining has one"):
+        make("pretraining", pretrained=two_encoders)
+
+
+def test_a_head_is_trained_on_the_encoder_that_it_reads(two_encoders):
+    both = make(pretrained=two_encoders, freeze_encoder=True, n_ensemble=4).model.eval()
+    labeled = LabeledData.from_dataset(data(), 1, False)
+    with torch.no_grad():
+        prepared = labeled.with_embeddings(both.embed(labeled.inputs))
+        rows = np.stack([np.arange(i, i + 5) for i in range(4)])
+        loss = float(prepared.loss(both, rows, torch.Generator()))
+        means = [both.encoders[i % 2].mean(labeled.inputs[rows[i]]) for i in range(4)]
+        index = torch.as_tensor(rows)
+        expected = both.loss(torch.stack(means), labeled.labels[index], labeled.weights[index])
+    assert loss == pytest.approx(float(expected), rel=1e-5)
+
+
+def test_embeddings_of_frozen_encoders_stand_side_by_side(two_encoders):
+    model = make(pretrained=two_encoders, freeze_encoder=True)
+    singles = [make(pretrained=folder) for folder in two_encoders]
+    both, apart = model.predict_embedding(data()), [m.predict_embedding(data()) for m in singles]
+    assert both.shape == (N, 32)
+    np.testing.assert_allclose(both @ both.T, np.mean([x @ x.T for x in apart], 0), atol=1e-5)
+    first = singles[0].predict_polymorphism(data())
+    np.testing.assert_allclose(model.predict_polymorphism(data()), first, rtol=1e-5)
 
 
 def test_embeddings_have_unit_length_and_polymorphism_is_positive():

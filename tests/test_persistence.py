@@ -44,6 +44,19 @@ def test_provenance_is_kept_in_the_file(tmp_path):
     assert dc.models.PolySRLModel.from_pretrained(tmp_path).provenance == {}
 
 
+@pytest.mark.parametrize("frozen", [False, True])
+def test_files_that_do_not_say_how_many_encoders_there_are(frozen, tmp_path):
+    model = fitted(model_dir=str(tmp_path), n_ensemble=2, freeze_encoder=frozen)
+    model.save()
+    tensors, manifest = load_checkpoint(tmp_path / "model.safetensors")
+    del manifest["settings"]["n_encoders"]  # as files were before
+    save_checkpoint(tmp_path / "model.safetensors", tensors, manifest)
+    model.reload()
+    again = dc.models.PolySRLModel.from_pretrained(tmp_path)
+    assert_same_state(state(model), state(again))
+    assert again.settings == model.settings
+
+
 def test_reload_reads_the_saved_model_back(tmp_path):
     model = fitted(model_dir=str(tmp_path))
     model.save()
