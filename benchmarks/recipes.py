@@ -2,11 +2,12 @@
 
     python benchmarks/recipes.py --data-dir DATA
 
-Each recipe learns from a whole training fold, chooses nothing on a part of it and has one member;
-the first one is what ``polysrl train`` does. Those with a calibrated standard deviation learn from
-four fifths and calibrate on the rest. The folds are those of ``run_wetlab.py``. Scores go to
-``recipes.csv``, which ``summarize.py`` reads, and for the first seed those of the uncertainty that
-the models predict along to ``calibration.csv``; finished folds are kept.
+Each recipe learns from a whole training fold and chooses nothing on a part of it; it has one
+member, which starts from ``polysrl-mp``, unless its name says otherwise. The first one is what
+``polysrl train`` does. Those with a calibrated standard deviation learn from four fifths and
+calibrate on the rest. The folds are those of ``run_wetlab.py``. Scores go to ``recipes.csv``, which
+``summarize.py`` reads, and for the first seed those of the uncertainty that the models predict
+along to ``calibration.csv``; finished folds are kept.
 """
 
 from __future__ import annotations
@@ -47,6 +48,11 @@ class Recipe:
 
 #: The smallest rate of the paper's transfer protocol, without the choice among four.
 SLOWLY = {"schedule": "constant", "learning_rate": 1e-4}
+#: A member on each of the encoders that come with the package.
+THREE = {
+    "freeze_encoder": True,
+    "pretrained": [DEFAULT_ENCODER, "formation-energy-mp", "graphcl-mp"],
+}
 RECIPES = {
     "fine-tuned": Recipe(),
     "fine-tuned, batches of 128": Recipe(settings={"batch_size": 128}),
@@ -56,6 +62,9 @@ RECIPES = {
     "fine-tuned, 500 epochs at 1e-4, random start": Recipe(500, {**SLOWLY, "pretrained": None}),
     "frozen, 300 epochs": Recipe(300, {"freeze_encoder": True}),
     "frozen, 300 epochs, std calibrated": Recipe(300, {"freeze_encoder": True}, held_out=0.2),
+    "frozen, 300 epochs, three heads": Recipe(300, {"freeze_encoder": True, "n_ensemble": 3}),
+    "frozen, 300 epochs, three encoders": Recipe(300, THREE),
+    "frozen, 300 epochs, three encoders, std calibrated": Recipe(300, THREE, held_out=0.2),
 }
 #: All are compared with this one.
 FIRST = "fine-tuned"
@@ -140,10 +149,11 @@ def settings_of(recipe: str, seed: int) -> dict[str, Any]:
     """Everything that changes the predictions, and the recipe's name."""
     epochs, settings, held_out = astuple(RECIPES[recipe])
     model = PolySRLModel(seed=seed, **settings)
-    start = "random weights"
-    if settings.get("pretrained", DEFAULT_ENCODER) is not None:
-        start = representation_digest(DEFAULT_ENCODER)
+    start, encoders = "random weights", settings.get("pretrained", [DEFAULT_ENCODER])
+    if encoders is not None:
+        start = ", ".join(representation_digest(name) for name in encoders)
     key = {**model.settings, **model.training, "epochs": epochs, "start": start, "model": recipe}
+    del key["n_encoders"]  # follows from the start
     return {**key, "held_out": held_out} if held_out else key
 
 

@@ -1,22 +1,27 @@
 """Put a pretrained encoder into the package, with its model card.
 
-    python benchmarks/ship_encoder.py runs/polysrl --name polysrl-mp --model shipped
+    python benchmarks/ship_encoder.py runs/polysrl-mp --name polysrl-mp --model polysrl
+    python benchmarks/ship_encoder.py runs/graphcl --name graphcl-mp --model graphcl
+    python benchmarks/ship_encoder.py runs/mp_formation_energy --name formation-energy-mp \\
+        --model mp_formation_energy
 
-``--model`` is its name in ``wetlab_scores.csv``. Two files are written, one for formulas (all that
-property models need) and one for structures, each below 10 MB, and a card whose numbers all come
-from the manifest and the scores.
+``--model`` is its name in ``wetlab_scores.csv``. Of an encoder that has learned from structures two
+files are written, one for formulas (all that property models need) and one for structures; of
+others the first only. Each is below 10 MB. All numbers of the card come from the manifest and the
+scores.
 """
 
 from __future__ import annotations
 
 import argparse
 from pathlib import Path
+from tempfile import TemporaryDirectory
 from typing import Any
 
 import pandas as pd
 from paired import paired_differences
 
-from polysrl_dc import PolySRLConfig
+from polysrl_dc import PolySRLConfig, PolySRLModel
 from polysrl_dc.checkpoints import (
     SHIPPED,
     checkpoint_path,
@@ -26,20 +31,16 @@ from polysrl_dc.checkpoints import (
 )
 
 FORMULAS = "encoders.0."
+#: Objectives that look at structures, whose encoder is worth keeping.
+WITH_STRUCTURES = ("polysrl", "without_sampling", "infomax3d")
 
 CARD = """# {name}
 
-Encoder of chemical formulas, pretrained with PolySRL on crystal structures: a formula becomes a
-Gaussian in {n_features} dimensions, its mean the representation, its variance the uncertainty due
-to polymorphs. `PolySRLModel(...)` starts from it by default;
-`PolySRLModel.from_pretrained("{name}")` is the pretraining model with both encoders.
+{about}
 
 ## Trained on
 
-- {rows:,} DFT-relaxed structures of {stoichiometries:,} stoichiometries: Materials Project,
-  database version 2025.02.12, without the GNoME entries; file `{structures}`, SHA-256
-  `{sha256}`.
-  {held_out:,} more stoichiometries were held out for the diagnostics below. No label was seen.
+{data}
 - Licence of the data: CC BY 4.0. Attribution: A. Jain et al., "Commentary: The Materials Project",
   APL Materials 1, 011002 (2013). Licence of these weights: MIT, as the code.
 - Element features: {element_features} (Tshitoyan et al., Nature 571, 95, 2019).
@@ -54,12 +55,9 @@ Configuration, where it differs from the published one:
 {final_whitening}
 ## Scores
 
-Held-out stoichiometries: their structure is the nearest among 256 for {r1:.1%} of the formulas and
-among the ten nearest for {r10:.1%}. Effective rank of the means {rank:.1f}.
-
-Wet-lab data, representation protocol (encoder frozen, the paper's head on the unit-length mean,
-five folds, {seeds} seeds); mean absolute error beside that of a random start (`{baseline}` in
-`benchmarks/wetlab_scores.csv`) on the same folds:
+{diagnostics}Wet-lab data, representation protocol (encoder frozen, the paper's head on the
+unit-length mean, five folds, {seeds} seeds); mean absolute error beside that of a random start
+(`{baseline}` in `benchmarks/wetlab_scores.csv`) on the same folds:
 
 {scores}
 
@@ -69,9 +67,43 @@ five folds, {seeds} seeds); mean absolute error beside that of a random start (`
 - Its training set is of ordered, mostly stoichiometric compounds computed with DFT; doped and
   disordered materials lie outside of it.
 - Elements without a Matscholar embedding (Rf and beyond) are refused.
-{variance}"""
+{limits}"""
 
+#: What stands at the top of a card, by objective; that of ``polysrl`` serves the others like it.
+ABOUT = {
+    "polysrl": """\
+Encoder of chemical formulas, pretrained with PolySRL on crystal structures: a formula becomes a
+Gaussian in {n_features} dimensions, its mean the representation, its variance the uncertainty due
+to polymorphs. `PolySRLModel(...)` starts from it by default;
+`PolySRLModel.from_pretrained("{name}")` is the pretraining model with both encoders.""",
+    "graphcl": """\
+Encoder of chemical formulas, pretrained with GraphCL: a formula with its fractions perturbed, or an
+element dropped, is to be told from other formulas. It has seen no structure and no property. Its
+variance has not been trained. A companion of `polysrl-mp`:
+`PolySRLModel(pretrained=["polysrl-mp", "{name}"], freeze_encoder=True)`.""",
+    "mp_formation_energy": """\
+Encoder of chemical formulas, pretrained on formation energies that were computed with density
+functional theory. Its variance has not been trained. A companion of `polysrl-mp`:
+`PolySRLModel(pretrained=["polysrl-mp", "{name}"], freeze_encoder=True)`.
+`PolySRLModel.from_pretrained("{name}")` predicts them (eV/atom, most stable structure).""",
+}
+STRUCTURES = """\
+- {rows:,} DFT-relaxed structures of {stoichiometries:,} stoichiometries: Materials Project,
+  database version 2025.02.12, without the GNoME entries; file `{structures}`, SHA-256
+  `{sha256}`.
+  {held_out_stoichiometries:,} more stoichiometries were held out for diagnostics. No label was
+  seen."""
+LABELS = """\
+- {rows:,} formulas, each with the lowest formation energy of its structures: `{labels}` of
+  Matbench, from the Materials Project. All of them, so no score on that task is a fair one."""
+DIAGNOSTICS = """\
+Held-out stoichiometries: their structure is the nearest among 256 for {retrieval@1:.1%} of the
+formulas and among the ten nearest for {retrieval@10:.1%}.
+Effective rank of the means {rank_formulas:.1f}.
+
+"""
 NO_VARIANCE = "- The variance is that of the contrastive loss; it does not follow polymorphism.\n"
+UNTRAINED_VARIANCE = "- `predict_polymorphism` has no meaning: its weights are random.\n"
 VARIANCE = """- The variance was fitted to the spread of the known polymorphs by
   `benchmarks/fit_variance.py`: {structures:,} structures, {n_steps:,} steps, {unknown:g} doped
   formulas for each known one. What it says, and where it does not: `benchmarks/UNCERTAINTY.md`.
@@ -95,12 +127,26 @@ def main(argv: list[str] | None = None) -> None:
     if arguments.dry_run:
         return
     SHIPPED.mkdir(exist_ok=True)
-    manifest = {**manifest, "run": None, "schedule": None}
-    formulas = {name: value for name, value in tensors.items() if name.startswith(FORMULAS)}
-    structures = {name: value for name, value in tensors.items() if name not in formulas}
-    save_checkpoint(SHIPPED / f"{arguments.name}.structures.safetensors", structures, manifest)
-    save_checkpoint(SHIPPED / f"{arguments.name}.formulas.safetensors", formulas, manifest)
+    if manifest["provenance"]["objective"] in WITH_STRUCTURES:
+        structures = {n: value for n, value in tensors.items() if not n.startswith(FORMULAS)}
+        tensors = {n: value for n, value in tensors.items() if n.startswith(FORMULAS)}
+        manifest = {**manifest, "run": None, "schedule": None}
+        save_checkpoint(SHIPPED / f"{arguments.name}.structures.safetensors", structures, manifest)
+    elif manifest["settings"]["task"] == "pretraining":
+        tensors, manifest = as_property_model(arguments.run, manifest["provenance"])
+    save_checkpoint(SHIPPED / f"{arguments.name}.formulas.safetensors", tensors, manifest)
     write_atomic(SHIPPED / f"{arguments.name}.md", card.encode())
+
+
+def as_property_model(
+    run: Path, provenance: dict[str, Any]
+) -> tuple[dict[str, Any], dict[str, Any]]:
+    """Tensors and manifest of an unfitted model that starts from the encoder of a run."""
+    model = PolySRLModel(pretrained=run)
+    model.provenance = provenance
+    with TemporaryDirectory() as folder:
+        model.save(folder)
+        return load_checkpoint(checkpoint_path(folder))
 
 
 def model_card(arguments: argparse.Namespace, manifest: dict[str, Any]) -> str:
@@ -112,31 +158,33 @@ def model_card(arguments: argparse.Namespace, manifest: dict[str, Any]) -> str:
         if value != published[field]
     ]
     provenance = manifest["provenance"]
-    found = provenance["diagnostics"]
-    power = provenance["final_whitening"]
-    final = "" if power is None else (
-        f"\nThe saved means are decorrelated with the power {power:g} (chosen on the scores below) "
-        "instead of that of the training.\n"
+    data, objective = provenance["data"], provenance["objective"]
+    power, fitted = provenance["final_whitening"], provenance.get("variance")
+    final = (
+        ""
+        if power is None
+        else (
+            f"\nThe saved means are decorrelated with the power {power:g} (chosen on the scores "
+            "below) instead of that of the training.\n"
+        )
     )
+    about = {"name": arguments.name, "n_features": manifest["config"]["n_features"]}
+    diagnostics, limits = "", UNTRAINED_VARIANCE
+    if objective in WITH_STRUCTURES:
+        diagnostics = DIAGNOSTICS.format(**provenance["diagnostics"])
+        limits = VARIANCE.format(**fitted) if fitted else NO_VARIANCE
     scores = pd.read_csv(arguments.scores)
     table = paired_differences(scores, arguments.model, arguments.baseline)
     rows = scores[scores["model"] == arguments.model]
-    fitted = provenance.get("variance")
-    variance = VARIANCE.format(**fitted) if fitted else NO_VARIANCE
     return CARD.format(
         name=arguments.name,
-        variance=variance,
-        n_features=manifest["config"]["n_features"],
-        rows=provenance["data"]["rows"],
-        stoichiometries=provenance["data"]["stoichiometries"],
-        held_out=provenance["data"]["held_out_stoichiometries"],
-        structures=provenance["data"]["structures"],
-        sha256=provenance["data"]["sha256"],
+        about=ABOUT.get(objective, ABOUT["polysrl"]).format(**about),
+        data=(LABELS if "labels" in data else STRUCTURES).format(**data),
+        diagnostics=diagnostics,
+        limits=limits,
+        revision=provenance["revision"] or "not recorded",
         steps=provenance.get("steps", manifest["step"]),
         changes="\n".join(changes),
-        r1=found["retrieval@1"],
-        r10=found["retrieval@10"],
-        rank=found["rank_formulas"],
         final_whitening=final,
         seeds=rows["seed"].nunique(),
         baseline=arguments.baseline,
@@ -145,7 +193,6 @@ def model_card(arguments: argparse.Namespace, manifest: dict[str, Any]) -> str:
             key: provenance[key]
             for key in (
                 "element_features",
-                "revision",
                 "objective",
                 "epochs",
                 "batch_size",

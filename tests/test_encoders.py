@@ -61,15 +61,46 @@ def test_other_configurations_must_say_what_they_start_from():
     dc.models.PolySRLModel(config=small, pretrained=None)
 
 
-@pytest.mark.parametrize("part", ["formulas", "structures"])
-def test_files_are_small_and_say_where_they_come_from(part):
-    path = SHIPPED / f"{DEFAULT_ENCODER}.{part}.safetensors"
+def test_the_shipped_encoders_are_known():
+    assert shipped_encoders() == ["formation-energy-mp", "graphcl-mp", DEFAULT_ENCODER]
+
+
+@pytest.mark.parametrize("path", sorted(SHIPPED.glob("*.safetensors")), ids=lambda path: path.name)
+def test_files_are_small_and_say_where_they_come_from(path):
     assert path.stat().st_size < 10e6
-    provenance = load_checkpoint(path)[1]["provenance"]
-    assert re.fullmatch("[0-9a-f]{64}", provenance["data"]["sha256"])
-    assert provenance["data"]["rows"] > 100_000
-    card = (SHIPPED / f"{DEFAULT_ENCODER}.md").read_text()
-    assert provenance["data"]["sha256"] in card and "CC BY 4.0" in card
+    data = load_checkpoint(path)[1]["provenance"]["data"]
+    card = (SHIPPED / f"{path.name.partition('.')[0]}.md").read_text()
+    assert f"{data['rows']:,}" in card and data["rows"] > 90_000 and "CC BY 4.0" in card
+    if "labels" in data:
+        assert data["labels"] == "matbench_mp_e_form" and "fair" in card
+    else:
+        assert re.fullmatch("[0-9a-f]{64}", data["sha256"]) and data["sha256"] in card
+
+
+@pytest.mark.parametrize("name", ["formation-energy-mp", "graphcl-mp"])
+def test_companions_are_property_models_by_their_names(name):
+    model = dc.models.PolySRLModel.from_pretrained(name)
+    start = dc.models.PolySRLModel(pretrained=name)
+    np.testing.assert_array_equal(
+        model.predict_embedding(dataset()), start.predict_embedding(dataset())
+    )
+    if name == "graphcl-mp":
+        with pytest.raises(ValueError, match="not fitted"):
+            model.predict(dataset())
+    else:  # computed formation energies per atom: of the ionic ones far below those of the others
+        energies = model.predict(dataset())[:, 0]
+        order = [FORMULAS[i] for i in np.argsort(energies)]
+        assert set(order[-2:]) == {"GaAs", "Bi2Te3"} and energies.min() > -5 and energies.max() < 0
+    with pytest.raises(ValueError, match="without a structure encoder"):
+        model.retrieve(dataset(), dataset())
+
+
+def test_members_start_from_all_shipped_encoders():
+    model = dc.models.PolySRLModel(pretrained=shipped_encoders(), freeze_encoder=True)
+    for i, name in enumerate(shipped_encoders()):
+        tensors = load_checkpoint(SHIPPED / f"{name}.formulas.safetensors")[0]
+        for key, value in model.model.encoders[i].state_dict().items():
+            assert torch.equal(value, tensors[f"encoders.0.{key}"]), (name, key)
 
 
 def test_its_means_fill_the_space_of_real_formulas(data_dir: Path):
@@ -135,6 +166,48 @@ def test_the_card_holds_what_was_measured(tmp_path: Path, monkeypatch):
     ]
     assert parts[0].keys() | parts[1].keys() == model.model.state_dict().keys()
     assert not parts[0].keys() & parts[1].keys()
+
+
+@pytest.mark.parametrize("objective", ["graphcl", "mp_formation_energy"])
+def test_a_companion_is_one_file_with_a_card_of_its_own(objective, tmp_path: Path, monkeypatch):
+    run = tmp_path / "run"
+    labels = objective == "mp_formation_energy"
+    model = dc.models.PolySRLModel(
+        "regression" if labels else "pretraining",
+        pretrained=None,
+        **({} if labels else {"objective": objective}),
+    )
+    of_structures = {"structures": "s", "sha256": "0" * 64, "stoichiometries": 6}
+    model.provenance = {
+        **{"objective": objective, "element_features": "Matscholar", "epochs": 3, "seed": 0},
+        **{"batch_size": 4, "learning_rate": 1e-3, "schedule": "one_cycle", "revision": None},
+        "final_whitening": None,
+        "data": {"rows": 7, "labels": "matbench_mp_e_form"}
+        if labels
+        else {"rows": 7, "held_out_stoichiometries": 5, **of_structures},
+    }
+    model.save(run)
+    pd.DataFrame(
+        {
+            **{"suite": "wetlab", "protocol": "representation", "metric": "mae", "seed": 0},
+            **{"task": "band_gap", "model": ["rand_init", "mine"] * 2, "fold": [0, 0, 1, 1]},
+            "value": [2.0, 1.5, 3.0, 2.5],
+        }
+    ).to_csv(tmp_path / "scores.csv")
+    monkeypatch.setattr(ship_encoder, "SHIPPED", tmp_path / "encoders")
+    command = ["--model", "mine", "--name", "other", "--scores", str(tmp_path / "scores.csv")]
+    ship_encoder.main([str(run), *command])
+    written = {path.name for path in (tmp_path / "encoders").iterdir()}
+    assert written == {"other.md", "other.formulas.safetensors"}
+    card = (tmp_path / "encoders" / "other.md").read_text()
+    for said in ("# other", "-0.5", "revision not recorded", "`predict_polymorphism` has no"):
+        assert said in card
+    path = tmp_path / "encoders" / "other.formulas.safetensors"
+    shipped = dc.models.PolySRLModel.from_pretrained(path)
+    assert shipped.settings["task"] == "regression" and shipped.provenance == model.provenance
+    np.testing.assert_allclose(
+        shipped.predict_embedding(dataset()), model.predict_embedding(dataset()), atol=1e-6
+    )
 
 
 def test_the_search_compares_rows_fold_by_fold(tmp_path: Path, monkeypatch, capsys):
