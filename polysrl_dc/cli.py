@@ -12,7 +12,7 @@ import numpy as np
 import pandas as pd
 from tqdm import tqdm
 
-from polysrl_dc.checkpoints import DEFAULT_ENCODER
+from polysrl_dc.checkpoints import DEFAULT_ENCODER, shipped_encoders
 from polysrl_dc.datasets import PolymorphDataset, StoichiometrySplitter, drop_skipped
 from polysrl_dc.domain import Domain, OutsideDomainWarning
 from polysrl_dc.errors import InvalidInputError
@@ -95,7 +95,7 @@ def train(options: argparse.Namespace) -> None:
     model = PolySRLModel(
         options.task,
         len(options.target),
-        pretrained=None if options.pretrained == "none" else options.pretrained,
+        pretrained=[None if name == "none" else name for name in options.pretrained],
         freeze_encoder=options.freeze_encoder,
         n_ensemble=options.ensemble,
         **_training(options),
@@ -383,11 +383,12 @@ def _parser() -> argparse.ArgumentParser:
     sub.add_argument("--task", choices=("regression", "classification"), default="regression")
     sub.add_argument(
         "--pretrained",
-        default=DEFAULT_ENCODER,
-        help=f"folder of polysrl pretrain, name of an encoder ({DEFAULT_ENCODER}), or none",
+        nargs="+",
+        default=[DEFAULT_ENCODER],
+        help=f"{', '.join(shipped_encoders())}, folder of polysrl pretrain, or none; a member each",
     )
     sub.add_argument("--freeze-encoder", action="store_true", help="train the head only")
-    sub.add_argument("--ensemble", type=_positive, default=1, help="models to average")
+    sub.add_argument("--ensemble", type=_positive, help="models to average, a multiple of these")
     sub.add_argument(
         "--hold-out", type=_fraction, default=0.0, help="to score and calibrate"
     )

@@ -126,6 +126,24 @@ def test_held_out_formulas_calibrate_the_std(
     assert model.calibration == model.calibrate(held_out)
 
 
+def test_members_start_from_several_encoders(
+    table: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    folder = str(tmp_path / "model")
+    command = ["train", "--input", str(table), "--column", "name", "--target", "gap", "--epochs"]
+    command += ["1", "--output-dir", folder, "--freeze-encoder", "--pretrained", "polysrl-mp"]
+    assert main([*command, "graphcl-mp"]) == 0
+    model = PolySRLModel.from_pretrained(folder)
+    assert (model.settings["n_ensemble"], len(model.model.encoders)) == (2, 2)
+    starts = PolySRLModel(pretrained=["polysrl-mp", "graphcl-mp"]).model.encoders
+    for encoder, start in zip(model.model.encoders, starts, strict=True):
+        assert torch.equal(encoder.jumping_knowledge.weight, start.jumping_knowledge.weight)
+    assert main(["embed", "NaCl", "--model", folder]) == 0
+    assert capsys.readouterr().out.splitlines()[0].endswith(",embedding_399")
+    assert main([*command, "graphcl-mp", "--ensemble", "3"]) == 2
+    assert "n_ensemble is 3: no multiple of 2 encoders" in capsys.readouterr().err
+
+
 def test_classification_gives_probabilities(
     table: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
