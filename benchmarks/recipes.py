@@ -130,6 +130,8 @@ def main(argv: list[str] | None = None) -> None:
                     scores = run(target, recipe, seed, arguments)
     errors = scores[scores["metric"] == "mae"].pivot_table("value", "task", "model", sort=False)
     print(errors[[recipe for recipe in RECIPES if recipe in errors]].round(3).to_markdown())
+    said = uncertainties(pd.read_csv(arguments.output_dir / "calibration.csv"))
+    print(f"\nWhat they say of their errors, seed 0:\n\n{said.to_markdown(floatfmt='.3f')}")
 
 
 def run(target: Target, recipe: str, seed: int, arguments: argparse.Namespace) -> pd.DataFrame:
@@ -143,6 +145,30 @@ def run(target: Target, recipe: str, seed: int, arguments: argparse.Namespace) -
     about = (target.suite, "recipe", recipe, seed)
     scores = prediction_scores(target, predictions, target.splits(), *about)
     return merge_scores(arguments.output_dir / "recipes.csv", scores)
+
+
+def uncertainties(table: pd.DataFrame) -> pd.DataFrame:
+    """Scores of the recipes' own standard deviations: means over the targets, a row for each.
+
+    Parameters
+    ----------
+    table : pandas.DataFrame
+        ``calibration.csv``.
+    """
+    own = table[table["protocol"] == "recipe"]
+    of = own.pivot_table("value", ["encoder", "target"], "metric")
+    scores = {
+        **{f"in {level} %": of[f"coverage_{level}"] for level in (50, 80, 95)},
+        "CRPS / MAE": of["crps"] / of["mae"],
+        "miscal. area": of["miscalibration_area"],
+        "AUSE": of["ause"],
+        "MAE of 80 % / MAE": of["mae_kept"] / of["mae"],
+    }
+    found = pd.DataFrame(scores).groupby("encoder").mean()
+    inside = of["coverage_95"].groupby("encoder")
+    found.insert(3, "lowest", inside.min())
+    found.insert(4, "highest", inside.max())
+    return found.loc[[recipe for recipe in RECIPES if recipe in found.index]]
 
 
 def settings_of(recipe: str, seed: int) -> dict[str, Any]:

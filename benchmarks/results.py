@@ -155,7 +155,7 @@ ZT_TABLES = {name: _extra("ZT", "wetlab", name, tuple(ZT)) for name in PROTOCOLS
 GROUPED = _extra(
     "wet lab in grouped folds", suite_name("wetlab", "grouped"), "representation", NINE
 )
-RECIPES = _extra("wet lab, trained on whole folds", "wetlab", "recipe", NINE)
+RECIPES = _extra("wet lab, ways to train", "wetlab", "recipe", NINE)
 #: Learning curves, by part of the training rows, ascending.
 CURVES = {
     part.replace("%", " %"): _extra(

@@ -40,9 +40,12 @@ def test_scores_are_those_of_models_of_whole_training_folds(target, tmp_path, ca
     assert set(own["method"]) == {"its own"} and set(own["protocol"]) == {"recipe"}
     unscaled = own.query("metric == 'mae'").groupby("encoder")["value"].mean()
     np.testing.assert_allclose(10 * unscaled[means.index], means, rtol=1e-4)
-    printed = capsys.readouterr().out.splitlines()[-1]
-    assert printed.startswith("| metallic ")
-    assert [f"{means[name]:.3f}".rstrip("0") in printed for name in means.index] == [True, True]
+    printed = capsys.readouterr().out.splitlines()
+    row = next(line for line in printed if line.startswith("| metallic "))
+    assert [f"{means[name]:.3f}".rstrip("0") in row for name in means.index] == [True, True]
+    inside = own.query("metric == 'coverage_95' and encoder == 'fine-tuned'")["value"].mean()
+    cells = next(line for line in printed if line.startswith("| fine-tuned ")).split("|")
+    assert [float(cell) for cell in cells[4:7]] == pytest.approx([inside] * 3, abs=6e-4)
 
 
 def test_a_held_out_part_calibrates_and_is_not_learned_from(target):
