@@ -228,7 +228,7 @@ def test_published_models_are_compared_with_polysrl_fold_by_fold(complete):
 
 def test_recipes_are_compared_with_the_first_of_them(complete):
     _, page = complete
-    part = part_of(page, "Not in the paper: wet lab, trained on whole folds, recipe")
+    part = part_of(page, "Not in the paper: wet lab, ways to train, recipe")
     assert "| frozen, 300 epochs | **0.2" in part
     below = part[part.index("| minus fine-tuned |") :]
     assert "| frozen, 300 epochs | **-0.0" in below and "| 9 (9) | 0 (0) |" in below
@@ -266,7 +266,7 @@ def test_missing_and_shortened_parts_are_named(folder):
     assert "Table 2: wet lab, transfer: not run" in top and "Table 6: Matbench" in top
     assert "rand_init: not run for glass, ZT300, ZT600" in top
     assert "polysrl: 1\N{MULTIPLICATION SIGN}5 for gap, form." in top
-    assert "trained on whole folds, recipe: not run" in top
+    assert "ways to train, recipe: not run" in top
     assert "in grouped folds, representation: not run" in top and "10 % of the" in top
     row = next(line for line in page.splitlines() if line.startswith("| polysrl | "))
     assert "[1\N{MULTIPLICATION SIGN}5]<br>0.160 (0.012)" in row and "not run<br>" in row

@@ -4,6 +4,7 @@ import subprocess
 import sys
 
 RUNS: list[str] = [
+    "--models polysrl --protocols representation --seeds 1",
     "--models polysrl --protocols representation --seeds 3",
 ]
 
