@@ -66,8 +66,8 @@ RECIPES = {
     "frozen, 300 epochs, three encoders": Recipe(300, THREE),
     "frozen, 300 epochs, three encoders, std calibrated": Recipe(300, THREE, held_out=0.2),
 }
-#: All are compared with this one.
-FIRST = "fine-tuned"
+#: All are compared with these two: what ``polysrl train`` does, and what README recommends.
+FIRST, RECOMMENDED = "fine-tuned", "frozen, 300 epochs, three encoders"
 
 
 def predict_fold(

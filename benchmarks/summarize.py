@@ -15,9 +15,10 @@ from pathlib import Path
 
 import numpy as np
 import pandas as pd
-from claims import CLAIMS, MATBENCH, PROPERTIES, RULES, SHORT, WETLAB, ZT, verdict
+from claims import CLAIMS, MATBENCH, PROPERTIES, RULES, SHORT, SUPERVISED, WETLAB, ZT, verdict
+from magpie import BASELINES
 from paired import read_paper
-from recipes import FIRST
+from recipes import FIRST, RECOMMENDED
 from results import (
     CURVES,
     FILES,
@@ -175,6 +176,19 @@ def section(cells: Cells, paper: pd.DataFrame, table: Table, baseline: str) -> l
     return [f"## {title}", "", *means, *difference_lines(cells, table, baseline)]
 
 
+def recipe_lines(scores: pd.DataFrame, paper: pd.DataFrame) -> list[str]:
+    """Ways to train, and the models that are not ours beneath them."""
+    recipes = scores[scores["protocol"] == RECIPES.protocol]
+    if len(recipes):
+        beside = compared(scores)
+        others = beside[beside["model"].isin([*SUPERVISED, *BASELINES])]
+        recipes = pd.concat([recipes, others.assign(protocol=RECIPES.protocol)])
+    lines = section(cells_of(recipes, FIRST), paper, RECIPES, FIRST)
+    if (recipes["model"] == RECOMMENDED).any():
+        lines += difference_lines(cells_of(recipes, RECOMMENDED), RECIPES, RECOMMENDED)
+    return lines
+
+
 def curve_lines(cells: Cells, baseline: str) -> list[str]:
     """MAE by part of the training rows, and its mean change from the baseline."""
     rows = {part: table.rows(cells) for part, table in CURVES.items()}
@@ -313,8 +327,7 @@ def page(scores: pd.DataFrame, paper: pd.DataFrame, baseline: str) -> tuple[str,
     for table in (MATBENCH_TRANSFER, GROUPED):
         lines += section(cells, paper, table, baseline)
     lines += section(beside, paper, MATBENCH_8, "polysrl")
-    recipes = cells_of(scores[scores["protocol"] == RECIPES.protocol], FIRST)
-    lines += section(recipes, paper, RECIPES, FIRST)
+    lines += recipe_lines(scores, paper)
     lines += curve_lines(cells, baseline)
     for table in ZT_TABLES.values():
         lines += screening_lines(cells, table)

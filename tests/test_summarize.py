@@ -6,6 +6,7 @@ import pytest
 from claims import CLAIMS, MATBENCH, SUPERVISED, WETLAB, ZT, Claim, better, verdict
 from paired import read_paper
 from paper_protocol import MODELS
+from recipes import RECOMMENDED
 from results import (
     ALL,
     COMPARED,
@@ -40,7 +41,7 @@ FACTORS = {
 #: Of the models that have no encoder of ours.
 PEER_FACTORS = {"roost": 1.05, "crabnet": 1.3}
 #: Relative to the first of them.
-RECIPE_FACTORS = {"fine-tuned": 1.0, "frozen, 300 epochs": 0.9}
+RECIPE_FACTORS = {"fine-tuned": 1.0, "frozen, 300 epochs": 0.9, RECOMMENDED: 0.8}
 BY_NAME = {table.name: table for table in TABLES}
 
 
@@ -226,12 +227,15 @@ def test_published_models_are_compared_with_polysrl_fold_by_fold(complete):
     assert "| crabnet | " in small and "mp_gap" not in small and "log_gvrh" in small
 
 
-def test_recipes_are_compared_with_the_first_of_them(complete):
+def test_recipes_are_compared_with_the_first_the_recommended_one_and_other_models(complete):
     _, page = complete
     part = part_of(page, "Not in the paper: wet lab, ways to train, recipe")
-    assert "| frozen, 300 epochs | **0.2" in part
-    below = part[part.index("| minus fine-tuned |") :]
-    assert "| frozen, 300 epochs | **-0.0" in below and "| 9 (9) | 0 (0) |" in below
+    means, _, rest = part.partition("| minus fine-tuned |")
+    assert f"| {RECOMMENDED} | **0." in means and "| roost | " in means
+    first, _, recommended = rest.partition(f"| minus {RECOMMENDED} |")
+    assert "| frozen, 300 epochs | **-0.0" in first and "| 9 (9) | 0 (0) |" in first
+    assert "| frozen, 300 epochs | **+0.0" in recommended and "| roost | **+" in recommended
+    assert "| magpie_forest | " in recommended and "| 0 (0) | 9 (9) |" in recommended
 
 
 def test_errors_of_peers_are_the_papers_only_where_they_have_not_been_run(folder):
