@@ -4,6 +4,7 @@ import subprocess
 import sys
 
 RUNS: list[str] = [
+    "--models rand_init --protocols representation --seeds 1",
     "--models rand_init --protocols representation --seeds 3",
 ]
 
