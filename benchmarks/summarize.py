@@ -65,10 +65,10 @@ rule). Encoders differ only in their pretraining: none (rand_init), contrasting 
 (graphcl), DFT labels (mp_band_gap, mp_formation_energy), structures (infomax3d), and structures of
 all polymorphs (polysrl, and without_sampling, for which the paper's values are those of its Table
 7). The Magpie models fit tabulated features without an encoder. Roost (package aviary-models) and
-CrabNet (written anew, `benchmarks/crabnet.py`) are trained on each training fold by their own
-recipes, untuned. Rows beneath them are further encoders of ours. What is called a recipe is a way
-to train a model of this package on a whole training fold without choosing anything; where its
-standard deviation is calibrated, on four fifths of it.
+CrabNet (written anew, `benchmarks/crabnet.py`; not yet shown to reproduce its published scores) are
+trained on each training fold by their own recipes, untuned. Rows beneath them are further encoders
+of ours. What is called a recipe is a way to train a model of this package on a whole training fold
+without choosing anything; where its standard deviation is calibrated, on four fifths of it.
 
 Columns: gap (eV), form. (formation enthalpy, eV/atom {x} 10), glass (T_rg {x} 10); {sigma} (ln
 S/m), {kappa} (ln W/mK) and S (min-max scaled {x} 10) are electrical conductivity, thermal
