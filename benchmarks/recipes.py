@@ -85,13 +85,13 @@ def predict_fold(
     torch.set_num_threads(threads)
     train, test = split
     epochs, settings, held_out = astuple(RECIPES[recipe])
-    learned, kept = np.arange(len(train)), np.arange(0)
+    kept = None
     if held_out:
-        learned, kept = split_validation(target.formulas[train], held_out, seed)
+        train, kept = (train[p] for p in split_validation(target.formulas[train], held_out, seed))
     model = PolySRLModel(seed=seed, **settings)
-    model.fit(dataset_of(target, train[learned]), nb_epoch=epochs, checkpoint_interval=0)
-    if held_out:
-        model.calibrate(dataset_of(target, train[kept]))
+    model.fit(dataset_of(target, train), nb_epoch=epochs, checkpoint_interval=0)
+    if kept is not None:
+        model.calibrate(dataset_of(target, kept))
     mean, std = model.predict_uncertainty(dataset_of(target, test))
     return mean[:, 0], std[:, 0], {}
 
@@ -148,7 +148,7 @@ def run(target: Target, recipe: str, seed: int, arguments: argparse.Namespace) -
 
 
 def uncertainties(table: pd.DataFrame) -> pd.DataFrame:
-    """Scores of the recipes' own standard deviations: means over the targets, a row for each.
+    """Scores of the recipes' own standard deviations: means over their targets, a row for each.
 
     Parameters
     ----------
@@ -168,6 +168,7 @@ def uncertainties(table: pd.DataFrame) -> pd.DataFrame:
     inside = of["coverage_95"].groupby("encoder")
     found.insert(3, "lowest", inside.min())
     found.insert(4, "highest", inside.max())
+    found["targets"] = inside.size()
     return found.loc[[recipe for recipe in RECIPES if recipe in found.index]]
 
 

@@ -390,7 +390,7 @@ def _parser() -> argparse.ArgumentParser:
     sub.add_argument("--freeze-encoder", action="store_true", help="train the head only")
     sub.add_argument("--ensemble", type=_positive, help="models to average, a multiple of these")
     sub.add_argument(
-        "--hold-out", type=_fraction, default=0.0, help="to score and calibrate"
+        "--hold-out", type=_fraction, default=0.0, help="part kept to score and calibrate on"
     )
     add_training(sub, 100, 32)
 
