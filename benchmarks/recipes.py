@@ -5,9 +5,10 @@
 Each recipe learns from a whole training fold and chooses nothing on a part of it; it has one
 member, which starts from ``polysrl-mp``, unless its name says otherwise. The first one is what
 ``polysrl train`` does. Those with a calibrated standard deviation learn from four fifths and
-calibrate on the rest. The folds are those of ``run_wetlab.py``. Scores go to ``recipes.csv``, which
-``summarize.py`` reads, and for the first seed those of the uncertainty that the models predict
-along to ``calibration.csv``; finished folds are kept.
+calibrate on the rest (``--hold-out 0.2``) or, cross-validated, learn from all rows and calibrate
+by models of four fifths each (``--folds 5``). The folds are those of ``run_wetlab.py``. Scores go
+to ``recipes.csv``, which ``summarize.py`` reads, and for the first seed those of the uncertainty
+that the models predict along to ``calibration.csv``; finished folds are kept.
 """
 
 from __future__ import annotations
@@ -17,6 +18,7 @@ from dataclasses import astuple, dataclass, field
 from pathlib import Path
 from typing import Any
 
+import deepchem as dc
 import numpy as np
 import pandas as pd
 import torch
@@ -30,7 +32,7 @@ from targets import N_FOLDS, Target, wetlab_targets
 from tasks import DataNotFoundError, find_data_dir
 from transfer import dataset_of
 
-from polysrl_dc import PolySRLModel
+from polysrl_dc import PolySRLModel, cross_val_predict
 from polysrl_dc.checkpoints import DEFAULT_ENCODER
 
 
@@ -38,12 +40,14 @@ from polysrl_dc.checkpoints import DEFAULT_ENCODER
 class Recipe:
     """How to train: ``settings`` are what differs from the defaults of ``PolySRLModel``.
 
-    ``held_out``: part of the training rows that only calibrates the standard deviations.
+    ``held_out``: part of the training rows that only calibrates the standard deviations;
+    ``folds``: parts of a cross-validation that calibrates them instead.
     """
 
     epochs: int = 100
     settings: dict[str, Any] = field(default_factory=dict)
     held_out: float = 0.0
+    folds: int = 0
 
 
 #: The smallest rate of the paper's transfer protocol, without the choice among four.
@@ -65,6 +69,7 @@ RECIPES = {
     "frozen, 300 epochs, three heads": Recipe(300, {"freeze_encoder": True, "n_ensemble": 3}),
     "frozen, 300 epochs, three encoders": Recipe(300, THREE),
     "frozen, 300 epochs, three encoders, std calibrated": Recipe(300, THREE, held_out=0.2),
+    "frozen, 300 epochs, three encoders, std cross-validated": Recipe(300, THREE, folds=5),
 }
 #: All are compared with these two: what ``polysrl train`` does, and what README recommends.
 FIRST, RECOMMENDED = "fine-tuned", "frozen, 300 epochs, three encoders"
@@ -84,14 +89,22 @@ def predict_fold(
     """
     torch.set_num_threads(threads)
     train, test = split
-    epochs, settings, held_out = astuple(RECIPES[recipe])
-    kept = None
+    epochs, settings, held_out, folds = astuple(RECIPES[recipe])
+
+    def fitted(dataset: dc.data.Dataset) -> PolySRLModel:
+        model = PolySRLModel(seed=seed, **settings)
+        model.fit(dataset, nb_epoch=epochs, checkpoint_interval=0)
+        return model
+
     if held_out:
-        train, kept = (train[p] for p in split_validation(target.formulas[train], held_out, seed))
-    model = PolySRLModel(seed=seed, **settings)
-    model.fit(dataset_of(target, train), nb_epoch=epochs, checkpoint_interval=0)
-    if kept is not None:
-        model.calibrate(dataset_of(target, kept))
+        learned, kept = split_validation(target.formulas[train], held_out, seed)
+        model = fitted(dataset_of(target, train[learned]))
+        model.calibrate(dataset_of(target, train[kept]))
+    else:
+        dataset = dataset_of(target, train)
+        model = fitted(dataset)
+        if folds:
+            model.calibrate(dataset, predicted=cross_val_predict(fitted, dataset, folds, seed=seed))
     mean, std = model.predict_uncertainty(dataset_of(target, test))
     return mean[:, 0], std[:, 0], {}
 
@@ -174,14 +187,15 @@ def uncertainties(table: pd.DataFrame) -> pd.DataFrame:
 
 def settings_of(recipe: str, seed: int) -> dict[str, Any]:
     """Everything that changes the predictions, and the recipe's name."""
-    epochs, settings, held_out = astuple(RECIPES[recipe])
+    epochs, settings, held_out, folds = astuple(RECIPES[recipe])
     model = PolySRLModel(seed=seed, **settings)
     start, encoders = "random weights", settings.get("pretrained", [DEFAULT_ENCODER])
     if encoders is not None:
         start = ", ".join(representation_digest(name) for name in encoders)
     key = {**model.settings, **model.training, "epochs": epochs, "start": start, "model": recipe}
     del key["n_encoders"]  # follows from the start
-    return {**key, "held_out": held_out} if held_out else key
+    parts = {"held_out": held_out, "folds": folds}
+    return {**key, **{name: part for name, part in parts.items() if part}}
 
 
 if __name__ == "__main__":

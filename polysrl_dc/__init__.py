@@ -10,6 +10,7 @@ import deepchem as dc
 from polysrl_dc import datasets
 from polysrl_dc.callbacks import EarlyStopping
 from polysrl_dc.config import PolySRLConfig
+from polysrl_dc.cross_validation import cross_val_predict
 from polysrl_dc.datasets import PolymorphDataset, StoichiometrySplitter
 from polysrl_dc.domain import Domain
 from polysrl_dc.errors import InvalidInputError
@@ -28,6 +29,7 @@ __all__ = [
     "StoichiometryGraphFeaturizer",
     "StoichiometrySplitter",
     "StructureGraphFeaturizer",
+    "cross_val_predict",
     "datasets",
     "register",
 ]

@@ -4,7 +4,7 @@ import argparse
 import sys
 import warnings
 from collections.abc import Callable, Sequence
-from io import BytesIO
+from functools import partial
 from typing import Any
 
 import deepchem as dc
@@ -13,18 +13,21 @@ import pandas as pd
 from tqdm import tqdm
 
 from polysrl_dc.checkpoints import DEFAULT_ENCODER, shipped_encoders
+from polysrl_dc.cross_validation import cross_val_predict
 from polysrl_dc.datasets import PolymorphDataset, StoichiometrySplitter, drop_skipped
 from polysrl_dc.domain import Domain, OutsideDomainWarning
 from polysrl_dc.errors import InvalidInputError
 from polysrl_dc.featurizers import StoichiometryGraphFeaturizer, StructureGraphFeaturizer
+from polysrl_dc.metrics import masked_scores
 from polysrl_dc.model import PolySRLModel
-from polysrl_dc.sources import read_structure, unpacked
+from polysrl_dc.sources import read_structure
+from polysrl_dc.tables import WRITERS, check_names, numbers, read_table, write_table
 
 EXAMPLES = """
 examples:
   polysrl embed Fe2O3 TiO2 ZnO
   polysrl embed --input alloys.csv --column composition --output embeddings.parquet
-  polysrl train --input gaps.csv --target gap --epochs 100 --hold-out 0.2 --output-dir gap_model
+  polysrl train --input gaps.csv --target gap --folds 5 --output-dir gap_model
   polysrl predict --model gap_model GaN AlN
   polysrl predict --model gap_model --input new.csv --output predictions.csv
   polysrl retrieve TiO2 --structures structures.parquet -k 5
@@ -34,12 +37,6 @@ examples:
   polysrl pretrain cifs/*.cif --epochs 20 --output-dir encoder
 """
 STRUCTURES = "a .parquet table, a folder of them or of CIF files, aflow, or files pymatgen reads"
-_LARGEST_TABLE = 2**30  # bytes of a table, unpacked
-WRITERS: dict[str, Callable[[pd.DataFrame, Any], Any]] = {
-    ".csv": lambda frame, path: frame.to_csv(path, index=False),
-    ".csv.gz": lambda frame, path: frame.to_csv(path, index=False),
-    ".parquet": lambda frame, path: frame.to_parquet(path, index=False),
-}
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
@@ -76,52 +73,52 @@ def embed(options: argparse.Namespace) -> None:
     model = PolySRLModel.from_pretrained(options.model)
     embedding = pd.DataFrame(model.predict_embedding(dataset)).add_prefix("embedding_")
     embedding.insert(0, "polymorphism", model.predict_polymorphism(dataset))
-    _write(frame, embedding, options.output)
+    write_table(frame, embedding, options.output)
 
 
 def train(options: argparse.Namespace) -> None:
-    """Formulas and labels -> a model folder, and its score on held-out formulas."""
-    _, dataset = _formulas(options, options.target)
-    test = None
-    if options.hold_out:
-        dataset, test = StoichiometrySplitter().train_test_split(
+    """Formulas and labels -> a model folder, and its score on formulas it has not learned from."""
+    frame, dataset = _formulas(options, options.target)
+    held_out, predicted = None, None
+    if options.predictions:
+        if not (options.folds or options.hold_out):
+            raise InvalidInputError("--predictions needs --folds or --hold-out")
+        check_names(frame, _columns(len(options.target)))
+    if options.folds:
+        held_out = dataset
+        each = partial(_trained, options)
+        predicted = cross_val_predict(each, dataset, options.folds, seed=options.seed)
+    elif options.hold_out:
+        dataset, held_out = StoichiometrySplitter().train_test_split(
             dataset, frac_train=1 - options.hold_out, seed=options.seed
         )
-        if not (len(dataset) and len(test)):
+        if not (len(dataset) and len(held_out)):
             raise InvalidInputError(
                 f"--hold-out {options.hold_out} leaves {len(dataset)} rows to train on and "
-                f"{len(test)} to score on"
+                f"{len(held_out)} to score on"
             )
-    model = PolySRLModel(
-        options.task,
-        len(options.target),
-        pretrained=[None if name == "none" else name for name in options.pretrained],
-        freeze_encoder=options.freeze_encoder,
-        n_ensemble=options.ensemble,
-        **_training(options),
-    )
-    _fit(model, dataset, options.epochs)
-    if test is not None and options.task == "regression":
-        _calibrate(model, test)
+    model = _trained(options, dataset)
+    if held_out is not None and options.task == "regression":
+        _calibrate(model, held_out, predicted)
     model.save(options.output_dir)
     print(f"model written to {options.output_dir}", file=sys.stderr)
-    if test is not None:
+    if held_out is not None:
+        mean, std = predicted or model.predict_uncertainty(held_out)
+        if predicted and model.calibration:
+            std = model.calibration.apply(std)
         score = dc.metrics.mae_score if options.task == "regression" else dc.metrics.roc_auc_score
         metric = dc.metrics.Metric(score, np.mean)
-        for name, value in model.evaluate(test, [metric]).items():
-            print(f"{name} on {len(test)} held-out rows: {value:.4g}", file=sys.stderr)
+        for name, value in masked_scores(held_out.y, mean, held_out.w, [metric])[0].items():
+            print(f"{name} on {len(held_out)} held-out rows: {value:.4g}", file=sys.stderr)
+        if options.predictions:
+            write_table(frame.loc[held_out.ids], _predictions(mean, std), options.predictions)
 
 
 def predict(options: argparse.Namespace) -> None:
     """Formulas -> columns ``prediction`` and ``std``, numbered where there are several targets."""
     model = PolySRLModel.from_pretrained(options.model)
     frame, dataset = _formulas(options)
-    columns = {}
-    for name, values in zip(("prediction", "std"), model.predict_uncertainty(dataset), strict=True):
-        for task in range(values.shape[1]):
-            suffix = f"_{task}" if values.shape[1] > 1 else ""
-            columns[name + suffix] = values[:, task]
-    _write(frame, pd.DataFrame(columns), options.output)
+    write_table(frame, _predictions(*model.predict_uncertainty(dataset)), options.output)
 
 
 def retrieve(options: argparse.Namespace) -> None:
@@ -140,7 +137,7 @@ def retrieve(options: argparse.Namespace) -> None:
         "structure_formula": candidates.formulas[indices.ravel()],
         "probability": probabilities.ravel(),
     }
-    _write(frame.loc[frame.index.repeat(k)], pd.DataFrame(found), options.output)
+    write_table(frame.loc[frame.index.repeat(k)], pd.DataFrame(found), options.output)
 
 
 def domain(options: argparse.Namespace) -> None:
@@ -157,7 +154,7 @@ def domain(options: argparse.Namespace) -> None:
         warnings.simplefilter("ignore", OutsideDomainWarning)  # said below, in one line
         found = known.query(dataset, k).reset_index(drop=True)
     found["structures"] = [";".join(map(str, ids)) for ids in found["structures"]]
-    _write(frame.loc[frame.index.repeat(k)], found, options.output)
+    write_table(frame.loc[frame.index.repeat(k)], found, options.output)
     print(
         f"{found['outside'][::k].sum()} of {len(frame)} formulas lie outside: an element not seen, "
         f"or further than {known.threshold:.3f} from all {len(known.formulas):,} of the reference",
@@ -182,13 +179,13 @@ def _formulas(
     if bool(given) == bool(options.input):
         raise InvalidInputError("give either formulas or --input FILE")
     if options.input:
-        frame = _read(options.input, [options.column, *targets])
+        frame = read_table(options.input, [options.column, *targets])
     else:
         frame = pd.DataFrame({options.column: given})
     graphs = StoichiometryGraphFeaturizer(options.on_error).featurize(frame[options.column])
     rows = frame.index.to_numpy()
     if targets:
-        labels = np.column_stack([_numbers(frame[name]) for name in targets])
+        labels = np.column_stack([numbers(frame[name]) for name in targets])
         weights = (~np.isnan(labels)).astype(float)
         dataset = dc.data.NumpyDataset(graphs, np.where(weights, labels, 0.0), weights, rows)
     else:
@@ -197,50 +194,6 @@ def _formulas(
     if len(dataset) == 0:
         raise InvalidInputError("no usable formula is left")
     return frame.loc[dataset.ids].copy(), dataset
-
-
-def _read(path: str, columns: Sequence[str]) -> pd.DataFrame:
-    """A CSV, JSON or Parquet table with ``columns``; the first of them is read as text.
-
-    Rows are numbered from 0. The name of an index becomes that of a column.
-    """
-    content = unpacked(path, _LARGEST_TABLE)
-    try:
-        frame = _parsed(path, content, columns[0])
-    except Exception as error:  # three parsers, each of which fails in its own ways
-        raise InvalidInputError(f"{path} is no table: {error}") from error
-    frame = frame.reset_index(drop=frame.index.names == [None])
-    missing = [name for name in columns if name not in frame]
-    if missing:
-        raise InvalidInputError(f"{path} has no column {missing[0]!r}, only {list(frame.columns)}")
-    if frame.empty:
-        raise InvalidInputError(f"{path} has no row")
-    return frame
-
-
-def _parsed(path: str, content: bytes, text: str) -> pd.DataFrame:
-    """The table in a file whose column ``text`` is one of text."""
-    if path.endswith(".parquet"):
-        return pd.read_parquet(BytesIO(content))
-    if path.endswith(".json"):
-        return pd.read_json(BytesIO(content), dtype={text: str}, convert_dates=False)
-    if b"\0" in content:  # where pandas would end the field
-        raise ValueError("it holds a byte that is zero, no text in UTF-8")
-    # a converter keeps pandas from reading the formula NaN as a missing value
-    frame = pd.read_csv(BytesIO(content), converters={text: str})
-    if not isinstance(frame.index, pd.RangeIndex):
-        raise ValueError("rows have more fields than the first line has names")
-    return frame
-
-
-def _numbers(column: pd.Series) -> np.ndarray:
-    """Labels as floats, NaN where there is none."""
-    numbers = pd.to_numeric(column.astype(object), errors="coerce")  # a date is no number
-    bad = numbers.isna() & column.notna()
-    if bad.any():
-        row = bad.idxmax()
-        raise InvalidInputError(f"row {row}: {column.name} is {column[row]!r}, not a number")
-    return numbers.to_numpy(dtype=float)
 
 
 def _structures(paths: Sequence[str], on_error: str) -> dc.data.Dataset:
@@ -267,32 +220,45 @@ def _training(options: argparse.Namespace) -> dict[str, Any]:
     }
 
 
+def _trained(options: argparse.Namespace, dataset: dc.data.Dataset) -> PolySRLModel:
+    model = PolySRLModel(
+        options.task,
+        len(options.target),
+        pretrained=[None if name == "none" else name for name in options.pretrained],
+        freeze_encoder=options.freeze_encoder,
+        n_ensemble=options.ensemble,
+        **_training(options),
+    )
+    _fit(model, dataset, options.epochs)
+    return model
+
+
 def _fit(model: PolySRLModel, dataset: dc.data.Dataset, epochs: int) -> None:
     steps = epochs * -(-len(dataset) // model.batch_size)
     with tqdm(total=steps, unit="step", disable=None) as bar:
         model.fit(dataset, nb_epoch=epochs, callbacks=[lambda model, step: bar.update()])
 
 
-def _calibrate(model: PolySRLModel, test: dc.data.Dataset) -> None:
+def _calibrate(
+    model: PolySRLModel,
+    held_out: dc.data.Dataset,
+    predicted: tuple[np.ndarray, np.ndarray] | None,
+) -> None:
     try:
-        model.calibrate(test)
-        print(f"std is calibrated on {len(test)} held-out rows", file=sys.stderr)
+        model.calibrate(held_out, predicted=predicted)
+        print(f"std is calibrated on {len(held_out)} held-out rows", file=sys.stderr)
     except InvalidInputError as error:
         print(f"std is not calibrated: {error}", file=sys.stderr)
 
 
-def _write(given: pd.DataFrame, found: pd.DataFrame, path: str | None) -> None:
-    """Write the rows of a table as they were given, and what was found, beside one another."""
-    taken = [name for name in found if name in given]
-    if taken:
-        raise InvalidInputError(f"the table has a column {taken[0]!r} already; rename it")
-    frame = pd.concat([given.reset_index(drop=True), found], axis=1)
-    if path is None:
-        WRITERS[".csv"](frame, sys.stdout)
-        return
-    writer = next(writer for suffix, writer in WRITERS.items() if path.endswith(suffix))
-    writer(frame, path)
-    print(f"{len(frame)} rows written to {path}", file=sys.stderr)
+def _predictions(mean: np.ndarray, std: np.ndarray) -> pd.DataFrame:
+    """Columns ``prediction`` and ``std``, numbered where there are several targets."""
+    return pd.DataFrame(np.hstack([mean, std]), columns=_columns(mean.shape[1]))
+
+
+def _columns(n_tasks: int) -> list[str]:
+    tasks = [f"_{task}" for task in range(n_tasks)] if n_tasks > 1 else [""]
+    return [name + task for name in ("prediction", "std") for task in tasks]
 
 
 def _output(path: str) -> str:
@@ -389,8 +355,17 @@ def _parser() -> argparse.ArgumentParser:
     )
     sub.add_argument("--freeze-encoder", action="store_true", help="train the head only")
     sub.add_argument("--ensemble", type=_positive, help="models to average, a multiple of these")
-    sub.add_argument(
+    kept = sub.add_mutually_exclusive_group()
+    kept.add_argument(
         "--hold-out", type=_fraction, default=0.0, help="part kept to score and calibrate on"
+    )
+    kept.add_argument(
+        "--folds",
+        type=_positive,
+        help="score and calibrate by cross-validation in so many parts, and train on all rows",
+    )
+    sub.add_argument(
+        "--predictions", type=_output, help="table of the rows scored on, with prediction and std"
     )
     add_training(sub, 100, 32)
 

@@ -83,6 +83,8 @@ class Calibration:
         ------
         InvalidInputError
             A task has fewer than 20 labels, or no error or standard deviation other than zero.
+        ValueError
+            The arrays differ in shape, or hold a value that is not finite.
 
         Examples
         --------
@@ -91,6 +93,12 @@ class Calibration:
         >>> found.apply(np.ones(1)).round(1).tolist()  # 3 sqrt(2)
         [4.2]
         """
+        if not errors.shape == np.shape(std) == known.shape:
+            raise ValueError(
+                f"errors {errors.shape}, std {np.shape(std)}, known {known.shape}: shapes differ"
+            )
+        if not (np.isfinite(errors[known]).all() and np.isfinite(std[known]).all()):
+            raise ValueError("an error or standard deviation is not finite")
         factors, offsets = [], []
         for task, rows in enumerate(known.T):
             if rows.sum() < LEAST:

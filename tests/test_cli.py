@@ -10,7 +10,12 @@ import pytest
 import torch
 from pymatgen.core import Lattice, Structure
 
-from polysrl_dc import PolySRLModel, StoichiometryGraphFeaturizer, StoichiometrySplitter
+from polysrl_dc import (
+    PolySRLModel,
+    StoichiometryGraphFeaturizer,
+    StoichiometrySplitter,
+    cross_val_predict,
+)
 from polysrl_dc.checkpoints import load_checkpoint
 from polysrl_dc.cli import main
 
@@ -124,6 +129,61 @@ def test_held_out_formulas_calibrate_the_std(
     held_out = StoichiometrySplitter().train_test_split(dataset, frac_train=0.5, seed=0)[1]
     assert f"std is calibrated on {len(held_out)} held-out rows" in error
     assert model.calibration == model.calibrate(held_out)
+
+
+def test_folds_score_and_calibrate_a_model_of_all_rows(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    formulas = [f"{metal}{n}{anion}" for metal in ("Li", "Na", "K") for anion in ("O", "Cl")
+                for n in range(1, 9)] + ["unreadable"]  # fmt: skip
+    labels, table = np.sin(np.arange(49)), tmp_path / "many.csv"
+    pd.DataFrame({"formula": formulas, "gap": labels}).to_csv(table, index=False)
+    written, folder = tmp_path / "held_out.csv", str(tmp_path / "model")
+    command = ["train", "--input", str(table), "--target", "gap", "--epochs", "1"]
+    command += ["--on-error", "skip", "--freeze-encoder", "--output-dir", folder]
+    assert main([*command, "--folds", "3", "--predictions", str(written)]) == 0
+    graphs = StoichiometryGraphFeaturizer().featurize(formulas[:-1])
+    dataset = dc.data.NumpyDataset(graphs, labels[:-1])
+
+    def train(part: dc.data.Dataset) -> PolySRLModel:
+        model = PolySRLModel(freeze_encoder=True, batch_size=32)
+        model.fit(part, nb_epoch=1)
+        return model
+
+    mean, std = predicted = cross_val_predict(train, dataset, n_folds=3)
+    whole = train(dataset)
+    calibration = whole.calibrate(dataset, predicted=predicted)
+    model = PolySRLModel.from_pretrained(folder)
+    assert model.calibration == calibration
+    np.testing.assert_array_equal(model.predict(dataset), whole.predict(dataset))
+    held_out = pd.read_csv(written)
+    assert held_out["formula"].tolist() == formulas[:-1]
+    np.testing.assert_allclose(held_out["prediction"], mean[:, 0], rtol=1e-5)
+    np.testing.assert_allclose(held_out["std"], calibration.apply(std)[:, 0], rtol=1e-5)
+    error = capsys.readouterr().err
+    score = np.abs(mean[:, 0] - labels[:-1]).mean()
+    assert f"mae_score on 48 held-out rows: {score:.4g}" in error
+
+
+def test_what_cannot_be_scored_on_is_said_before_training(
+    table: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    command = ["train", "--input", str(table), "--column", "name", "--target", "gap"]
+    command += ["--output-dir", str(tmp_path / "model")]
+    taken = tmp_path / "taken.csv"
+    pd.read_csv(table).assign(std=1.0).to_csv(taken, index=False)
+    wanted = ["--predictions", str(tmp_path / "out.csv")]
+    for options, message in (
+        (wanted, "--predictions needs --folds or --hold-out"),
+        (["--folds", "1"], "k is 1: must be between 2 and"),
+        (["--folds", "2", "--input", str(taken), *wanted], "has a column 'std' already"),
+    ):
+        assert main([*command, *options]) == 2
+        assert message in capsys.readouterr().err
+    assert not (tmp_path / "model").exists()
+    with pytest.raises(SystemExit):
+        main([*command, "--folds", "2", "--hold-out", "0.5"])
+    assert "not allowed with" in capsys.readouterr().err
 
 
 def test_members_start_from_several_encoders(

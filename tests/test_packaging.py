@@ -22,6 +22,7 @@ ORDER = [
     "graphs",
     "featurizers",
     "sources",
+    "tables",
     "packing",
     "datasets",
     "config",
@@ -41,6 +42,7 @@ ORDER = [
     "model",
     "polymorph_variance",
     "domain",
+    "cross_validation",
     "cli",
     "__init__",
 ]
@@ -114,7 +116,7 @@ def test_the_layering_check_sees_every_form_of_import(line: str, expected: set[s
 
 
 def test_few_files_of_moderate_length() -> None:
-    assert 0 < len(SOURCES) <= 31
+    assert 0 < len(SOURCES) <= 33
     lengths = {path.name: len(path.read_text().splitlines()) for path in SOURCES}
     assert not {name: n for name, n in lengths.items() if n > 400}
 

@@ -80,6 +80,22 @@ def test_a_calibrated_model_has_another_std_and_nothing_else(n_samples):
     np.testing.assert_array_equal(own, model.predict_uncertainty(data(), n_samples=n_samples)[1])
 
 
+def test_predictions_of_other_models_calibrate_a_model_that_has_learned_from_the_rows():
+    model, other = fitted(), fitted(seed=1)
+    predicted = other.predict_uncertainty(data(OTHER), n_samples=8)
+    assert model.calibrate(data(OTHER), 8, predicted) == other.calibrate(data(OTHER), 8)
+    own = model.predict_uncertainty(data(), n_samples=8)[1]
+    np.testing.assert_array_equal(
+        model.predict_uncertainty(data())[1], other.calibration.apply(own)
+    )
+    mean, std = predicted
+    for wrong in ((mean[:-1], std[:-1]), (mean, std[:, 0]), (mean[:, 0], std), (mean, np.nan * std),
+                  (np.inf * mean, std)):  # fmt: skip
+        with pytest.raises(ValueError, match=r"shapes|finite|broadcast"):
+            model.calibrate(data(OTHER), 8, wrong)
+    assert model.calibration == other.calibration  # as before
+
+
 def test_each_task_has_its_own_and_missing_labels_do_not_count():
     labels = np.stack([SIGNAL, 100 * OTHER, SIGNAL], axis=1)
     model = fitted(n_tasks=3, dataset=data(labels))
@@ -148,10 +164,11 @@ def test_files_without_one_are_read_and_wrong_ones_are_not(tmp_path):
 
 
 def test_what_has_no_std_cannot_be_calibrated():
-    with pytest.raises(ValueError, match="nothing to scale"):
+    nothing = "only a fitted model of regression"
+    with pytest.raises(ValueError, match=nothing):
         fitted(task="classification", dataset=data((SIGNAL > 0).astype(float))).calibrate(data())
-    with pytest.raises(ValueError, match="not fitted"):
-        make().calibrate(data())
+    with pytest.raises(ValueError, match=nothing):
+        make().calibrate(data(), predicted=(KNOWN, KNOWN))
     with pytest.raises(ValueError, match="n_samples is -1"):
         fitted().calibrate(data(), -1)
     with pytest.raises(InvalidInputError, match="row 2 "):

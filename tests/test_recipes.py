@@ -11,7 +11,7 @@ from sklearn.metrics import mean_absolute_error
 from targets import Target
 from transfer import dataset_of
 
-from polysrl_dc import PolySRLModel
+from polysrl_dc import PolySRLModel, cross_val_predict
 
 
 @pytest.fixture
@@ -59,6 +59,25 @@ def test_a_held_out_part_calibrates_and_is_not_learned_from(target):
     calibration = model.calibrate(dataset_of(target, kept))
     own = model.predict_uncertainty(dataset_of(target, test), n_samples=calibration.n_samples)[1]
     np.testing.assert_array_equal(std, calibration.apply(own)[:, 0])
+
+
+def test_a_cross_validated_std_costs_no_training_row(target):
+    train, test = target.splits()[1]
+    name = "frozen, 300 epochs, three encoders"
+    whole, own, _ = recipes.predict_fold(target, (train, test), name, seed=2)
+    mean, std, _ = recipes.predict_fold(target, (train, test), f"{name}, std cross-validated", 2)
+    np.testing.assert_array_equal(mean, whole)
+
+    def fitted(dataset):
+        model = PolySRLModel(seed=2, **recipes.THREE)
+        model.fit(dataset, nb_epoch=1)
+        return model
+
+    dataset = dataset_of(target, train)
+    model = fitted(dataset)
+    model.calibrate(dataset, predicted=cross_val_predict(fitted, dataset, seed=2))
+    np.testing.assert_array_equal(std, model.predict_uncertainty(dataset_of(target, test))[1][:, 0])
+    assert (std != own).all()
 
 
 def test_what_is_finished_is_kept_and_belongs_to_one_recipe(target, tmp_path, monkeypatch):
