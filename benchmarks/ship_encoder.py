@@ -88,7 +88,7 @@ functional theory. Its variance has not been trained. A companion of `polysrl-mp
 `PolySRLModel.from_pretrained("{name}")` predicts them (eV/atom, most stable structure).""",
 }
 STRUCTURES = """\
-- {rows:,} DFT-relaxed structures of {stoichiometries:,} stoichiometries: Materials Project,
+- {what}{rows:,} DFT-relaxed structures of {stoichiometries:,} stoichiometries: Materials Project,
   database version 2025.02.12, without the GNoME entries; file `{structures}`, SHA-256
   `{sha256}`.
   {held_out_stoichiometries:,} more stoichiometries were held out for diagnostics. No label was
@@ -173,13 +173,14 @@ def model_card(arguments: argparse.Namespace, manifest: dict[str, Any]) -> str:
     if objective in WITH_STRUCTURES:
         diagnostics = DIAGNOSTICS.format(**provenance["diagnostics"])
         limits = VARIANCE.format(**fitted) if fitted else NO_VARIANCE
+    what = "" if objective in WITH_STRUCTURES else "The formulas alone of "
     scores = pd.read_csv(arguments.scores)
     table = paired_differences(scores, arguments.model, arguments.baseline)
     rows = scores[scores["model"] == arguments.model]
     return CARD.format(
         name=arguments.name,
         about=ABOUT.get(objective, ABOUT["polysrl"]).format(**about),
-        data=(LABELS if "labels" in data else STRUCTURES).format(**data),
+        data=(LABELS if "labels" in data else STRUCTURES).format(what=what, **data),
         diagnostics=diagnostics,
         limits=limits,
         revision=provenance["revision"] or "not recorded",
