@@ -4,12 +4,14 @@ import glob
 import re
 import shlex
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pandas as pd
 import pytest
 from pymatgen.core import Lattice, Structure
 
+from polysrl_dc import PolySRLModel
 from polysrl_dc.cli import main
 
 README = (Path(__file__).resolve().parents[1] / "README.md").read_text()
@@ -21,6 +23,12 @@ FORMULAS += [metal + anion for metal in METALS for anion in ANIONS]
 
 @pytest.fixture
 def workplace(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    fit = PolySRLModel.fit
+
+    def shorter(model: PolySRLModel, *args: Any, nb_epoch: int = 10, **kwargs: Any) -> float:
+        return fit(model, *args, nb_epoch=min(nb_epoch, 2), **kwargs)
+
+    monkeypatch.setattr(PolySRLModel, "fit", shorter)
     monkeypatch.chdir(tmp_path)
     pd.DataFrame({"formula": FORMULAS, "gap": np.linspace(1, 8, len(FORMULAS))}).to_csv("gaps.csv")
     pd.DataFrame({"formula": ["BN", "AgCl"]}).to_csv("new.csv")
@@ -57,7 +65,7 @@ def test_the_examples_run(workplace: Path) -> None:
             files = [[word] if "*" not in word else glob.glob(word) for word in words[1:]]
             assert main([word for group in files for word in group]) == 0, line
             ran.append(words[1])
-    used = "train predict predict domain train python python python"
+    used = "train predict predict domain train python python python python"
     assert ran == [*used.split(), *"pretrain embed train retrieve domain python python".split()]
     assert {"predictions.csv", "embeddings.csv", "encoder"} <= {p.name for p in workplace.iterdir()}
     assert len(pd.read_csv("predictions.csv")) == 2
