@@ -5,6 +5,7 @@ import sys
 import warnings
 from collections.abc import Callable, Sequence
 from functools import partial
+from pathlib import Path
 from typing import Any
 
 import deepchem as dc
@@ -264,6 +265,8 @@ def _columns(n_tasks: int) -> list[str]:
 def _output(path: str) -> str:
     if not path.endswith(tuple(WRITERS)):
         raise argparse.ArgumentTypeError(f"{path} does not end in one of {', '.join(WRITERS)}")
+    if not Path(path).absolute().parent.is_dir():
+        raise argparse.ArgumentTypeError(f"{path} lies in no folder that exists")
     return path
 
 

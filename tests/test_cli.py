@@ -173,17 +173,16 @@ def test_what_cannot_be_scored_on_is_said_before_training(
     taken = tmp_path / "taken.csv"
     pd.read_csv(table).assign(std=1.0).to_csv(taken, index=False)
     wanted = ["--predictions", str(tmp_path / "out.csv")]
+    nowhere = str(tmp_path / "absent" / "out.csv")
     for options, message in (
         (wanted, "--predictions needs --folds or --hold-out"),
         (["--folds", "1"], "k is 1: must be between 2 and"),
         (["--folds", "2", "--input", str(taken), *wanted], "has a column 'std' already"),
+        (["--folds", "2", "--hold-out", "0.5"], "not allowed with"),
+        (["--folds", "2", "--predictions", nowhere], f"{nowhere} lies in no folder that exists"),
     ):
-        assert main([*command, *options]) == 2
-        assert message in capsys.readouterr().err
+        assert message in error_of([*command, *options], capsys)
     assert not (tmp_path / "model").exists()
-    with pytest.raises(SystemExit):
-        main([*command, "--folds", "2", "--hold-out", "0.5"])
-    assert "not allowed with" in capsys.readouterr().err
 
 
 def test_members_start_from_several_encoders(
