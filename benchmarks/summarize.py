@@ -68,7 +68,8 @@ all polymorphs (polysrl, and without_sampling, for which the paper's values are 
 CrabNet (written anew, `benchmarks/crabnet.py`; not yet shown to reproduce its published scores) are
 trained on each training fold by their own recipes, untuned. Rows beneath them are further encoders
 of ours. What is called a recipe is a way to train a model of this package on a whole training fold
-without choosing anything; where its standard deviation is calibrated, on four fifths of it.
+without choosing anything; where its standard deviation is calibrated and not cross-validated, on
+four fifths of it.
 
 Columns: gap (eV), form. (formation enthalpy, eV/atom {x} 10), glass (T_rg {x} 10); {sigma} (ln
 S/m), {kappa} (ln W/mK) and S (min-max scaled {x} 10) are electrical conductivity, thermal
