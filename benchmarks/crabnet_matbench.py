@@ -1,0 +1,144 @@
+"""Whether our CrabNet reproduces CrabNet's published scores, on Matbench's official folds.
+
+    python benchmarks/crabnet_matbench.py --data-dir DATA               # 15 folds, 14 core-hours
+    python benchmarks/crabnet_matbench.py --tasks expt_gap --folds 0    # the shortest part of it
+
+Published scores are those of the record ``CrabNet`` in ``matbench/leaderboard.csv``, fold by fold.
+Ours go to ``crabnet_scores.csv``; finished folds are kept. It ends with both beside one another.
+"""
+
+from __future__ import annotations
+
+import argparse
+from pathlib import Path
+
+import numpy as np
+import pandas as pd
+import torch
+from deepchem.data import NumpyDataset
+from folds import FoldStore, in_parallel, output_folder, readable
+from peers import lacking, peer_model, peer_settings
+from scores import COLUMNS, merge_scores, read_scores
+from tasks import DataNotFoundError, find_data_dir, load_task, task_inputs
+from tqdm import tqdm
+
+from polysrl_dc import StoichiometryGraphFeaturizer
+
+TASKS = ("matbench_expt_gap", "matbench_dielectric", "matbench_log_gvrh")
+N_FOLDS = 5
+SCORES = "crabnet_scores.csv"
+
+
+def predict_fold(
+    fold: int,
+    train_formulas: list[str],
+    train_targets: np.ndarray,
+    test_formulas: list[str],
+    seed: int,
+    threads: int = 1,
+) -> tuple[int, np.ndarray, int]:
+    """Train on a fold as published, and predict its test formulas.
+
+    Returns
+    -------
+    fold : int
+    predictions : numpy.ndarray, shape (n_test,)
+        The mean of the training targets where a formula holds an element without features.
+    epochs : int
+        After which training stopped.
+    """
+    torch.set_num_threads(threads)
+    featurize = StoichiometryGraphFeaturizer().featurize
+    learned, asked = (
+        np.array([readable(formula) for formula in part])
+        for part in (train_formulas, test_formulas)
+    )
+    model = peer_model("crabnet", seed)
+    model.fit(NumpyDataset(featurize(np.array(train_formulas)[learned]), train_targets[learned]))
+    predictions = np.full(len(test_formulas), train_targets.mean())
+    test = NumpyDataset(featurize(np.array(test_formulas)[asked]))
+    predictions[asked] = model.predict(test)[:, 0]
+    return fold, predictions, model.history[-1][0]
+
+
+def run(name: str, arguments: argparse.Namespace, data_dir: Path | None) -> None:
+    """Train the folds of a task that are missing, and write their scores."""
+    task = load_task(name, data_dir)
+    settings = {**peer_settings("crabnet"), "model": "crabnet", "seed": arguments.seed}
+    store = FoldStore(arguments.output_dir / "folds", f"official_{name}", settings)
+    tests = {fold: task.validation[f"fold_{fold}"].test for fold in arguments.folds}
+    missing = [fold for fold, ids in tests.items() if store.load(fold, ids) is None]
+    calls = ((fold, *task_inputs(task, fold), arguments.seed) for fold in missing)
+    with tqdm(total=len(tests), initial=len(tests) - len(missing), unit="fold") as bar:
+        bar.set_description(f"crabnet, seed {arguments.seed}, {name}")
+        for fold, predictions, epochs in in_parallel(predict_fold, calls, arguments.jobs):
+            store.save(fold, tests[fold], predictions.tolist(), None, {"epochs": epochs})
+            bar.update()
+    shared, rows = ("matbench", name, "official", "crabnet", arguments.seed), []
+    for fold, ids in tests.items():
+        record = store.load(fold, ids) or {}
+        errors = task.df.loc[list(ids), task.metadata.target] - record["predictions"]
+        rows.append((*shared, fold, "mae", float(errors.abs().mean())))
+        rows.append((*shared, fold, "epochs", record["params"]["epochs"]))
+    merge_scores(arguments.output_dir / SCORES, pd.DataFrame(rows, columns=COLUMNS))
+
+
+def beside_published(scores: pd.DataFrame, leaderboard: pd.DataFrame) -> pd.DataFrame:
+    """Mean absolute errors of the folds that have been run, ours and the published ones.
+
+    Parameters
+    ----------
+    scores : pandas.DataFrame
+        What :func:`run` writes.
+    leaderboard : pandas.DataFrame
+        ``algorithm, task, fold, metric, value``.
+
+    Returns
+    -------
+    pandas.DataFrame
+        By task: ``folds``, ``ours``, ``published`` and ``ratio`` of the means over these folds,
+        and ``in 5 %``, whether that is how far they differ at most.
+    """
+    ours = scores[scores["metric"] == "mae"].groupby(["task", "fold"])["value"].mean()
+    theirs = leaderboard.query("algorithm == 'CrabNet' and metric == 'mae'")
+    theirs = theirs.set_index(["task", "fold"])["value"]
+    both = pd.DataFrame({"ours": ours, "published": theirs}).dropna()
+    found = both.groupby("task").mean()
+    found.insert(0, "folds", both.groupby("task").size())
+    found["ratio"] = found["ours"] / found["published"]
+    found["in 5 %"] = found["ratio"].sub(1).abs() <= 0.05
+    return found
+
+
+def main(argv: list[str] | None = None) -> None:
+    """Run what is missing and print the comparison."""
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    add = parser.add_argument
+    short = [name.removeprefix("matbench_") for name in TASKS]
+    add("--tasks", nargs="+", choices=short, default=short, metavar="TASK", help=", ".join(short))
+    add("--folds", nargs="+", type=int, choices=range(N_FOLDS), default=list(range(N_FOLDS)))
+    add("--seed", type=int, default=0)
+    add("--jobs", type=int, default=1, help="folds trained at once, a process each")
+    add("--data-dir", help="layout of the shared data; or POLYSRL_DATA")
+    add("--output-dir", type=Path, default=Path("benchmarks"))
+    arguments = parser.parse_args(argv)
+    if message := lacking("crabnet"):
+        parser.error(message)
+    try:
+        data_dir = find_data_dir(arguments.data_dir)
+    except DataNotFoundError as error:
+        parser.error(str(error))
+    source = None if data_dir is None else data_dir / "matbench" / "leaderboard.csv"
+    if source is None or not source.is_file():
+        parser.error("no matbench/leaderboard.csv in --data-dir or POLYSRL_DATA")
+    with output_folder(arguments.output_dir):
+        for name in arguments.tasks:
+            run(f"matbench_{name}", arguments, data_dir)
+    found = beside_published(read_scores(arguments.output_dir / SCORES), pd.read_csv(source))
+    print(found.round(4).to_markdown())
+
+
+if __name__ == "__main__":
+    main()
