@@ -16,7 +16,10 @@ from peers import SMALL_TASKS
 from scipy import stats
 from scores import COLUMNS
 
-FILES = ("wetlab_scores.csv", "thermoelectrics.csv", "paper_scores.csv", "recipes.csv")
+FILES = (
+    *("wetlab_scores.csv", "thermoelectrics.csv", "paper_scores.csv"),
+    *("recipes.csv", "crabnet_scores.csv"),
+)
 N_SEEDS, N_FOLDS = 3, 5
 LEVEL = 0.05
 NOT_RUN = "not run"
