@@ -15,8 +15,8 @@ jitter of the fractions, Lamb inside Lookahead under a triangular learning rate,
 * Lookahead's slow weights start at the initial weights, the authors' at its first synchronization.
 * Regression only, and every random number follows from the seed of the model.
 
-How far it reproduces the published scores: ``crabnet_matbench.py``, and ``RESULTS.md`` for the folds
-that have been run. Until all fifteen have been, no result of it is one of CrabNet.
+How far it reproduces the published scores: ``crabnet_matbench.py``, and ``RESULTS.md`` for those
+folds that have been run. Until all fifteen have been, no result of it is one of CrabNet.
 """
 
 from __future__ import annotations

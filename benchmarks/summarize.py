@@ -15,9 +15,8 @@ from pathlib import Path
 
 import numpy as np
 import pandas as pd
-from claims import CLAIMS, MATBENCH, PROPERTIES, RULES, SHORT, SUPERVISED, WETLAB, ZT, verdict
+from claims import CLAIMS, MATBENCH, PROPERTIES, RULES, SHORT, WETLAB, ZT, verdict
 from crabnet_matbench import beside_published
-from magpie import BASELINES
 from paired import read_paper
 from recipes import FIRST, RECOMMENDED
 from results import (
@@ -70,7 +69,7 @@ CrabNet (written anew, `benchmarks/crabnet.py`; how far it reproduces its publis
 below) are trained on each training fold by their own recipes, untuned. Rows beneath them are
 further encoders of ours. What is called a recipe is a way to train a model of this package on a
 whole training fold without choosing anything; where its standard deviation is calibrated and not
-cross-validated, on four fifths of it.
+cross-validated, on four fifths of it. The other models in those tables are those of Table 8.
 
 Columns: gap (eV), form. (formation enthalpy, eV/atom {x} 10), glass (T_rg {x} 10); {sigma} (ln
 S/m), {kappa} (ln W/mK) and S (min-max scaled {x} 10) are electrical conductivity, thermal
@@ -179,12 +178,10 @@ def section(cells: Cells, paper: pd.DataFrame, table: Table, baseline: str) -> l
 
 
 def recipe_lines(scores: pd.DataFrame, paper: pd.DataFrame) -> list[str]:
-    """Ways to train, and the models that are not ours beneath them."""
+    """Ways to train, and the models of Table 8 beneath them."""
     recipes = scores[scores["protocol"] == RECIPES.protocol]
     if len(recipes):
-        beside = compared(scores)
-        others = beside[beside["model"].isin([*SUPERVISED, *BASELINES])]
-        recipes = pd.concat([recipes, others.assign(protocol=RECIPES.protocol)])
+        recipes = pd.concat([recipes, compared(scores).assign(protocol=RECIPES.protocol)])
     lines = section(cells_of(recipes, FIRST), paper, RECIPES, FIRST)
     if (recipes["model"] == RECOMMENDED).any():
         lines += difference_lines(cells_of(recipes, RECOMMENDED), RECIPES, RECOMMENDED)
