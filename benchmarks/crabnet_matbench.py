@@ -1,6 +1,6 @@
 """Whether our CrabNet reproduces CrabNet's published scores, on Matbench's official folds.
 
-    python benchmarks/crabnet_matbench.py --data-dir DATA               # 15 folds, 14 core-hours
+    python benchmarks/crabnet_matbench.py --data-dir DATA               # 15 folds, hours
     python benchmarks/crabnet_matbench.py --tasks expt_gap --folds 0    # the shortest part of it
 
 Published scores are those of the record ``CrabNet`` in ``matbench/leaderboard.csv``, fold by fold.
@@ -20,13 +20,13 @@ from deepchem.data import NumpyDataset
 from folds import FoldStore, in_parallel, output_folder, readable
 from peers import lacking, peer_model, peer_settings
 from scores import COLUMNS, merge_scores
+from targets import N_FOLDS
 from tasks import DataNotFoundError, find_data_dir, load_task, task_inputs
 from tqdm import tqdm
 
 from polysrl_dc import StoichiometryGraphFeaturizer
 
 TASKS = ("matbench_expt_gap", "matbench_dielectric", "matbench_log_gvrh")
-N_FOLDS = 5
 PROTOCOL = "official folds"
 SCORES = "crabnet_scores.csv"
 

@@ -186,7 +186,10 @@ def uncertainties(table: pd.DataFrame) -> pd.DataFrame:
 
 
 def settings_of(recipe: str, seed: int) -> dict[str, Any]:
-    """Everything that changes the predictions, and the recipe's name."""
+    """Everything that changes the predictions, and the recipe's name.
+
+    Not how ``calibrate`` works: when that changes, the folds of calibrated recipes must be removed.
+    """
     epochs, settings, held_out, folds = astuple(RECIPES[recipe])
     model = PolySRLModel(seed=seed, **settings)
     start, encoders = "random weights", settings.get("pretrained", [DEFAULT_ENCODER])

@@ -48,7 +48,7 @@ class EarlyStopping(ValidationCallback):
     >>> stop = EarlyStopping(dataset, dc.metrics.Metric(dc.metrics.mae_score), interval=1,
     ...                      patience=2, output_file=io.StringIO())
     >>> loss = polysrl_dc.PolySRLModel().fit(dataset, nb_epoch=5, callbacks=stop)
-    >>> stop.get_best_score() < 1.0
+    >>> bool(stop.get_best_score() < 1.0)
     True
     """
 

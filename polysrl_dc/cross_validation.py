@@ -55,9 +55,9 @@ def cross_val_predict(
     ...     model = dc.models.PolySRLModel(freeze_encoder=True)
     ...     model.fit(part, nb_epoch=2)
     ...     return model
-    >>> held_out = cross_val_predict(train, dataset, n_folds=3)
+    >>> predicted = cross_val_predict(train, dataset, n_folds=3)
     >>> model = train(dataset)
-    >>> calibration = model.calibrate(dataset, held_out=held_out)
+    >>> calibration = model.calibrate(dataset, predicted=predicted)
     """
     rows = NumpyDataset(dataset.X, ids=np.arange(len(dataset)))
     order, predicted = [], []
