@@ -46,6 +46,12 @@ MODELS = (
     "without_sampling",
     "polysrl",
 )
+#: Those whose encoders come with the package.
+SHIPPED_AS = {
+    "graphcl": "graphcl-mp",
+    "mp_formation_energy": "formation-energy-mp",
+    "polysrl": DEFAULT_ENCODER,
+}
 PROTOCOLS = ("representation", "transfer")
 #: Command that makes the records of a suite.
 RUNNERS = {"wetlab": "run_wetlab.py", "paper": "run_matbench.py --paper"}
@@ -56,10 +62,10 @@ RATE_SEED = 0
 
 
 def encoder_of(model: str, encoders: Path) -> str | None:
-    """Saved encoder of one of :data:`MODELS`: None for random weights."""
+    """Saved encoder of one of :data:`MODELS`: a shipped one, a folder, or None (random weights)."""
     if model == "rand_init":
         return None
-    return DEFAULT_ENCODER if model == "polysrl" else str(encoders / model)
+    return SHIPPED_AS.get(model, str(encoders / model))
 
 
 def encoder_embeddings(encoder: str | None, seeds: Sequence[int], config: str = "default") -> Embed:
