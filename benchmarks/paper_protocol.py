@@ -16,7 +16,6 @@ from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
-import deepchem as dc
 import numpy as np
 import pandas as pd
 import torch
@@ -24,34 +23,17 @@ import transfer
 from folds import FoldStore, in_parallel, output_folder
 from magpie import BASELINES, predict_baseline
 from paired import comparison
+from paper_models import MODELS, encoder_embeddings, encoder_of
 from paper_records import Record, load_record, prediction_scores, save_predictions
 from peers import PEERS, lacking, peer_settings, predict_peer_fold
-from representation import EPOCHS, Embed, on_same_formulas, predict_targets, representation_digest
+from representation import EPOCHS, on_same_formulas, predict_targets, representation_digest
 from scores import drop_scores, merge_scores, read_scores
 from targets import N_FOLDS, Splits, Target
 from tasks import DataNotFoundError, find_data_dir
 from tqdm import tqdm
 
-from polysrl_dc import PolySRLModel, StoichiometryGraphFeaturizer
-from polysrl_dc.checkpoints import DEFAULT_ENCODER, checkpoint_path
+from polysrl_dc.checkpoints import checkpoint_path
 
-#: The models of the paper's tables. All have the same encoder and differ in its pretraining, which
-#: ``pretrain.py --objective NAME --output-dir runs/NAME`` runs; ``polysrl`` is the shipped encoder.
-MODELS = (
-    "rand_init",
-    "graphcl",
-    "mp_band_gap",
-    "mp_formation_energy",
-    "infomax3d",
-    "without_sampling",
-    "polysrl",
-)
-#: Those whose encoders come with the package.
-SHIPPED_AS = {
-    "graphcl": "graphcl-mp",
-    "mp_formation_energy": "formation-energy-mp",
-    "polysrl": DEFAULT_ENCODER,
-}
 PROTOCOLS = ("representation", "transfer")
 #: Command that makes the records of a suite.
 RUNNERS = {"wetlab": "run_wetlab.py", "paper": "run_matbench.py --paper"}
@@ -59,38 +41,6 @@ TargetsOf = Callable[[Path | None], list[Target]]
 PredictFold = Callable[..., tuple[np.ndarray, np.ndarray | None, dict[str, Any]]]
 #: The seed whose trials choose the learning rate of each fold of the transfer protocol.
 RATE_SEED = 0
-
-
-def encoder_of(model: str, encoders: Path) -> str | None:
-    """Saved encoder of one of :data:`MODELS`: a shipped one, a folder, or None (random weights)."""
-    if model == "rand_init":
-        return None
-    return SHIPPED_AS.get(model, str(encoders / model))
-
-
-def encoder_embeddings(encoder: str | None, seeds: Sequence[int], config: str = "default") -> Embed:
-    """The embedding function of a saved model, or of random encoders, one for each seed.
-
-    Parameters
-    ----------
-    encoder : str or None
-        Name, folder or file of a saved model; None for random weights.
-    seeds : sequence of int
-        Of the random weights.
-    config : str
-        Configuration of the random encoders.
-    """
-    if encoder is not None:
-        models = [PolySRLModel.from_pretrained(encoder)]
-    else:
-        models = [PolySRLModel(config=config, pretrained=None, seed=seed) for seed in seeds]
-
-    def embed(formulas: list[str]) -> np.ndarray:
-        dataset = dc.data.NumpyDataset(StoichiometryGraphFeaturizer().featurize(formulas))
-        parts = np.stack([model.predict_embedding(dataset) for model in models])
-        return parts[0] if encoder is not None else parts
-
-    return embed
 
 
 def part_of_training(fraction: float) -> Callable[[Target], Splits]:
@@ -337,7 +287,6 @@ def arguments_of(
     add("--protocols", nargs="+", choices=PROTOCOLS, default=PROTOCOLS)
     add("--targets", nargs="+", metavar="TARGET", help="names; default: all")
     add("--folds", nargs="+", choices=list(FOLDS), default=["matbench"], help="representation only")
-    add("--encoders", type=Path, default=Path("runs"), help="folder of the baselines' encoders")
     add("--encoder", help="run this saved model (name, folder or file) instead of the models")
     add("--name", help="label of --encoder in the column model; default: name of its folder")
     add("--config", default="default", choices=("paper", "default"), help="of random weights")
@@ -359,8 +308,7 @@ def arguments_of(
         arguments.models = {name: arguments.encoder}
     else:
         arguments.models = {
-            model: encoder_of(model, arguments.encoders) if model in MODELS else None
-            for model in arguments.models
+            model: encoder_of(model) if model in MODELS else None for model in arguments.models
         }
     try:
         arguments.data_dir = find_data_dir(arguments.data_dir)
@@ -371,8 +319,7 @@ def arguments_of(
         if model in PEERS and (line := lacking(model)):
             parser.error(line)
         if encoder is not None and not checkpoint_path(encoder).is_file():
-            how = f"; pretrain.py --objective {model} makes it" if model in MODELS else ""
-            parser.error(f"{model}: no encoder in {encoder}{how}")
+            parser.error(f"{model}: no encoder in {encoder}")
     unknown = sorted(set(arguments.targets or ()) - set(targets))
     if unknown:
         parser.error(f"no target is named {unknown[0]!r}; the targets are: {', '.join(targets)}")

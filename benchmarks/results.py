@@ -11,7 +11,8 @@ import numpy as np
 import pandas as pd
 from claims import MATBENCH, SHORT, SUPERVISED, WETLAB, ZT, Numbers
 from magpie import BASELINES
-from paper_protocol import FOLDS, MODELS, PROTOCOLS, suite_name
+from paper_models import MODELS
+from paper_protocol import FOLDS, PROTOCOLS, suite_name
 from peers import SMALL_TASKS
 from scipy import stats
 from scores import COLUMNS

@@ -20,7 +20,7 @@ import pandas as pd
 import pretrain
 import torch
 from folds import output_folder
-from paper_protocol import encoder_embeddings
+from paper_models import encoder_embeddings
 from paper_records import prediction_scores
 from representation import predict_targets
 from sklearn.model_selection import KFold

@@ -1,14 +1,16 @@
-"""Put a pretrained encoder into the package, with its model card.
+"""Put a pretrained encoder into the package, or another folder, with its model card.
 
     python benchmarks/ship_encoder.py runs/polysrl-mp --name polysrl-mp --model polysrl
     python benchmarks/ship_encoder.py runs/graphcl --name graphcl-mp --model graphcl
     python benchmarks/ship_encoder.py runs/mp_formation_energy --name formation-energy-mp \\
         --model mp_formation_energy
+    python benchmarks/ship_encoder.py runs/infomax3d --name infomax3d --model infomax3d \\
+        --folder benchmarks/encoders --formulas-only
 
 ``--model`` is its name in ``wetlab_scores.csv``. Of an encoder that has learned from structures two
 files are written, one for formulas (all that property models need) and one for structures; of
 others the first only. Each is below 10 MB. All numbers of the card come from the manifest and the
-scores.
+scores. Those that only repeat the paper's tables are kept in ``benchmarks/encoders``.
 """
 
 from __future__ import annotations
@@ -69,7 +71,7 @@ unit-length mean, five folds, {seeds} seeds); mean absolute error beside that of
 - Elements without a Matscholar embedding (Rf and beyond) are refused.
 {limits}"""
 
-#: What stands at the top of a card, by objective; that of ``polysrl`` serves the others like it.
+#: What stands at the top of a card, by objective.
 ABOUT = {
     "polysrl": """\
 Encoder of chemical formulas, pretrained with PolySRL on crystal structures: a formula becomes a
@@ -81,6 +83,18 @@ Encoder of chemical formulas, pretrained with GraphCL: a formula with its fracti
 element dropped, is to be told from other formulas. It has seen no structure and no property. Its
 variance has not been trained. A companion of `polysrl-mp`:
 `PolySRLModel(pretrained=["polysrl-mp", "{name}"], freeze_encoder=True)`.""",
+    "infomax3d": """\
+Encoder of chemical formulas, pretrained by 3D Infomax on crystal structures: a formula is to be
+told from others by one of its structures, without regard to polymorphs. Its variance has not been
+trained. It serves to repeat the paper's tables.""",
+    "without_sampling": """\
+Encoder of chemical formulas, pretrained on crystal structures by the loss of PolySRL on its means,
+without samples of the Gaussians (the paper's Table 7). Its variance has not been trained. It serves
+to repeat the paper's tables.""",
+    "mp_band_gap": """\
+Encoder of chemical formulas, pretrained on band gaps that were computed with density functional
+theory. Its variance has not been trained. It serves to repeat the paper's tables.
+`PolySRLModel.from_pretrained` of its file predicts them (eV, most stable structure).""",
     "mp_formation_energy": """\
 Encoder of chemical formulas, pretrained on formation energies that were computed with density
 functional theory. Its variance has not been trained. A companion of `polysrl-mp`:
@@ -94,8 +108,12 @@ STRUCTURES = """\
   {held_out_stoichiometries:,} more stoichiometries were held out for diagnostics. No label was
   seen."""
 LABELS = """\
-- {rows:,} formulas, each with the lowest formation energy of its structures: `{labels}` of
+- {rows:,} formulas, each with {label} of its structures: `{labels}` of
   Matbench, from the Materials Project. All of them, so no score on that task is a fair one."""
+LABEL = {
+    "mp_band_gap": "the band gap of the most stable",
+    "mp_formation_energy": "the lowest formation energy",
+}
 DIAGNOSTICS = """\
 Held-out stoichiometries: their structure is the nearest among 256 for {retrieval@1:.1%} of the
 formulas and among the ten nearest for {retrieval@10:.1%}.
@@ -119,6 +137,8 @@ def main(argv: list[str] | None = None) -> None:
     add("--model", required=True, help="its name in wetlab_scores.csv")
     add("--baseline", default="rand_init", help="random start in wetlab_scores.csv")
     add("--scores", type=Path, default=Path("benchmarks/wetlab_scores.csv"))
+    add("--folder", type=Path, default=SHIPPED, help="where to put it; default: the package")
+    add("--formulas-only", action="store_true", help="leave out the encoder of structures")
     add("--dry-run", action="store_true", help="print the card; write nothing")
     arguments = parser.parse_args(argv)
     tensors, manifest = load_checkpoint(checkpoint_path(arguments.run))
@@ -126,16 +146,17 @@ def main(argv: list[str] | None = None) -> None:
     print(card)
     if arguments.dry_run:
         return
-    SHIPPED.mkdir(exist_ok=True)
-    if manifest["provenance"]["objective"] in WITH_STRUCTURES:
+    folder, objective = arguments.folder, manifest["provenance"]["objective"]
+    folder.mkdir(exist_ok=True)
+    if objective in WITH_STRUCTURES and not arguments.formulas_only:
         structures = {n: value for n, value in tensors.items() if not n.startswith(FORMULAS)}
         tensors = {n: value for n, value in tensors.items() if n.startswith(FORMULAS)}
         manifest = {**manifest, "run": None, "schedule": None}
-        save_checkpoint(SHIPPED / f"{arguments.name}.structures.safetensors", structures, manifest)
+        save_checkpoint(folder / f"{arguments.name}.structures.safetensors", structures, manifest)
     elif manifest["settings"]["task"] == "pretraining":
         tensors, manifest = as_property_model(arguments.run, manifest["provenance"])
-    save_checkpoint(SHIPPED / f"{arguments.name}.formulas.safetensors", tensors, manifest)
-    write_atomic(SHIPPED / f"{arguments.name}.md", card.encode())
+    save_checkpoint(folder / f"{arguments.name}.formulas.safetensors", tensors, manifest)
+    write_atomic(folder / f"{arguments.name}.md", card.encode())
 
 
 def as_property_model(
@@ -169,18 +190,22 @@ def model_card(arguments: argparse.Namespace, manifest: dict[str, Any]) -> str:
         )
     )
     about = {"name": arguments.name, "n_features": manifest["config"]["n_features"]}
-    diagnostics, limits = "", UNTRAINED_VARIANCE
+    diagnostics = ""
     if objective in WITH_STRUCTURES:
         diagnostics = DIAGNOSTICS.format(**provenance["diagnostics"])
-        limits = VARIANCE.format(**fitted) if fitted else NO_VARIANCE
+    limits = NO_VARIANCE if objective == "polysrl" else UNTRAINED_VARIANCE
+    if fitted:
+        limits = VARIANCE.format(**fitted)
     what = "" if objective in WITH_STRUCTURES else "The formulas alone of "
     scores = pd.read_csv(arguments.scores)
     table = paired_differences(scores, arguments.model, arguments.baseline)
     rows = scores[scores["model"] == arguments.model]
     return CARD.format(
         name=arguments.name,
-        about=ABOUT.get(objective, ABOUT["polysrl"]).format(**about),
-        data=(LABELS if "labels" in data else STRUCTURES).format(what=what, **data),
+        about=ABOUT[objective].format(**about),
+        data=(LABELS if "labels" in data else STRUCTURES).format(
+            what=what, label=LABEL.get(objective), **data
+        ),
         diagnostics=diagnostics,
         limits=limits,
         revision=provenance["revision"] or "not recorded",

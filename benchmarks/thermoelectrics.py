@@ -28,7 +28,8 @@ import pandas as pd
 from magpie import BASELINES
 from numpy.typing import ArrayLike
 from paired import published
-from paper_protocol import MODELS, PROTOCOLS, RUNNERS
+from paper_models import MODELS
+from paper_protocol import PROTOCOLS, RUNNERS
 from paper_records import load_record, prediction_scores
 from scores import COLUMNS
 from sklearn.metrics import precision_recall_fscore_support

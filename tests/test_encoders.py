@@ -168,7 +168,7 @@ def test_the_card_holds_what_was_measured(tmp_path: Path, monkeypatch):
     assert not parts[0].keys() & parts[1].keys()
 
 
-@pytest.mark.parametrize("objective", ["graphcl", "mp_formation_energy"])
+@pytest.mark.parametrize("objective", ["graphcl", "mp_formation_energy", "infomax3d"])
 def test_a_companion_is_one_file_with_a_card_of_its_own(objective, tmp_path: Path, monkeypatch):
     run = tmp_path / "run"
     labels = objective == "mp_formation_energy"
@@ -182,6 +182,7 @@ def test_a_companion_is_one_file_with_a_card_of_its_own(objective, tmp_path: Pat
         **{"objective": objective, "element_features": "Matscholar", "epochs": 3, "seed": 0},
         **{"batch_size": 4, "learning_rate": 1e-3, "schedule": "one_cycle", "revision": None},
         "final_whitening": None,
+        "diagnostics": {"retrieval@1": 0.7, "retrieval@10": 0.9, "rank_formulas": 41.0},
         "data": {"rows": 7, "labels": "matbench_mp_e_form"}
         if labels
         else {"rows": 7, "held_out_stoichiometries": 5, **of_structures},
@@ -194,8 +195,9 @@ def test_a_companion_is_one_file_with_a_card_of_its_own(objective, tmp_path: Pat
             "value": [2.0, 1.5, 3.0, 2.5],
         }
     ).to_csv(tmp_path / "scores.csv")
-    monkeypatch.setattr(ship_encoder, "SHIPPED", tmp_path / "encoders")
+    monkeypatch.setattr(ship_encoder, "SHIPPED", tmp_path / "none")
     command = ["--model", "mine", "--name", "other", "--scores", str(tmp_path / "scores.csv")]
+    command += ["--folder", str(tmp_path / "encoders"), "--formulas-only"]
     ship_encoder.main([str(run), *command])
     written = {path.name for path in (tmp_path / "encoders").iterdir()}
     assert written == {"other.md", "other.formulas.safetensors"}

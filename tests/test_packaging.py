@@ -2,6 +2,7 @@
 
 import ast
 import configparser
+import re
 import subprocess
 import sys
 import textwrap
@@ -133,6 +134,15 @@ def test_benchmarks_use_only_the_public_api(path: Path) -> None:
     ]
     private = [name for name in names + attributes if name.startswith("_")]
     assert not [name for name in private if not name.endswith("__")]
+
+
+def test_the_page_of_the_benchmarks_names_every_file() -> None:
+    page = (ROOT / "benchmarks" / "README.md").read_text()
+    kinds = (".py", ".csv", ".md")
+    found = [path.name for path in (ROOT / "benchmarks").iterdir() if path.suffix in kinds]
+    assert not [name for name in found if name not in page and name != "README.md"]
+    named = re.findall(r"\w+\.(?:py|csv|md)\b", page)
+    assert not [name for name in named if not (ROOT / "benchmarks" / name).is_file()]
 
 
 def test_everything_shipped_is_package_data() -> None:

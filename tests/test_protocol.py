@@ -3,7 +3,7 @@
 import numpy as np
 import pytest
 import torch
-from paper_protocol import encoder_embeddings
+from paper_models import encoder_embeddings
 from paper_records import prediction_scores
 from representation import predict_targets
 from search import folds_of

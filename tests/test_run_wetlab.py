@@ -12,13 +12,15 @@ import transfer
 from check_submission import check_records
 from magpie import magpie_features, predict_baseline
 from paired import paired_differences
-from paper_protocol import FOLDS, encoder_embeddings, part_of_training
+from paper_models import MODELS, encoder_embeddings, encoder_of
+from paper_protocol import FOLDS, part_of_training
 from paper_records import load_record, prediction_scores, record_path
 from run_wetlab import main
 from sklearn.metrics import mean_absolute_error
 from targets import Target, wetlab_targets
 
 from polysrl_dc import PolySRLModel
+from polysrl_dc.checkpoints import checkpoint_path, load_checkpoint
 
 COLUMNS = ["suite", "task", "protocol", "model", "seed", "fold", "metric", "value"]
 
@@ -139,7 +141,6 @@ def test_other_folds_and_parts_of_the_training_rows(quick):
 def test_bad_arguments_end_with_one_line(quick, capsys):
     for arguments, message in (
         (["--models", "rand_init", "--targets", "three"], "no target is named 'three'"),
-        (["--models", "graphcl", "--encoders", "none"], "graphcl: no encoder in"),
         (["--encoder", "nowhere"], "nowhere: no encoder"),
         (["--seeds", "0"], "at least 1"),
     ):
@@ -169,6 +170,17 @@ def test_transfer_learns_and_repeats():
     fixed = transfer.predict_fold(target, split, None, 0, learning_rates=(1e-3,), epochs=30)
     np.testing.assert_array_equal(fixed[0], runs[0][0])
     assert fixed[1] is None and fixed[2] == {"learning_rate": 1e-3}
+
+
+@pytest.mark.parametrize("model", MODELS)
+def test_encoders_of_the_papers_models_come_with_the_repository(model):
+    encoder = encoder_of(model)
+    assert (encoder is None) == (model == "rand_init")
+    if encoder:
+        path = checkpoint_path(encoder)
+        objective = load_checkpoint(path)[1]["provenance"]["objective"]
+        assert objective == model and path.stat().st_size < 10_000_000
+        assert f"objective `{model}`" in path.with_name(f"{path.name.split('.')[0]}.md").read_text()
 
 
 def test_random_encoders_differ_by_seed_and_saved_ones_do_not(tmp_path):

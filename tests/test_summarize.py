@@ -7,7 +7,7 @@ from claims import CLAIMS, MATBENCH, SUPERVISED, WETLAB, ZT, Claim, better, verd
 from crabnet_matbench import PROTOCOL as OFFICIAL
 from crabnet_matbench import TASKS
 from paired import read_paper
-from paper_protocol import MODELS
+from paper_models import MODELS
 from recipes import RECOMMENDED
 from results import (
     ALL,
