@@ -87,7 +87,8 @@ each pair: paired differences on the same seeds and folds, their 95 % interval, 
 t-test over the folds' means (bold: p < {level}). Its last columns count the targets where the
 model is better and worse than the baseline, in brackets those with p < {level}. The training parts
 of folds overlap, so p is somewhat too small; and of many tests about one in twenty would be bold
-without any effect.
+without any effect. Each encoder was pretrained once: what a second run changes is in no interval
+and no p (`PRETRAINING.md`, "The same run on another machine").
 """
 
 

@@ -281,6 +281,16 @@ def table_of(scores: pd.DataFrame, data_dir: Path | None) -> pd.DataFrame:
     return table.join(whole.groupby(keys)["seed"].nunique().rename("seeds"))
 
 
+def labelled(runs: Sequence[Run]) -> dict[str, np.ndarray]:
+    """ZT by model, with the number of its seeds where these differ: a mean of more errs less."""
+    counts = [len(run.by_seed) for run in runs]
+    labels = [
+        run.model if len(set(counts)) == 1 else f"{run.model}, {n} seed{'s' * (n > 1)}"
+        for run, n in zip(runs, counts, strict=True)
+    ]
+    return {label: run.zt for label, run in zip(labels, runs, strict=True)}
+
+
 def write_all(output_dir: Path, runs: Sequence[Run], scores: pd.DataFrame) -> None:
     """Write both tables and the figures, each at once."""
     outliers = pd.concat([run.outliers() for run in runs])
@@ -293,13 +303,14 @@ def write_all(output_dir: Path, runs: Sequence[Run], scores: pd.DataFrame) -> No
         panels = {}
         for measured in {run.measured.kelvin: run.measured for run in ours}.values():
             kelvin, truth, limit = measured.kelvin, measured.target.values, measured.threshold
-            shown = {run.model: run.zt for run in ours if run.measured is measured}
+            shown = labelled([run for run in ours if run.measured is measured])
             title = f"{protocol}, {kelvin} K\nmean prediction of the seeds"
             figures[f"zt_{kelvin}K_{protocol}"] = scatter_figure(truth, shown, title)
             found = scores.query("protocol == @protocol and task == @measured.target.name")
             title = f"{kelvin} K: {(truth >= limit).sum()} of {len(truth)} have ZT ≥ {limit}"
             panels[title] = found[found["fold"] == -1]
-        figures[f"screening_{protocol}"] = screening_figure(panels, protocol)
+        models = list(dict.fromkeys(run.model for run in ours))
+        figures[f"screening_{protocol}"] = screening_figure(panels, models, protocol)
     for name, figure in figures.items():
         picture = io.BytesIO()
         figure.savefig(picture, format="png")

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 
 import numpy as np
 import pandas as pd
@@ -48,7 +48,9 @@ def scatter_figure(truth: np.ndarray, predicted: Mapping[str, np.ndarray], title
     return figure
 
 
-def screening_figure(panels: Mapping[str, pd.DataFrame], title: str) -> Figure:
+def screening_figure(
+    panels: Mapping[str, pd.DataFrame], models: Sequence[str], title: str
+) -> Figure:
     """Precision and recall of each model, a panel for each threshold (Figure 8).
 
     Bars are means over the seeds and dots the seeds; the number at the right is how many rows are
@@ -59,9 +61,11 @@ def screening_figure(panels: Mapping[str, pd.DataFrame], title: str) -> Figure:
     panels : mapping of str to pandas.DataFrame
         Scores by the title of the panel: columns model, seed, metric, value; the metrics
         ``precision, recall, n_predicted``.
+    models : sequence of str
+        From top to bottom.
     title : str
     """
-    models = list(dict.fromkeys(model for scores in panels.values() for model in scores["model"]))
+    models = list(models)
     places = np.arange(len(models))
     figure, grid = _panels(len(panels), 2, (3.4, 1.2 + 0.32 * len(models)))
     for axes, (name, scores) in zip(grid, panels.items(), strict=True):

@@ -94,6 +94,16 @@ def test_perfect_predictions(record, command, tmp_path):
     assert all((tmp_path / "figures" / name).read_bytes()[:4] == b"\x89PNG" for name in pictures)
 
 
+def test_panels_say_how_many_seeds_a_mean_has_where_these_differ(record, data_dir, tmp_path):
+    record("polysrl")
+    record("polysrl", seed=1)
+    record("graphcl")
+    sets = [Measured(300, estm_rows(data_dir, 300))]
+    runs, _ = collect(tmp_path, ["graphcl", "polysrl"], ["representation"], [0, 1], sets)
+    assert list(thermoelectrics.labelled(runs)) == ["graphcl, 1 seed", "polysrl, 2 seeds"]
+    assert list(thermoelectrics.labelled(runs[1:])) == ["polysrl"]
+
+
 def test_outliers_are_named_worst_first_and_agree_with_their_properties(
     record, command, tmp_path, estm
 ):
