@@ -14,7 +14,7 @@ jitter of the fractions, Lamb inside Lookahead under a triangular learning rate,
   training data.
 * Lookahead's slow weights start at the initial weights, the authors' at its first synchronization.
 * Regression only, and every random number follows from the seed of the model.
-* Linear maps are computed by oneDNN, which takes a third off the time of training (``linear.py``).
+* Linear maps are computed by oneDNN, for speed (``linear.py``).
 
 How far it reproduces the published scores: ``crabnet_matbench.py``, and ``RESULTS.md`` for those
 folds that have been run. Until all fifteen have been, no result of it is one of CrabNet.

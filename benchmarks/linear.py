@@ -25,7 +25,7 @@ def _product(x: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
 
 
 def _dense(x: Tensor) -> Tensor:
-    """The same without gaps between rows or columns, with which oneDNN is 500 times slower."""
+    """The same without gaps between rows or columns, with which oneDNN is far slower."""
     return x if x.is_contiguous() or x.T.is_contiguous() else x.contiguous()
 
 

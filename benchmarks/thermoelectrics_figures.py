@@ -65,7 +65,6 @@ def screening_figure(
         From top to bottom.
     title : str
     """
-    models = list(models)
     places = np.arange(len(models))
     figure, grid = _panels(len(panels), 2, (3.4, 1.2 + 0.32 * len(models)))
     for axes, (name, scores) in zip(grid, panels.items(), strict=True):

@@ -5,6 +5,9 @@ import pytest
 import torch
 from torch.nn import functional
 
+#: As on a torch that lacks the operator of oneDNN.
+OPERATOR = linear._ONEDNN or (lambda x, weight, bias, *_: functional.linear(x, weight, bias))
+
 
 @pytest.mark.parametrize("rows", [1, 7, 300])
 @pytest.mark.parametrize("with_bias", [True, False])
@@ -27,18 +30,16 @@ def test_values_and_gradients_are_those_of_torch(rows, with_bias):
 def test_only_the_gradients_asked_for_are_computed(monkeypatch):
     products, product = [], linear._product
     monkeypatch.setattr(linear, "_product", lambda *a: products.append(a) or product(*a))
-    monkeypatch.setattr(linear, "_ONEDNN", linear._ONEDNN or functional.linear)
+    monkeypatch.setattr(linear, "_ONEDNN", OPERATOR)
     weight = torch.randn(3, 2, requires_grad=True)
     linear.linear(torch.randn(4, 2), weight).sum().backward()
     assert len(products) == 2 and weight.grad.shape == (3, 2)
 
 
 def test_onednn_gets_no_matrix_with_gaps(monkeypatch):
-    operator = linear._ONEDNN or (lambda x, weight, bias, *_: functional.linear(x, weight, bias))
-
     def checked(x, weight, *others):
         assert all(part.is_contiguous() or part.T.is_contiguous() for part in (x, weight))
-        return operator(x, weight, *others)
+        return OPERATOR(x, weight, *others)
 
     monkeypatch.setattr(linear, "_ONEDNN", checked)
     whole = torch.randn(8, 10, requires_grad=True)
