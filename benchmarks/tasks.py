@@ -19,12 +19,12 @@ from importlib.resources import files
 from pathlib import Path
 from typing import Any
 
+import matbench.metadata
 import numpy as np
 import pandas as pd
 from downloads import load_official
 from files import LARGEST, one_line
 from matbench.constants import MBV01_KEY, REG_KEY, STRUCTURE_KEY
-from matbench.metadata import mbv01_metadata
 from matbench.task import MatbenchTask
 from matbench.util import RecursiveDotDict
 from pymatgen.core import Composition
@@ -33,7 +33,7 @@ from sklearn.model_selection import KFold
 from polysrl_dc.errors import InvalidInputError
 from polysrl_dc.sources import unpacked
 
-MATBENCH_TASKS: tuple[str, ...] = tuple(sorted(mbv01_metadata))
+MATBENCH_TASKS: tuple[str, ...] = tuple(sorted(matbench.metadata.mbv01_metadata))
 PAPER_TASKS = (
     "matbench_perovskites",
     "matbench_dielectric",
@@ -103,7 +103,7 @@ class FoldRuleTask(MatbenchTask):
     --------
     >>> task = FoldRuleTask("wetlab_x", WETLAB_KEY, fold_rule_metadata("y", "eV", [1.0] * 10))
     >>> task.validation.fold_0.test
-    ['wl-x-0003', 'wl-x-0004']
+    ['wl-x-0002', 'wl-x-0010']
     """
 
     def __init__(

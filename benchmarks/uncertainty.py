@@ -66,8 +66,8 @@ def above(larger: np.ndarray, smaller: np.ndarray) -> dict[str, float]:
     return {
         "n": len(larger),
         "n_other": len(smaller),
-        "statistic": test.statistic / (len(larger) * len(smaller)),
-        "p": test.pvalue,
+        "statistic": float(test.statistic) / (len(larger) * len(smaller)),
+        "p": float(test.pvalue),
         "mean": float(np.log(larger).mean()),
         "mean_other": float(np.log(smaller).mean()),
     }
@@ -164,7 +164,7 @@ def by_error(sigma: np.ndarray, errors: np.ndarray) -> pd.DataFrame:
         "band gap: rising with the error": {
             "n": len(errors),
             "statistic": test.statistic,
-            "p": test.pvalue,
+            "p": float(test.pvalue),
         },
         "band gap: errors of 1 eV and more above the others": above(sigma[great], sigma[~great]),
     }

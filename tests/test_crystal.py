@@ -1,6 +1,5 @@
 """Neighbor lists against pymatgen's own, their invariances, and the input they refuse."""
 
-import doctest
 import itertools
 from pathlib import Path
 
@@ -11,7 +10,6 @@ from monty.serialization import loadfn
 from pymatgen.analysis import prototypes
 from pymatgen.core import Lattice, Structure
 
-from polysrl_dc import crystal
 from polysrl_dc.crystal import neighbor_list
 from polysrl_dc.errors import InvalidInputError
 
@@ -52,10 +50,6 @@ def rows(data_dir, n):
             row.numbers,
             np.asarray(row.frac_coords, dtype=float).reshape(-1, 3),
         )
-
-
-def test_docstrings_run():
-    assert doctest.testmod(crystal).failed == 0
 
 
 def test_aflow_prototypes_agree_with_pymatgen():

@@ -1,6 +1,5 @@
 """Every DeepChem input form through featurizer, splitter, fit and evaluate; bad rows; splits."""
 
-import doctest
 import json
 from dataclasses import replace
 
@@ -14,7 +13,7 @@ import torch
 from pymatgen.core import Lattice, Structure
 
 import polysrl_dc
-from polysrl_dc import batches, datasets
+from polysrl_dc import datasets
 from polysrl_dc.batches import batch_rows
 from polysrl_dc.errors import InvalidInputError
 
@@ -501,9 +500,3 @@ def test_batches_are_never_padded_and_never_of_one_row():
         parts = list(batch_rows(n, 8))
         assert np.concatenate(parts).tolist() == list(range(n))
         assert all(len(part) <= 9 for part in parts) and (n == 1 or min(map(len, parts)) > 1)
-
-
-@pytest.mark.parametrize("module", [datasets, batches])
-def test_examples(module):
-    result = doctest.testmod(module)
-    assert not result.failed and (result.attempted or module is batches)

@@ -1,4 +1,4 @@
-"""The example of every docstring of the package runs."""
+"""The examples of the docstrings run: those of the package and of the benchmarks."""
 
 import doctest
 import importlib
@@ -8,9 +8,17 @@ import pytest
 
 import polysrl_dc
 
-MODULES = sorted(path.stem for path in Path(polysrl_dc.__file__).parent.glob("[a-z]*.py"))
+PACKAGE = Path(polysrl_dc.__file__).parent
+BENCHMARKS = Path(__file__).parent.parent / "benchmarks"
+MODULES = [
+    prefix + path.stem
+    for folder, prefix in [(PACKAGE, "polysrl_dc."), (BENCHMARKS, "")]
+    for path in sorted(folder.glob("[a-z]*.py"))
+    if ">>> " in path.read_text()
+]
 
 
 @pytest.mark.parametrize("name", MODULES)
 def test_the_examples_run(name):
-    assert doctest.testmod(importlib.import_module(f"polysrl_dc.{name}")).failed == 0
+    results = doctest.testmod(importlib.import_module(name))
+    assert results.attempted and not results.failed

@@ -1,6 +1,5 @@
 """Featurizers: inputs, policies for bad ones, and the neighbors of real and odd cells."""
 
-import doctest
 import logging
 
 import deepchem as dc
@@ -202,8 +201,3 @@ def test_registration_is_repeatable_and_leaves_foreign_objects(monkeypatch):
     with pytest.raises(RuntimeError, match="StructureGraphFeaturizer"):
         polysrl_dc.register()
     assert dc.feat.StructureGraphFeaturizer is object
-
-
-def test_examples():
-    result = doctest.testmod(featurizers)
-    assert result.attempted and not result.failed

@@ -1,6 +1,5 @@
 """Graphs to PyTorch Geometric and back, and what a batch holds."""
 
-import doctest
 import pickle
 
 import numpy as np
@@ -10,7 +9,6 @@ from pymatgen.core import Lattice, Structure
 from torch_geometric.data import Batch
 
 import polysrl_dc
-from polysrl_dc import graphs
 from polysrl_dc.graphs import (
     StoichiometryBatch,
     StoichiometryGraph,
@@ -136,8 +134,3 @@ def test_structure_batch_of_isolated_atoms_has_no_edge_and_an_empty_one_is_refus
     assert batch.index.tolist() == [0, 1] and len(batch.centers) == len(batch.distance_index) == 0
     with pytest.raises(ValueError, match="at least one"):
         StructureBatch.from_graphs([])
-
-
-def test_examples():
-    result = doctest.testmod(graphs)
-    assert result.attempted and not result.failed

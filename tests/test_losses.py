@@ -1,6 +1,5 @@
 """Every loss against its equation written as loops of Python floats, and its gradient."""
 
-import doctest
 import math
 
 import pytest
@@ -59,10 +58,6 @@ def literal_sets(samples, structures, c, d, form):
             else:
                 terms.append(-math.log(math.prod(1 - m for m in members)))
     return terms
-
-
-def test_docstrings_run():
-    assert doctest.testmod(losses).failed == 0
 
 
 @pytest.mark.parametrize("form", ["sigmoid", "hib"])

@@ -1,6 +1,5 @@
 """The cache of structures: every source, bad input, damage, killed and simultaneous builds."""
 
-import doctest
 import json
 import multiprocessing
 import os
@@ -559,9 +558,3 @@ def test_other_errors_of_a_build_are_not_hidden(tmp_path, monkeypatch):
     with pytest.raises(OSError, match="No space left"):
         build(structures(), tmp_path)
     assert not list(tmp_path.glob("*/manifest.json")) and not list(tmp_path.glob("*/.*"))
-
-
-@pytest.mark.parametrize("module", [packing, sources])
-def test_examples(module):
-    result = doctest.testmod(module)
-    assert result.attempted and not result.failed

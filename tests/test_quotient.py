@@ -1,6 +1,5 @@
 """Merged graphs give what all sites and edges give, and merge no more than that allows."""
 
-import doctest
 from dataclasses import replace
 
 import numpy as np
@@ -20,7 +19,6 @@ from crystals import (
 from pymatgen.core import Lattice, Structure
 from reference import reference_name
 
-from polysrl_dc import quotient
 from polysrl_dc.featurizers import StructureGraphFeaturizer
 from polysrl_dc.graphs import StructureBatch
 from polysrl_dc.quotient import quotient_graphs
@@ -212,8 +210,3 @@ def test_limits_are_refused_and_nothing_is_fine():
     with pytest.raises(ValueError, match="steps of distance"):
         merged([graph_of([1, 1], [1, 0], [12.0, 12.0])])
     assert merged([graph_of([1, 1], [1, 0], [12.0, 12.0])], resolution=1e-4).steps[0] == 120_000
-
-
-def test_docstrings_run():
-    result = doctest.testmod(quotient)
-    assert result.attempted and not result.failed

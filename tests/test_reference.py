@@ -1,6 +1,5 @@
 """``polysrl_dc`` against the published formulas written out, and the speed comparison of both."""
 
-import doctest
 from dataclasses import fields, replace
 
 import numpy as np
@@ -78,10 +77,6 @@ def networks(config):
     theirs = reference.ReferenceNetwork(config).double()
     reference.load_weights(theirs, ours.state_dict())
     return ours, theirs
-
-
-def test_docstrings_run():
-    assert doctest.testmod(reference).failed == 0
 
 
 def test_neighbors_are_those_of_the_published_search():

@@ -1,6 +1,5 @@
 """Formulas in every form users write them, and every form of bad input."""
 
-import doctest
 from typing import Any
 
 import numpy as np
@@ -8,7 +7,6 @@ import pandas as pd
 import pytest
 from pymatgen.core import Composition, Element
 
-from polysrl_dc import stoichiometry
 from polysrl_dc.errors import InvalidInputError
 from polysrl_dc.stoichiometry import parse_formula, reduced_formula
 
@@ -165,8 +163,3 @@ def test_the_real_measured_gaps_hold_exactly_one_malformed_row(data_dir):
         except InvalidInputError:
             refused.append(formula)
     assert refused == ["GaAs0.1P0.9G1128"]
-
-
-def test_examples():
-    result = doctest.testmod(stoichiometry)
-    assert result.attempted and not result.failed

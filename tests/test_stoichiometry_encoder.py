@@ -1,6 +1,5 @@
 """The stoichiometry encoder against literal forms in double precision, and feature norms."""
 
-import doctest
 from dataclasses import replace
 
 import numpy as np
@@ -11,7 +10,6 @@ from torch.nn import functional
 from torch_geometric.data import Batch
 from torch_geometric.nn.aggr import Set2Set
 
-from polysrl_dc import layers, stoichiometry_encoder
 from polysrl_dc.config import PolySRLConfig
 from polysrl_dc.graphs import StoichiometryBatch
 from polysrl_dc.layers import CompositionSet2Set, FeatureNorm
@@ -249,10 +247,3 @@ def test_feature_norm_of_an_encoder_follows_the_configuration(whitening):
     config = replace(PAPER, n_features=8, feature_norm=True, whitening=whitening)
     norm = StoichiometryEncoder(config).mean_norm
     assert norm.enabled and norm.whitening == whitening
-
-
-@pytest.mark.parametrize("module", [stoichiometry_encoder, layers])
-def test_examples(module):
-    names = {"torch": torch, "PolySRLConfig": PolySRLConfig}
-    result = doctest.testmod(module, extraglobs=names)
-    assert result.attempted and not result.failed

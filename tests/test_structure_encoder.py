@@ -3,7 +3,6 @@
 ``test_quotient.py`` compares it with the published form on all sites and edges.
 """
 
-import doctest
 from dataclasses import replace
 
 import numpy as np
@@ -11,7 +10,6 @@ import pytest
 import torch
 from crystals import CONFIG, double, graph_of, make_encoder
 
-from polysrl_dc import structure_encoder
 from polysrl_dc.config import PolySRLConfig
 from polysrl_dc.graphs import StructureBatch
 from polysrl_dc.structure_encoder import GaussianBasis, StructureEncoder
@@ -28,10 +26,6 @@ def six_nodes():
 
 def make_batch(graphs=None):
     return double(StructureBatch.from_graphs(six_nodes() if graphs is None else graphs))
-
-
-def test_docstrings_run():
-    assert doctest.testmod(structure_encoder).failed == 0
 
 
 def test_the_distance_basis_is_that_of_equation_7():
