@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterable
 from pathlib import Path
 
 import deepchem as dc
@@ -12,6 +13,7 @@ from targets import matbench_target, wetlab_targets
 from tasks import MATBENCH_TASKS, load_task, task_inputs
 
 from polysrl_dc import StoichiometryGraphFeaturizer
+from polysrl_dc.checkpoints import checkpoint_path, load_checkpoint
 
 EXCLUDED = ("wetlab", "matbench", "wetlab+matbench", "test-folds")
 
@@ -59,6 +61,30 @@ def mp_property_dataset(
     formulas = target.formulas[kept]
     graphs = StoichiometryGraphFeaturizer().featurize(formulas)
     return dc.data.NumpyDataset(graphs, target.values[kept], ids=formulas)
+
+
+def has_learned(encoder: str | Path, task: str, folds: Iterable[int]) -> bool:
+    """Whether ``pretrain.py`` trained an encoder on labels of test rows of a Matbench task.
+
+    Parameters
+    ----------
+    encoder : str
+        Name, folder or file; its manifest tells.
+    task : str
+    folds : iterable of int
+        Whose test rows are scored.
+
+    Examples
+    --------
+    >>> has_learned("formation-energy-mp", "matbench_mp_e_form", [0])
+    True
+    >>> has_learned("formation-energy-mp", "matbench_jdft2d", [0])
+    False
+    """
+    _, manifest = load_checkpoint(checkpoint_path(encoder))
+    data = manifest.get("provenance", {}).get("data", {})
+    spared = data.get("excluded") == "test-folds" and set(folds) == {0}
+    return data.get("labels") == task and not spared
 
 
 def _compositions(data_dir: str | Path, name: str) -> pd.Series:

@@ -20,6 +20,7 @@ from typing import Any
 import paper_protocol
 import submission
 from folds import FoldStore, in_parallel, output_folder
+from labels import has_learned
 from matbench.task import MatbenchTask
 from protocols import (
     DEFAULT_ENSEMBLE,
@@ -45,6 +46,9 @@ from tasks import (
 )
 from tqdm import tqdm
 
+from polysrl_dc.checkpoints import DEFAULT_ENCODER
+from polysrl_dc.errors import InvalidInputError
+
 MODEL = "PolySRL"
 PAPER_DESCRIPTION = "The seven Matbench tasks of the paper's Table 6, one row per formula, 72/8/20."
 EMBEDDED_EPOCHS = (20,)
@@ -64,7 +68,8 @@ def parse_arguments(argv: list[str] | None = None) -> argparse.Namespace:
     add("--folds", nargs="+", type=int, choices=range(5), default=list(range(5)), metavar="0-4")
     add("--epochs", nargs="+", type=_positive(int), help="grid, chosen by validation")
     add("--ensemble", type=_positive(int), help=f"models averaged; default: {DEFAULT_ENSEMBLE}")
-    add("--pretrained", help="name, folder or file of an encoder (default: random weights)")
+    encoder = f"name, folder or file; none: random weights; default: {DEFAULT_ENCODER}"
+    add("--pretrained", default=DEFAULT_ENCODER, metavar="ENCODER", help=encoder)
     add("--jobs", type=_positive(int), default=1, help="folds trained at once, a process each")
     add("--learning-rates", nargs="+", type=_positive(float), help="grid, chosen by validation")
     add("--batch-size", type=_positive(int), default=128)
@@ -115,7 +120,7 @@ def settings_of(arguments: argparse.Namespace) -> Settings:
             if arguments.weight_decay is None
             else arguments.weight_decay
         ),
-        pretrained=arguments.pretrained,
+        pretrained=None if arguments.pretrained == "none" else arguments.pretrained,
         batch_size=arguments.batch_size,
         seed=arguments.seed,
         device=arguments.device,
@@ -198,13 +203,12 @@ def write_results(
 def repeat_arguments(arguments: argparse.Namespace, settings: Settings, task: str) -> list[str]:
     """The command line that repeats one task of this run."""
     rates = [f"{rate:g}" for rate in settings.learning_rates]
-    pretrained = f" --pretrained {settings.pretrained}" if settings.pretrained else ""
     return (
         f"--suite {arguments.suite} --tasks {task} --protocol {arguments.protocol} "
         f"--epochs {' '.join(map(str, settings.epochs))} --ensemble {settings.ensemble} "
         f"--learning-rates {' '.join(rates)} --batch-size {settings.batch_size} "
         f"--weight-decay {settings.weight_decay:g} "
-        f"--seed {settings.seed}{pretrained}"
+        f"--seed {settings.seed} --pretrained {settings.pretrained or 'none'}"
     ).split()
 
 
@@ -218,8 +222,15 @@ def main(argv: list[str] | None = None, learner: Learner = train_and_predict) ->
     settings = settings_of(arguments)
     logging.getLogger("matbench").setLevel(logging.ERROR)
     try:
+        encoder = settings.pretrained
+        for name in arguments.tasks:
+            if encoder and has_learned(encoder, name, arguments.folds):
+                raise InvalidInputError(
+                    f"{encoder} was pretrained on labels of test rows of {name}: no score there "
+                    "is a fair one"
+                )
         tasks = [load_task(name, arguments.data_dir) for name in arguments.tasks]
-    except DataNotFoundError as error:
+    except (DataNotFoundError, InvalidInputError, OSError) as error:
         print(f"error: {error}", file=sys.stderr)
         return 2
     stores = [store_of(arguments, settings, task) for task in tasks]

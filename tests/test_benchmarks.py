@@ -14,11 +14,15 @@ import pytest
 import run_matbench
 import submission
 import tasks
+import torch
 from check_submission import check_record
 from folds import FoldStore, group_key, locked, settings_hash, split_validation
+from labels import has_learned
 from matbench.metadata import mbv01_metadata
 from protocols import Settings
 from scores import merge_scores, published, score_rows, summary
+
+from polysrl_dc.checkpoints import DEFAULT_ENCODER, save_checkpoint
 
 OFFICIAL_NAMES = sorted(mbv01_metadata)
 
@@ -58,6 +62,38 @@ def toy_embedded(monkeypatch):
     table = tasks.embedded_table()[0].iloc[:60]
     counts = {"rows": 47737, "unusable": 0, "formulas": 34631, "kept": 60}
     monkeypatch.setattr(tasks, "embedded_table", lambda: (table, counts))
+
+
+def test_training_starts_from_the_shipped_encoder_unless_told_otherwise():
+    start = run_matbench.settings_of(run_matbench.parse_arguments([])).pretrained
+    assert start == DEFAULT_ENCODER
+    arguments = run_matbench.parse_arguments(["--pretrained", "none"])
+    settings = run_matbench.settings_of(arguments)
+    assert settings.pretrained is None
+    again = run_matbench.repeat_arguments(arguments, settings, "matbench_jdft2d")
+    assert run_matbench.settings_of(run_matbench.parse_arguments(again)) == settings
+
+
+@pytest.mark.parametrize(
+    "encoder, message",
+    [
+        ("formation-energy-mp", "on labels of test rows of matbench_mp_e_form"),
+        ("nowhere", "no checkpoint at nowhere"),
+    ],
+)
+def test_an_encoder_that_gives_no_fair_score_is_refused(encoder, message, tmp_path, capsys):
+    names = ["--tasks", "jdft2d", "mp_e_form"]
+    assert run(tmp_path / "new", *names, "--pretrained", encoder) == 2
+    assert message in capsys.readouterr().err and not (tmp_path / "new").exists()
+
+
+def test_an_encoder_that_was_spared_the_test_rows_of_fold_0_is_fair_there(tmp_path):
+    data = {"labels": "matbench_mp_gap", "excluded": "test-folds"}
+    path = tmp_path / "encoder.safetensors"
+    save_checkpoint(path, {"w": torch.zeros(1)}, {"provenance": {"data": data}})
+    assert not has_learned(path, "matbench_mp_gap", [0])
+    assert has_learned(path, "matbench_mp_gap", [0, 1])
+    assert not has_learned(path, "matbench_mp_e_form", [0, 1])
 
 
 @pytest.mark.parametrize("name", OFFICIAL_NAMES)
