@@ -29,7 +29,7 @@ WETLAB = {"band_gap": "gap", "formation_enthalpy": "form.", "metallic": "glass"}
 }
 ZT = {"estm300_zt": "ZT300", "estm600_zt": "ZT600"}
 MATBENCH = {name: name.removeprefix("matbench_") for name in PAPER_TASKS}
-SHORT = WETLAB | ZT | MATBENCH
+SHORT = WETLAB | ZT | MATBENCH | {"matbench_expt_gap": "expt_gap"}
 
 UNSTRUCTURED = ("rand_init", "graphcl", "mp_band_gap", "mp_formation_energy")
 STRUCTURED = ("infomax3d", "polysrl")

@@ -19,7 +19,7 @@ import torch
 from deepchem.data import NumpyDataset
 from folds import FoldStore, in_parallel, output_folder, readable
 from peers import lacking, peer_model, peer_settings
-from scores import COLUMNS, merge_scores
+from scores import COLUMNS, leaderboard, merge_scores
 from targets import N_FOLDS
 from tasks import DataNotFoundError, find_data_dir, load_task, task_inputs
 from tqdm import tqdm
@@ -143,11 +143,10 @@ def main(argv: list[str] | None = None) -> None:
         data_dir = find_data_dir(arguments.data_dir)
     except DataNotFoundError as error:
         parser.error(str(error))
-    source = None if data_dir is None else data_dir / "matbench" / "leaderboard.csv"
-    if data_dir is None or source is None or not source.is_file():
+    records = leaderboard(data_dir).query("algorithm == 'CrabNet' and metric == 'mae'")
+    if data_dir is None or records.empty:
         parser.error("no matbench/leaderboard.csv in --data-dir or POLYSRL_DATA")
-    leaderboard = pd.read_csv(source).query("algorithm == 'CrabNet' and metric == 'mae'")
-    published = leaderboard.set_index(["task", "fold"])["value"]
+    published = records.set_index(["task", "fold"])["value"]
     with output_folder(arguments.output_dir):
         for name in arguments.tasks:
             scores = run(f"matbench_{name}", arguments, data_dir, published)

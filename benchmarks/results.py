@@ -15,11 +15,11 @@ from paper_models import MODELS
 from paper_protocol import FOLDS, PROTOCOLS, suite_name
 from peers import SMALL_TASKS
 from scipy import stats
-from scores import COLUMNS
+from scores import COLUMNS, COMPOSITION_MODELS
 
 FILES = (
     *("wetlab_scores.csv", "thermoelectrics.csv", "paper_scores.csv"),
-    *("recipes.csv", "crabnet_scores.csv"),
+    *("recipes.csv", "crabnet_scores.csv", "scores.csv"),
 )
 N_SEEDS, N_FOLDS = 3, 5
 LEVEL = 0.05
@@ -154,6 +154,11 @@ def _extra(title: str, suite: str, protocol: str, tasks: Sequence[str]) -> Table
     return Table("Not in the paper", title, (), suite, protocol, "mae", tasks, ())
 
 
+#: The record of ``run_matbench.py``, and those of others that see no structure.
+OFFICIAL = replace(
+    _extra("Matbench, official folds", "matbench", "finetune", (*MATBENCH, "matbench_expt_gap")),
+    models=("PolySRL",),
+)
 MATBENCH_TRANSFER = _extra("Matbench", "paper", "transfer", tuple(MATBENCH))
 ZT_TABLES = {name: _extra("ZT", "wetlab", name, tuple(ZT)) for name in PROTOCOLS}
 GROUPED = _extra(
@@ -189,6 +194,24 @@ def read_scores(output_dir: Path) -> pd.DataFrame:
                 raise ValueError(f"{output_dir / name} has no column {lacking[0]!r}")
             tables.append(table.dropna(subset="value").assign(file=name))
     return pd.concat(tables, ignore_index=True) if tables else pd.DataFrame(columns=COLUMNS)
+
+
+def records_beside(scores: pd.DataFrame, published: pd.DataFrame) -> pd.DataFrame:
+    """Scores of Matbench's official folds, with those of the composition models' records.
+
+    Parameters
+    ----------
+    scores : pandas.DataFrame
+        Of :func:`read_scores`.
+    published : pandas.DataFrame
+        Of :func:`scores.leaderboard`.
+    """
+    own = scores[(scores["suite"] == OFFICIAL.suite) & (scores["protocol"] == OFFICIAL.protocol)]
+    theirs = published[published["algorithm"].isin(COMPOSITION_MODELS)]
+    theirs = theirs.rename(columns={"algorithm": "model"})
+    theirs = theirs.assign(suite=OFFICIAL.suite, protocol=OFFICIAL.protocol, seed=0)
+    both = [part[COLUMNS] for part in (own, theirs) if len(part)]
+    return pd.concat(both, ignore_index=True) if len(own) else own
 
 
 def compared(scores: pd.DataFrame) -> pd.DataFrame:

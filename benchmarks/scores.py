@@ -17,8 +17,9 @@ from polysrl_dc.checkpoints import write_atomic
 
 COLUMNS = ["suite", "task", "protocol", "model", "seed", "fold", "metric", "value"]
 KEYS = ["suite", "task", "protocol", "model", "seed"]
+LEADERBOARD = ["algorithm", "task", "fold", "metric", "value"]
 COMPOSITION_MODELS = ("CrabNet", "Finder_v1.2_composition", "darwin", "gptchem")
-"""Leaderboard names, or beginnings or parts of them, of models that see no structure."""
+"""Leaderboard names, or parts of them, of models that see no structure."""
 
 
 def score_rows(
@@ -85,6 +86,22 @@ def read_scores(path: Path) -> pd.DataFrame:
     return pd.read_csv(path, float_precision="round_trip")
 
 
+def leaderboard(data_dir: str | Path | None) -> pd.DataFrame:
+    """Scores of Matbench's published records, fold by fold.
+
+    Returns
+    -------
+    pandas.DataFrame
+        Columns ``algorithm, task, fold, metric, value``; without a row if there is no file
+        ``matbench/leaderboard.csv``.
+    """
+    folder = find_data_dir(data_dir)
+    source = None if folder is None else folder / "matbench" / "leaderboard.csv"
+    if source is None or not source.is_file():
+        return pd.DataFrame(columns=LEADERBOARD)
+    return pd.read_csv(source)
+
+
 def published(task: MatbenchTask, data_dir: str | Path | None) -> dict[str, tuple[str, float]]:
     """Published scores of a task: CrabNet's, and the best that sees compositions only.
 
@@ -94,12 +111,8 @@ def published(task: MatbenchTask, data_dir: str | Path | None) -> dict[str, tupl
         ``"CrabNet"`` and ``"best"`` to (algorithm, mean over five folds); empty without the file
         ``matbench/leaderboard.csv``, and without entries for a task nobody submitted.
     """
-    folder = find_data_dir(data_dir)
-    source = None if folder is None else folder / "matbench" / "leaderboard.csv"
-    if source is None or not source.is_file():
-        return {}
-    table = pd.read_csv(source)
     metric = headline_metric(task)
+    table = leaderboard(data_dir)
     table = table[(table["task"] == task.dataset_name) & (table["metric"] == metric)]
     if task.metadata.input_type != "composition":
         named = [any(part in name for part in COMPOSITION_MODELS) for name in table["algorithm"]]

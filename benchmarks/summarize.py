@@ -29,6 +29,7 @@ from results import (
     N_FOLDS,
     N_SEEDS,
     NOT_RUN,
+    OFFICIAL,
     RECIPES,
     TABLE_8,
     TABLES,
@@ -44,8 +45,10 @@ from results import (
     ordered,
     reached,
     read_scores,
+    records_beside,
     shortfall,
 )
+from scores import leaderboard
 from tasks import DataNotFoundError, find_data_dir
 
 from polysrl_dc.checkpoints import write_atomic
@@ -178,6 +181,17 @@ def section(cells: Cells, paper: pd.DataFrame, table: Table, baseline: str) -> l
     return [f"## {title}", "", *means, *difference_lines(cells, table, baseline)]
 
 
+def official_lines(records: Cells, paper: pd.DataFrame) -> list[str]:
+    """Our record on the official folds of Matbench beside those of others."""
+    heading, empty, *tables = section(records, paper, OFFICIAL, "CrabNet")
+    note = (
+        "One run of each fold: an ensemble of four, fine-tuned by `run_matbench.py` "
+        "(`matbench_v0.1_PolySRL`), and the published records of models that see compositions "
+        "only, some of which cover some of the tasks."
+    )
+    return [heading, empty, note, "", *tables]
+
+
 def recipe_lines(scores: pd.DataFrame, paper: pd.DataFrame) -> list[str]:
     """Ways to train, and the models of Table 8 beneath them."""
     recipes = scores[scores["protocol"] == RECIPES.protocol]
@@ -286,9 +300,12 @@ def claims_of(cells: Cells, paper: pd.DataFrame) -> tuple[list[str], str]:
 
 
 def missing_lines(
-    cells: Cells, beside: Cells, paper: pd.DataFrame, scores: pd.DataFrame
+    cells: Cells, beside: Cells, records: Cells, paper: pd.DataFrame, scores: pd.DataFrame
 ) -> list[str]:
-    """What the page lacks, a line for each part; ``beside`` are the cells of Table 8."""
+    """What the page lacks, a line for each part.
+
+    ``beside`` are the cells of Table 8, ``records`` those of Matbench's official folds.
+    """
     parts = [BY_NAME[name] for name in ("Table 1", "Table 2", "Table 6")]
     parts += [
         MATBENCH_TRANSFER,
@@ -300,6 +317,10 @@ def missing_lines(
     found = {table: shortfall(cells, table) for table in parts}
     found |= {table: shortfall(beside, table) for table in (TABLE_8, MATBENCH_8)}
     lines = [f"- {t.name}: {t.title}, {t.protocol}: {text}" for t, text in found.items() if text]
+    ours = dict(zip(OFFICIAL.tasks, OFFICIAL.row(records, OFFICIAL.models[0]), strict=True))
+    short = [SHORT[task] for task, cell in ours.items() if not cell or cell.folds < N_FOLDS]
+    if short:
+        lines.append(f"- {OFFICIAL.title}: fewer than {N_FOLDS} folds of {', '.join(short)}")
     folds = beside_published(scores)["folds"]
     if (folds < N_FOLDS).any():
         counts = [f"{n} of {N_FOLDS} folds of {_bare(task)}" for task, n in folds.items()]
@@ -311,7 +332,9 @@ def missing_lines(
     return [f"**Missing, or shorter than the protocol (seeds{TIMES}folds):**", "", *lines, ""]
 
 
-def page(scores: pd.DataFrame, paper: pd.DataFrame, baseline: str) -> tuple[str, str]:
+def page(
+    scores: pd.DataFrame, paper: pd.DataFrame, published: pd.DataFrame, baseline: str
+) -> tuple[str, str]:
     """The whole page, and its tally.
 
     Parameters
@@ -320,10 +343,13 @@ def page(scores: pd.DataFrame, paper: pd.DataFrame, baseline: str) -> tuple[str,
         Of :func:`results.read_scores`.
     paper : pandas.DataFrame
         Of :func:`paired.read_paper`.
+    published : pandas.DataFrame
+        Of :func:`scores.leaderboard`.
     baseline : str
         Model of the paired differences.
     """
     cells, beside = cells_of(scores, baseline), cells_of(compared(scores), "polysrl")
+    records = cells_of(records_beside(scores, published), "CrabNet")
     claims, tally = claims_of(cells, paper)
     goals = [("Table 1", WETLAB), ("Table 2", WETLAB), ("Table 1", ZT), ("Table 6", MATBENCH)]
     summary = [f"- {tally}."]
@@ -338,7 +364,7 @@ def page(scores: pd.DataFrame, paper: pd.DataFrame, baseline: str) -> tuple[str,
     signs = {"x": TIMES, "sigma": PROPERTIES["electrical_conductivity"]}
     signs["kappa"] = PROPERTIES["thermal_conductivity"]
     introduction = INTRODUCTION.format(seeds=N_SEEDS, folds=N_FOLDS, level=LEVEL, **signs)
-    lacking = missing_lines(cells, beside, paper, scores)
+    lacking = missing_lines(cells, beside, records, paper, scores)
     lines = ["# Results", "", *lacking, "## In short", "", *summary, ""]
     lines += ["## What is compared", "", introduction, "Read:", "", *files, ""]
     for table in TABLES[:-1]:
@@ -349,7 +375,7 @@ def page(scores: pd.DataFrame, paper: pd.DataFrame, baseline: str) -> tuple[str,
     for table in (MATBENCH_TRANSFER, GROUPED):
         lines += section(cells, paper, table, baseline)
     lines += section(beside, paper, MATBENCH_8, "polysrl")
-    lines += reproduction_lines(scores)
+    lines += official_lines(records, paper) + reproduction_lines(scores)
     lines += recipe_lines(scores, paper)
     lines += curve_lines(cells, baseline)
     for table in ZT_TABLES.values():
@@ -378,7 +404,8 @@ def main(argv: Sequence[str] | None = None) -> int:
     arguments = parser.parse_args(argv)
     try:
         scores = read_scores(arguments.output_dir)
-        paper = read_paper(find_data_dir(arguments.data_dir))
+        data_dir = find_data_dir(arguments.data_dir)
+        paper, published = read_paper(data_dir), leaderboard(data_dir)
     except (ValueError, DataNotFoundError) as error:
         print(f"error: {error}", file=sys.stderr)
         return 2
@@ -386,7 +413,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         where = f"none of {', '.join(FILES)} in {arguments.output_dir} has a score"
         print(f"error: {where}; run_wetlab.py makes the first", file=sys.stderr)
         return 2
-    text, tally = page(scores, paper, arguments.baseline)
+    text, tally = page(scores, paper, published, arguments.baseline)
     if arguments.dry_run:
         print("DRY RUN: nothing is written")
     else:
