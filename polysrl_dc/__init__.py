@@ -5,9 +5,7 @@ Importing the package puts its classes where DeepChem users look for them:
 ``dc.feat.StructureGraphFeaturizer`` and ``dc.splits.StoichiometrySplitter``.
 """
 
-import deepchem as dc
-
-from polysrl_dc import datasets
+from polysrl_dc import _deepchem, datasets
 from polysrl_dc.callbacks import EarlyStopping
 from polysrl_dc.config import PolySRLConfig
 from polysrl_dc.cross_validation import cross_val_predict
@@ -17,6 +15,7 @@ from polysrl_dc.errors import InvalidInputError
 from polysrl_dc.featurizers import StoichiometryGraphFeaturizer, StructureGraphFeaturizer
 from polysrl_dc.model import PolySRLModel
 
+dc = _deepchem.deepchem
 __version__ = "0.1.0"
 
 __all__ = [

@@ -17,7 +17,10 @@ from polysrl_dc.errors import InvalidInputError
 from polysrl_dc.featurizers import check_lengths
 from polysrl_dc.graphs import StoichiometryBatch, StoichiometryGraph, StructureGraph
 
-_GREATEST_LABEL = 1e18  # squares of labels and errors must stay finite in single precision
+GREATEST_LABEL = 1e18  # squares of labels and errors must stay finite in single precision
+_LEAST_LABEL = 1e-30
+_LEAST_SPREAD = 1e-6  # of the greatest label; single precision has seven digits
+_SAME = 1e-12  # of the greatest label: differences of rounding
 
 
 def stoichiometries(X: Sequence[Any], ids: Sequence[Any], first_row: int = 0) -> StoichiometryBatch:
@@ -106,10 +109,22 @@ def checked_labels(
     if not w.any():
         raise InvalidInputError("all weights are zero: every label is missing")
     known = w != 0
-    refuse(known & ~(np.abs(y) <= _GREATEST_LABEL), "label", y, "mark missing ones by weight 0")
+    refuse(known & ~(np.abs(y) <= GREATEST_LABEL), "label", y, "mark missing ones by weight 0")
     if classification:
         refuse(known & ~np.isin(y, (0, 1)), "label", y, "classes are 0 and 1")
     return np.where(known, y, 0.0), w
+
+
+def _refuse_lost_differences(labels: np.ndarray, weights: np.ndarray) -> None:
+    """Refuse labels of a task that single precision would hardly tell from one another."""
+    for task, known in enumerate((weights != 0).T):
+        values = labels[known, task]
+        spread, size = (np.ptp(values), np.abs(values).max()) if len(values) else (0.0, 0.0)
+        if _SAME * size < spread < max(_LEAST_SPREAD * size, _LEAST_LABEL):
+            raise InvalidInputError(
+                f"the labels of task {task} differ by {spread:.2g} only, beside values of "
+                f"{size:.6g}: subtract a constant, or change the unit"
+            )
 
 
 def _is_number(value: Any) -> bool:
@@ -150,6 +165,7 @@ class LabeledData:
     def from_dataset(cls, dataset: Dataset, n_tasks: int, classification: bool) -> "LabeledData":
         """Read and check a whole dataset; errors name row and id."""
         labels, weights = checked_labels(dataset, n_tasks, classification)
+        _refuse_lost_differences(labels, weights)
         return cls(
             stoichiometries(dataset.X, dataset.ids),
             torch.as_tensor(labels, dtype=torch.float32),
@@ -167,13 +183,20 @@ class LabeledData:
         return digest.hexdigest()
 
     def label_statistics(self) -> tuple[Tensor, Tensor]:
-        """Weighted mean and standard deviation per task, each (n_tasks,); 1 where it is 0."""
+        """Weighted mean and standard deviation per task, each (n_tasks,); 1 where it is 0.
+
+        Raises
+        ------
+        InvalidInputError
+            A task has no label.
+        """
         labels, weights = self.labels.double(), self.weights.double()
         total = weights.sum(0)
-        total = torch.where(total > 0, total, 1.0)
+        if (total == 0).any():
+            raise InvalidInputError(f"task {int(total.argmin())} has no label to learn from")
         mean = (labels * weights).sum(0) / total
         std = ((labels - mean) ** 2 * weights).sum(0).div(total).sqrt()
-        return mean.float(), torch.where(std > 1e-8 * (1 + mean.abs()), std, 1.0).float()
+        return mean.float(), torch.where(std > 1e-8 * mean.abs(), std, 1.0).float()
 
     def to(self, device: torch.device) -> "LabeledData":
         """Copy on ``device``."""

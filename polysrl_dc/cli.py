@@ -1,11 +1,11 @@
 """The console command ``polysrl``: embed, train, predict, retrieve, domain and pretrain."""
 
 import argparse
+import os
 import sys
 import warnings
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from functools import partial
-from pathlib import Path
 from typing import Any
 
 import deepchem as dc
@@ -13,31 +13,19 @@ import numpy as np
 import pandas as pd
 from tqdm import tqdm
 
-from polysrl_dc.checkpoints import DEFAULT_ENCODER, shipped_encoders
+from polysrl_dc.checkpoints import DEFAULT_ENCODER
 from polysrl_dc.cross_validation import cross_val_predict
 from polysrl_dc.datasets import PolymorphDataset, StoichiometrySplitter, drop_skipped
 from polysrl_dc.domain import Domain, OutsideDomainWarning
 from polysrl_dc.errors import InvalidInputError
 from polysrl_dc.featurizers import StoichiometryGraphFeaturizer, StructureGraphFeaturizer
-from polysrl_dc.metrics import masked_scores
 from polysrl_dc.model import PolySRLModel
+from polysrl_dc.options import parser
+from polysrl_dc.recalibration import LEAST
 from polysrl_dc.sources import read_structure
-from polysrl_dc.tables import WRITERS, check_names, numbers, read_table, write_table
+from polysrl_dc.tables import check_names, numbers, read_table, write_table
 
-EXAMPLES = """
-examples:
-  polysrl embed Fe2O3 TiO2 ZnO
-  polysrl embed --input alloys.csv --column composition --output embeddings.parquet
-  polysrl train --input gaps.csv --target gap --folds 5 --output-dir gap_model
-  polysrl predict --model gap_model GaN AlN
-  polysrl predict --model gap_model --input new.csv --output predictions.csv
-  polysrl retrieve TiO2 --structures structures.parquet -k 5
-  polysrl domain Bi2Te3 Ag0.02Pb0.98Te --structures structures.parquet -k 1
-  polysrl domain --input new.csv --reference gaps.csv --model gap_model --output domain.csv
-  polysrl pretrain structures.parquet --epochs 20 --output-dir encoder
-  polysrl pretrain cifs/*.cif --epochs 20 --output-dir encoder
-"""
-STRUCTURES = "a .parquet table, a folder of them or of CIF files, aflow, or files pymatgen reads"
+_SHOWN = 10  # skipped structures that are named
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
@@ -51,17 +39,24 @@ def main(arguments: Sequence[str] | None = None) -> int:
     Returns
     -------
     int
-        Exit status: 0, or 2 after a one-line message on standard error.
+        Exit status: 0, or 2 after a one-line message on standard error; 130 if interrupted.
 
     Examples
     --------
     >>> main(["embed"])
     2
     """
-    options = _parser().parse_args(arguments)
+    commands = (embed, train, predict, retrieve, domain, pretrain)
+    options = parser(commands).parse_args(arguments)
     try:
         options.command(options)
-    except (ValueError, OSError) as error:
+    except KeyboardInterrupt:
+        print(f"polysrl {options.name}: interrupted", file=sys.stderr)
+        return 130
+    except BrokenPipeError:  # the reader of standard output has seen enough
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        return 1
+    except (ValueError, OSError, FloatingPointError) as error:
         lines = str(error).splitlines() or [type(error).__name__]
         print(f"polysrl {options.name}: error: {lines[0]}", file=sys.stderr)
         return 2
@@ -84,8 +79,13 @@ def train(options: argparse.Namespace) -> None:
     if options.predictions:
         if not (options.folds or options.hold_out):
             raise InvalidInputError("--predictions needs --folds or --hold-out")
-        check_names(frame, _columns(len(options.target)))
+        check_names(frame, _columns(options.target))
     if options.folds:
+        n_formulas = len({graph.formula for graph in dataset.X})
+        if not 2 <= options.folds <= n_formulas:
+            raise InvalidInputError(
+                f"--folds {options.folds}: must be from 2 to {n_formulas}, the different formulas"
+            )
         held_out = dataset
         each = partial(_trained, options)
         predicted = cross_val_predict(each, dataset, options.folds, seed=options.seed)
@@ -100,26 +100,27 @@ def train(options: argparse.Namespace) -> None:
             )
     model = _trained(options, dataset)
     if held_out is not None and options.task == "regression":
-        _calibrate(model, held_out, predicted)
+        _calibrate(model, held_out, predicted, options.target)
     model.save(options.output_dir)
     print(f"model written to {options.output_dir}", file=sys.stderr)
     if held_out is not None:
         mean, std = predicted or model.predict_uncertainty(held_out)
         if predicted and model.calibration:
             std = model.calibration.apply(std)
-        score = dc.metrics.mae_score if options.task == "regression" else dc.metrics.roc_auc_score
-        metric = dc.metrics.Metric(score, np.mean)
-        for name, value in masked_scores(held_out.y, mean, held_out.w, [metric])[0].items():
-            print(f"{name} on {len(held_out)} held-out rows: {value:.4g}", file=sys.stderr)
         if options.predictions:
-            write_table(frame.loc[held_out.ids], _predictions(mean, std), options.predictions)
+            found = _predictions(mean, std, options.target)
+            write_table(frame.loc[held_out.ids], found, options.predictions)
+        for task, name in enumerate(options.target):
+            _print_score(options.task, name, held_out, mean, task)
 
 
 def predict(options: argparse.Namespace) -> None:
-    """Formulas -> columns ``prediction`` and ``std``, numbered where there are several targets."""
+    """Formulas -> columns ``prediction`` and ``std``; of several targets, with their names."""
     model = PolySRLModel.from_pretrained(options.model)
     frame, dataset = _formulas(options)
-    write_table(frame, _predictions(*model.predict_uncertainty(dataset)), options.output)
+    mean, std = model.predict_uncertainty(dataset)
+    targets = model.provenance.get("targets", range(mean.shape[1]))
+    write_table(frame, _predictions(mean, std, targets), options.output)
 
 
 def retrieve(options: argparse.Namespace) -> None:
@@ -184,33 +185,66 @@ def _formulas(
     else:
         frame = pd.DataFrame({options.column: given})
     graphs = StoichiometryGraphFeaturizer(options.on_error).featurize(frame[options.column])
-    rows = frame.index.to_numpy()
-    if targets:
-        labels = np.column_stack([numbers(frame[name]) for name in targets])
-        weights = (~np.isnan(labels)).astype(float)
-        dataset = dc.data.NumpyDataset(graphs, np.where(weights, labels, 0.0), weights, rows)
-    else:
-        dataset = dc.data.NumpyDataset(graphs, ids=rows)
-    dataset = drop_skipped(dataset)
+    dataset = drop_skipped(dc.data.NumpyDataset(graphs, ids=frame.index.to_numpy()))
+    frame = frame.loc[dataset.ids]
+    if targets and len(dataset):
+        dataset = _labeled(options, frame, dataset)
+        frame = frame.loc[dataset.ids]
     if len(dataset) == 0:
         raise InvalidInputError("no usable formula is left")
-    return frame.loc[dataset.ids].copy(), dataset
+    return frame.copy(), dataset
+
+
+def _labeled(
+    options: argparse.Namespace, frame: pd.DataFrame, dataset: dc.data.Dataset
+) -> dc.data.Dataset:
+    """The dataset with labels; rows with a wrong one are refused or skipped."""
+    if len(set(options.target)) < len(options.target):
+        raise InvalidInputError(f"--target names a column twice: {' '.join(options.target)}")
+    found = {name: numbers(frame[name]) for name in options.target}
+    wrong = {row: text for _, texts in found.values() for row, text in texts.items()}
+    for row in wrong:
+        text = wrong[row] + "; classes are 0 and 1" * (options.task == "classification")
+        if options.on_error == "raise":
+            raise InvalidInputError(text)
+        print(f"skipped {text}", file=sys.stderr)
+    labels = np.column_stack([values for values, _ in found.values()])
+    weights = (~np.isnan(labels)).astype(float)
+    kept = np.flatnonzero(~frame.index.isin(list(wrong)))
+    for name, known in zip(options.target, weights[kept].any(0), strict=True):
+        if not known:
+            raise InvalidInputError(f"the column {name!r} has no number")
+    labels = np.where(weights, labels, 0.0)
+    return dc.data.NumpyDataset(dataset.X, labels, weights, dataset.ids).select(kept)
 
 
 def _structures(paths: Sequence[str], on_error: str) -> dc.data.Dataset:
     """Structure graphs of one source of PolymorphDataset, or of files of one structure each."""
+    skipped: list[tuple[str, str]] = []
+    dataset: dc.data.Dataset
     if len(paths) == 1:
-        return PolymorphDataset(paths[0], on_error=on_error)
-    structures = np.empty(len(paths), dtype=object)
-    for i, path in enumerate(tqdm(paths, unit="file", disable=None)):
-        try:
-            structures[i] = read_structure(path)
-        except InvalidInputError as error:
-            structures[i] = str(error)
-            if on_error == "raise":
-                raise InvalidInputError(f"{path}: {error}") from error
-    graphs = StructureGraphFeaturizer(on_error=on_error).featurize(pd.Series(structures, paths))
-    return drop_skipped(dc.data.NumpyDataset(graphs, ids=np.array(paths, dtype=object)))
+        dataset = PolymorphDataset(paths[0], on_error=on_error)
+        skipped = dataset.skipped
+    else:
+        structures = {}
+        for path in tqdm(paths, unit="file", disable=None):
+            try:
+                structures[path] = read_structure(path)
+            except InvalidInputError as error:
+                if on_error == "raise":
+                    raise InvalidInputError(f"{path}: {error}") from error
+                skipped.append((path, str(error)))
+        featurizer = StructureGraphFeaturizer(on_error=on_error)
+        graphs = featurizer.featurize(pd.Series(structures, dtype=object))
+        dataset = dc.data.NumpyDataset(graphs, ids=np.array(list(structures), dtype=object))
+        dataset = drop_skipped(dataset) if structures else dataset
+    for name, message in skipped[:_SHOWN]:
+        print(f"skipped {name}: {message}", file=sys.stderr)
+    if len(skipped) > _SHOWN:
+        print(f"skipped {len(skipped)} structures in all", file=sys.stderr)
+    if len(dataset) == 0:
+        raise InvalidInputError("no usable structure is left")
+    return dataset
 
 
 def _training(options: argparse.Namespace) -> dict[str, Any]:
@@ -225,11 +259,14 @@ def _trained(options: argparse.Namespace, dataset: dc.data.Dataset) -> PolySRLMo
     model = PolySRLModel(
         options.task,
         len(options.target),
-        pretrained=[None if name == "none" else name for name in options.pretrained],
+        pretrained=[
+            None if name == "none" else name for name in options.pretrained or [DEFAULT_ENCODER]
+        ],
         freeze_encoder=options.freeze_encoder,
         n_ensemble=options.ensemble,
         **_training(options),
     )
+    model.provenance["targets"] = options.target
     _fit(model, dataset, options.epochs)
     return model
 
@@ -244,135 +281,41 @@ def _calibrate(
     model: PolySRLModel,
     held_out: dc.data.Dataset,
     predicted: tuple[np.ndarray, np.ndarray] | None,
+    targets: Sequence[str],
 ) -> None:
+    counts = np.count_nonzero(held_out.w, axis=0)
+    few = [f"{n} labels of {name}" for n, name in zip(counts, targets, strict=True) if n < LEAST]
     try:
+        if few:
+            raise InvalidInputError(f"{', '.join(few)} held out, at least {LEAST} are needed")
         model.calibrate(held_out, predicted=predicted)
-        print(f"std is calibrated on {len(held_out)} held-out rows", file=sys.stderr)
+        labels = " and ".join(map(str, counts))
+        print(f"std is calibrated on {labels} held-out labels", file=sys.stderr)
     except InvalidInputError as error:
         print(f"std is not calibrated: {error}", file=sys.stderr)
 
 
-def _predictions(mean: np.ndarray, std: np.ndarray) -> pd.DataFrame:
-    """Columns ``prediction`` and ``std``, numbered where there are several targets."""
-    return pd.DataFrame(np.hstack([mean, std]), columns=_columns(mean.shape[1]))
+def _print_score(
+    kind: str, name: str, held_out: dc.data.Dataset, mean: np.ndarray, task: int
+) -> None:
+    """The score of one target, on the rows that have its label."""
+    known = held_out.w[:, task] > 0
+    labels, found = held_out.y[known, task], mean[known, task]
+    if kind == "classification" and len(np.unique(labels)) < 2:
+        print(f"roc_auc_score of {name}: needs held-out labels of both classes", file=sys.stderr)
+    elif known.any():
+        score = dc.metrics.mae_score if kind == "regression" else dc.metrics.roc_auc_score
+        value = f"{score(labels, found):.4g} on {known.sum()} held-out labels"
+        print(f"{score.__name__} of {name}: {value}", file=sys.stderr)
 
 
-def _columns(n_tasks: int) -> list[str]:
-    tasks = [f"_{task}" for task in range(n_tasks)] if n_tasks > 1 else [""]
-    return [name + task for name in ("prediction", "std") for task in tasks]
+def _predictions(
+    mean: np.ndarray, std: np.ndarray, targets: Sequence[str] | range
+) -> pd.DataFrame:
+    """Columns ``prediction`` and ``std``; of several targets, with their names."""
+    return pd.DataFrame(np.hstack([mean, std]), columns=_columns(targets))
 
 
-def _output(path: str) -> str:
-    if not path.endswith(tuple(WRITERS)):
-        raise argparse.ArgumentTypeError(f"{path} does not end in one of {', '.join(WRITERS)}")
-    if not Path(path).absolute().parent.is_dir():
-        raise argparse.ArgumentTypeError(f"{path} lies in no folder that exists")
-    return path
-
-
-def _fraction(text: str) -> float:
-    value = float(text)
-    if not 0 <= value < 1:
-        raise argparse.ArgumentTypeError(f"{text} is not in [0, 1)")
-    return value
-
-
-def _positive(text: str) -> int:
-    value = int(text)
-    if value < 1:
-        raise argparse.ArgumentTypeError(f"{text} is not a positive integer")
-    return value
-
-
-def _parser() -> argparse.ArgumentParser:
-    parser = argparse.ArgumentParser(
-        prog="polysrl",
-        description="Predict properties of materials from formulas alone.",
-        epilog=EXAMPLES,
-        formatter_class=argparse.RawDescriptionHelpFormatter,
-    )
-    commands = parser.add_subparsers(dest="name", required=True, metavar="COMMAND")
-
-    def add(command: Callable[[argparse.Namespace], None], text: str) -> argparse.ArgumentParser:
-        sub = commands.add_parser(command.__name__, help=text, description=text)
-        sub.set_defaults(command=command)
-        sub.add_argument(
-            "--on-error", choices=("raise", "skip"), default="raise", help="what a bad row does"
-        )
-        return sub
-
-    def add_table(sub: argparse.ArgumentParser, needed: bool = False) -> None:
-        if not needed:
-            sub.add_argument("formulas", nargs="*", help="formulas, instead of --input")
-        sub.add_argument("--input", required=needed, help="table: .csv, .json or .parquet")
-        sub.add_argument("--column", default="formula", help="its column of formulas")
-
-    def add_training(sub: argparse.ArgumentParser, epochs: int, batch_size: int) -> None:
-        sub.add_argument("--epochs", type=_positive, default=epochs)
-        sub.add_argument("--batch-size", type=_positive, default=batch_size)
-        sub.add_argument("--learning-rate", type=float, default=1e-3)
-        sub.add_argument("--seed", type=int, default=0)
-        sub.add_argument("--output-dir", required=True, help="folder the model is written to")
-
-    sub = add(embed, "Write the embedding of each formula and its polymorphism uncertainty.")
-    add_table(sub)
-    sub.add_argument(
-        "--model", default=DEFAULT_ENCODER, help="folder of a model, or name of a shipped encoder"
-    )
-    sub.add_argument("--output", type=_output, help=".csv, .csv.gz or .parquet; else CSV to stdout")
-
-    sub = add(predict, "Write the prediction of a trained model and its standard deviation.")
-    add_table(sub)
-    sub.add_argument("--model", required=True, help="folder that polysrl train has written")
-    sub.add_argument("--output", type=_output, help=".csv, .csv.gz or .parquet; else CSV to stdout")
-
-    sub = add(retrieve, "Rank candidate structures by the probability that a formula forms them.")
-    add_table(sub)
-    sub.add_argument("--structures", nargs="+", required=True, help=STRUCTURES)
-    sub.add_argument("-k", type=_positive, default=10, help="candidates to write for each formula")
-    sub.add_argument(
-        "--model", default=DEFAULT_ENCODER, help="folder of polysrl pretrain, or shipped encoder"
-    )
-    sub.add_argument("--output", type=_output, help=".csv, .csv.gz or .parquet; else CSV to stdout")
-
-    sub = add(domain, "Say how far each formula is from those of a reference, and from which.")
-    add_table(sub)
-    known = sub.add_mutually_exclusive_group(required=True)
-    known.add_argument("--structures", nargs="+", help=STRUCTURES)
-    known.add_argument("--reference", help="instead, a table with the same column of formulas")
-    sub.add_argument("-k", type=_positive, default=5, help="reference formulas to name for each")
-    sub.add_argument(
-        "--model", default=DEFAULT_ENCODER, help="folder of a model, or name of a shipped encoder"
-    )
-    sub.add_argument("--output", type=_output, help=".csv, .csv.gz or .parquet; else CSV to stdout")
-
-    sub = add(train, "Train a model on formulas with measured or computed values.")
-    add_table(sub, needed=True)
-    sub.add_argument("--target", nargs="+", required=True, help="columns to predict; gaps are fine")
-    sub.add_argument("--task", choices=("regression", "classification"), default="regression")
-    sub.add_argument(
-        "--pretrained",
-        nargs="+",
-        default=[DEFAULT_ENCODER],
-        help=f"{', '.join(shipped_encoders())}, folder of polysrl pretrain, or none; a member each",
-    )
-    sub.add_argument("--freeze-encoder", action="store_true", help="train the head only")
-    sub.add_argument("--ensemble", type=_positive, help="models to average, a multiple of these")
-    kept = sub.add_mutually_exclusive_group()
-    kept.add_argument(
-        "--hold-out", type=_fraction, default=0.0, help="part kept to score and calibrate on"
-    )
-    kept.add_argument(
-        "--folds",
-        type=_positive,
-        help="score and calibrate by cross-validation in so many parts, and train on all rows",
-    )
-    sub.add_argument(
-        "--predictions", type=_output, help="table of the rows scored on, with prediction and std"
-    )
-    add_training(sub, 100, 32)
-
-    sub = add(pretrain, "Pretrain an encoder on crystal structures.")
-    sub.add_argument("structures", nargs="+", help=STRUCTURES)
-    add_training(sub, 20, 256)
-    return parser
+def _columns(targets: Sequence[str] | range) -> list[str]:
+    ends = [f"_{target}" for target in targets] if len(targets) > 1 else [""]
+    return [name + end for name in ("prediction", "std") for end in ends]

@@ -96,7 +96,10 @@ class PolymorphDataset(Dataset):
         if skipped and on_error == "raise":
             raise InvalidInputError("structure {}: {}".format(*skipped[0]))
         if not len(arrays["ids"]):
-            raise InvalidInputError(f"none of the {len(skipped)} structures is usable")
+            first = ": ".join(skipped[0])
+            raise InvalidInputError(
+                f"none of the {len(skipped)} structures is usable; the first, {first}"
+            )
         self._open(arrays, PackSettings(**manifest["settings"]), skipped)
         rows = np.arange(len(arrays["ids"]))
         if max_sites is not None:
@@ -375,8 +378,9 @@ class StoichiometrySplitter(Splitter):
         if directories is not None and len(directories) != 2 * k:
             raise ValueError(f"{len(directories)} directories for {2 * k} parts")
         folders: Iterator[str | None] = iter(directories) if directories else repeat(None)
-        random_state = 0 if seed is None else seed
-        folds = GroupKFold(k, shuffle=True, random_state=random_state).split(groups, groups=groups)
+        # large groups first, each to the smallest fold; those of a size in random order
+        order = np.random.default_rng(seed or 0).permutation(groups.max() + 1)
+        folds = GroupKFold(k).split(groups, groups=order[groups])
         return [
             (dataset.select(train, next(folders)), dataset.select(test, next(folders)))
             for train, test in folds

@@ -67,8 +67,8 @@ class PropertyNetwork(nn.Module):
     >>> network = PropertyNetwork(PolySRLConfig.named("default"), 1, False, 2, 2, False)
     >>> fractions = torch.zeros(3, 119)
     >>> fractions[:, 26] = 1
-    >>> mean, variance = network(StoichiometryBatch(fractions))
-    >>> mean.shape, variance.shape
+    >>> mean, std = network(StoichiometryBatch(fractions))
+    >>> mean.shape, std.shape
     (torch.Size([3, 1]), torch.Size([3, 1]))
     """
 
@@ -174,7 +174,7 @@ class PropertyNetwork(nn.Module):
     def forward(
         self, batch: StoichiometryBatch, noise: Tensor | None = None
     ) -> tuple[Tensor, Tensor]:
-        """Predictive mean and variance, each (n_graphs, n_tasks), in label units.
+        """Predictive mean and standard deviation, each (n_graphs, n_tasks), in label units.
 
         Regression: mean over members; variance = variance between members + mean over members of
         the Laplace variance 2 b². Classification: probability of class 1 and p (1 - p).
@@ -190,13 +190,13 @@ class PropertyNetwork(nn.Module):
         mean = location.mean(0)
         if self.classification:
             probability = torch.sigmoid(location).mean(0)
-            return probability, probability * (1 - probability)
+            return probability, (probability * (1 - probability)).sqrt()
         if noise is not None:
             location, log_scale = self._sampled_outputs(batch, noise)
         variance = location.var(0, unbiased=False)
         if self.heteroscedastic:
             variance = variance + (2 * torch.exp(2 * log_scale)).mean(0)
-        return mean * self.label_std + self.label_mean, variance * self.label_std**2
+        return mean * self.label_std + self.label_mean, variance.sqrt() * self.label_std
 
     def _sampled_outputs(self, batch: StoichiometryBatch, noise: Tensor) -> tuple[Tensor, Tensor]:
         """Outputs of members and samples, each (n_ensemble * n_samples, n_graphs, n_tasks)."""

@@ -28,7 +28,7 @@ from polysrl_dc.graphs import StructureGraph
 from polysrl_dc.quotient import quotient_graphs
 from polysrl_dc.sources import PackSettings, Part, file_digest, open_source
 
-VERSION = 2
+VERSION = 3
 _MANIFEST = "manifest.json"
 _LARGEST_MANIFEST = 2**28  # bytes; it names every file of a folder of CIF files
 _PIECES = {

@@ -69,7 +69,7 @@ class PredictingModel(PersistentModel):
                 row += len(X)
         return results
 
-    def _mean_and_variance(
+    def _mean_and_std(
         self, dataset: Dataset, noise: Tensor | None = None
     ) -> tuple[np.ndarray, np.ndarray]:
         if self.settings["task"] == "pretraining":
@@ -77,8 +77,8 @@ class PredictingModel(PersistentModel):
         if not self.model.fitted:
             raise ValueError("the model is not fitted; call fit or restore first")
         found = self._map(dataset, lambda batch: self.model(batch, noise))
-        means, variances = zip(*found, strict=True)
-        return torch.cat(means).cpu().numpy(), torch.cat(variances).cpu().numpy()
+        means, stds = zip(*found, strict=True)
+        return torch.cat(means).cpu().numpy(), torch.cat(stds).cpu().numpy()
 
     def predict(
         self,
@@ -103,7 +103,7 @@ class PredictingModel(PersistentModel):
         """
         if output_types is not None:
             raise ValueError("output_types must be None; see predict_embedding")
-        return undo_transforms(self._mean_and_variance(dataset)[0], list(transformers))
+        return undo_transforms(self._mean_and_std(dataset)[0], list(transformers))
 
     def predict_uncertainty(
         self, dataset: Dataset, masks: None = None, n_samples: int | None = None
@@ -166,8 +166,7 @@ class PredictingModel(PersistentModel):
             generator = torch.Generator().manual_seed(0)
             noise = torch.randn(n_samples, self.config.n_features, generator=generator)
             noise = noise.to(self.device)
-        mean, variance = self._mean_and_variance(dataset, noise)
-        std = np.sqrt(variance)
+        mean, std = self._mean_and_std(dataset, noise)
         return mean, calibration.apply(std) if calibration else std
 
     def calibrate(

@@ -151,6 +151,8 @@ def read_structure(path: str | Path) -> Structure:
         if ".yaml" in name or ".yml" in name:
             raise ValueError("YAML is not read; write CIF or JSON")
         return Structure.from_file(path)
+    except InvalidInputError:
+        raise
     except Exception as error:  # a parser of text files fails in any way
         raise InvalidInputError(f"{path.name} cannot be read: {error!r:.300}") from error
 
@@ -220,7 +222,7 @@ def _read_cif(text: str) -> Structure:
     if structure.is_ordered and formula not in ("", "?", "."):
         said = Composition(formula)
         reduced, factor = said.get_reduced_composition_and_factor()
-        if structure.composition.reduced_composition != reduced:
+        if structure.composition.element_composition.reduced_composition != reduced:
             raise ValueError(f"the sites are {structure.formula}, the file says {formula}")
         units = block.get("_cell_formula_units_Z", "?")
         if units.isdecimal():
@@ -269,11 +271,13 @@ def open_source(source: Any) -> tuple[list[Any], Callable[[], list[Part]]]:
         return [file_digest(path)], partial(_aflow_parts, path)
     path = Path(source)
     if path.is_dir():
-        tables, cifs = sorted(path.rglob("*.parquet")), sorted(path.rglob("*.cif"))
+        found = sorted(path.rglob("*"))
+        tables = [file for file in found if file.suffix.lower() == ".parquet"]
+        cifs = [file for file in found if file.suffix.lower() == ".cif"]
         if bool(tables) == bool(cifs):
             raise InvalidInputError(f"{path} must hold either .parquet or .cif files")
     elif path.exists():
-        tables, cifs = ([path], []) if path.suffix == ".parquet" else ([], [path])
+        tables, cifs = ([path], []) if path.suffix.lower() == ".parquet" else ([], [path])
     else:
         raise InvalidInputError(f"there is no {path}")
     if tables:

@@ -15,13 +15,14 @@ from polysrl_dc.errors import InvalidInputError
 
 # An element or a bracket, then its amount; possessive, so that nothing is read in a second way.
 _TOKEN = re.compile(r"([A-Z][a-z]?+|[()\[\]{}])\s*+([0-9]*+\.?+[0-9]*+)\s*+")
-_FORMULA = re.compile(rf"\s*+(?:{_TOKEN.pattern})++")
+_FORMULA = re.compile(rf"(?:{_TOKEN.pattern})++")
 _OPENING = {")": "(", "]": "[", "}": "{"}
 _DECIMAL = r"(?<!(?<![0-9])0)\.[0-9]+"  # with a dot that may be no decimal point, unlike 0.5
-_WATER = re.compile(rf"{_DECIMAL}[(\[]?H2O")
+_LIGAND = re.compile(rf"{_DECIMAL}[(\[]?(?:H2O|NH3|N2H4|CH3|C[2-9]H)")
 _ONE_DOT = re.compile(rf"([^.]+){_DECIMAL}([^.]+)")
 _KEY = re.compile(r"[A-Z][a-z]?([0-9]*\.?[0-9]*[+-])?(,.*)?|[0-9]+")  # Fe, Fe2+, 26; not Fe2
 _UNREADABLE = {
+    "it has several lines": re.compile("[\n\r\v\f\x1c-\x1e\x85\u2028\u2029]"),
     "signs and charges are not supported": re.compile("[-+\u2212\u207a\u207b]"),
     "write a hydrate as CuSO4(H2O)5": re.compile("[*\u00b7\u2022\u2219\u22c5]"),
     "write subscripts as plain digits": re.compile("[\u2080-\u2089]"),
@@ -80,7 +81,8 @@ def _of_string(text: str) -> dict[int, float]:
     """Amounts by atomic number of a formula with brackets of any kind and depth."""
     if len(text) > 1000:
         raise InvalidInputError(f"{len(text)} characters, more than 1000")
-    if not _FORMULA.fullmatch(text):
+    text = text.strip()
+    if not _FORMULA.fullmatch(text) or text.splitlines()[1:]:
         raise InvalidInputError(_why_unreadable(text))
     if "." in text and _may_be_an_adduct(text):
         raise InvalidInputError("its dot may be a decimal point or that of CuSO4(H2O)5")
@@ -124,11 +126,11 @@ def _amount(token: str, written: str) -> float:
 
 
 def _may_be_an_adduct(text: str) -> bool:
-    """CuSO4.5H2O, NaCl.2NaF: water after the dot, or an element on both sides of the only dot."""
+    """CuSO4.5H2O, NaCl.2NaF: a ligand after the dot, or an element on both its sides."""
     compact = "".join(text.split())
     parts = _ONE_DOT.fullmatch(compact)
     sides = [set(re.findall("[A-Z][a-z]?", side)) for side in parts.groups()] if parts else [set()]
-    return bool(_WATER.search(compact) or set.intersection(*sides))
+    return bool(_LIGAND.search(compact) or set.intersection(*sides))
 
 
 def _why_unreadable(text: str) -> str:
@@ -148,7 +150,9 @@ def _usable_symbols() -> dict[str, int]:
 
 def _refuse(symbol: str) -> NoReturn:
     if symbol in ISOTOPES:
-        raise InvalidInputError(f"isotope {symbol} has no embedding; write H")
+        raise InvalidInputError(
+            f"isotope {symbol} has no embedding; write H, or the element's second letter small (Ti)"
+        )
     if Element.is_valid_symbol(symbol):
         raise InvalidInputError(f"element {symbol} has no embedding")
     raise InvalidInputError(f"{symbol} is not a chemical element")

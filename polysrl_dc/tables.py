@@ -1,78 +1,123 @@
 """Tables that the command line reads and writes: CSV, JSON and Parquet."""
 
 import sys
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Hashable, Sequence
 from io import BytesIO
 from typing import Any
 
 import numpy as np
 import pandas as pd
 
+from polysrl_dc.batches import GREATEST_LABEL
 from polysrl_dc.errors import InvalidInputError
 from polysrl_dc.sources import unpacked
 
 _LARGEST = 2**30  # bytes of a table, unpacked
+#: What pandas takes for a missing value.
+_MISSING = (
+    *("", "#N/A", "#N/A N/A", "#NA", "<NA>", "N/A", "n/a", "NA", "NULL", "null", "None"),
+    *("NaN", "nan", "-NaN", "-nan", "1.#IND", "-1.#IND", "1.#QNAN", "-1.#QNAN"),
+)
+_TRUTH = {"True": 1, "TRUE": 1, "true": 1, "False": 0, "FALSE": 0, "false": 0}
 #: What writes a table, by how the name of its file ends.
 WRITERS: dict[str, Callable[[pd.DataFrame, Any], Any]] = {
     ".csv": lambda frame, path: frame.to_csv(path, index=False),
     ".csv.gz": lambda frame, path: frame.to_csv(path, index=False),
+    ".json": lambda frame, path: frame.to_json(path, orient="records", double_precision=15),
     ".parquet": lambda frame, path: frame.to_parquet(path, index=False),
 }
 
 
 def read_table(path: str, columns: Sequence[str]) -> pd.DataFrame:
-    """A CSV, JSON or Parquet table with ``columns``; the first of them is read as text.
+    """A CSV, JSON or Parquet table with ``columns``; the fields of a CSV table stay text.
 
-    Rows are numbered from 0. The name of an index becomes that of a column.
+    Rows are numbered from 0, the first beneath the names. The name of an index becomes that of a
+    column. The path ``-`` means CSV on standard input.
 
     Raises
     ------
     InvalidInputError
         The file is no table, has no row or lacks a column; names the file.
     """
-    content = unpacked(path, _LARGEST)
+    if path.lower().endswith((".xlsx", ".xls", ".ods")):
+        raise InvalidInputError(f"{path} is a spreadsheet: save it as CSV")
+    content = sys.stdin.buffer.read() if path == "-" else unpacked(path, _LARGEST)
     try:
-        frame = _parsed(path, content, columns[0])
+        frame = _parsed(path, content)
     except Exception as error:  # three parsers, each of which fails in its own ways
-        raise InvalidInputError(f"{path} is no table: {error}") from error
+        line = " ".join(str(error).split())
+        raise InvalidInputError(f"{path} is no table: {line}{_separator(content)}") from error
     frame = frame.reset_index(drop=frame.index.names == [None])
-    missing = [name for name in columns if name not in frame]
-    if missing:
-        raise InvalidInputError(f"{path} has no column {missing[0]!r}, only {list(frame.columns)}")
+    for name in columns:
+        if name not in frame:
+            given = list(frame.columns)
+            alike = [other for other in given if _bare(other) == _bare(name)]
+            hint = f"; is it {alike[0]!r}?" if alike else _separator(content)
+            raise InvalidInputError(f"{path} has no column {name!r}, only {given}{hint}")
     if frame.empty:
         raise InvalidInputError(f"{path} has no row")
     return frame
 
 
-def _parsed(path: str, content: bytes, text: str) -> pd.DataFrame:
-    """The table in a file whose column ``text`` is one of text."""
+def _parsed(path: str, content: bytes) -> pd.DataFrame:
+    """The table in a file."""
     if path.endswith(".parquet"):
         return pd.read_parquet(BytesIO(content))
     if path.endswith(".json"):
-        return pd.read_json(BytesIO(content), dtype={text: str}, convert_dates=False)
+        return pd.read_json(BytesIO(content), dtype=False, convert_dates=False, precise_float=True)
     if b"\0" in content:  # where pandas would end the field
-        raise ValueError("it holds a byte that is zero, no text in UTF-8")
-    # a converter keeps pandas from reading the formula NaN as a missing value
-    frame = pd.read_csv(BytesIO(content), converters={text: str})
-    if not isinstance(frame.index, pd.RangeIndex):
-        raise ValueError("rows have more fields than the first line has names")
-    return frame
+        raise ValueError("it holds a byte that is zero, no text in UTF-8; save it as UTF-8")
+    separator = "\t" if ".tsv" in path else ","
+    # as text, or 0012 would become 12 and the formula NaN a missing value
+    text = {"header": None, "dtype": str, "na_filter": False, "encoding": "utf-8-sig"}
+    rows = pd.read_csv(BytesIO(content), sep=separator, **text)
+    names = rows.iloc[0].tolist()
+    for name in names:
+        if name and names.count(name) > 1:
+            raise ValueError(f"two columns are called {name!r}")
+    return rows.iloc[1:].reset_index(drop=True).set_axis(names, axis=1)
 
 
-def numbers(column: pd.Series) -> np.ndarray:
-    """Labels as floats, shape (n,), NaN where there is none.
+def _bare(name: Any) -> str:
+    return str(name).strip().casefold()
 
-    Raises
-    ------
-    InvalidInputError
-        A value is no number; names row, column and value.
+
+def _separator(content: bytes) -> str:
+    """Advice on a text whose first line has no comma, but what other programs write instead."""
+    line = content.split(b"\n")[0]
+    found = [name for mark, name in ((b";", "semicolons"), (b"\t", "tabs")) if mark in line]
+    if not found or b"," in line:
+        return ""
+    return f"; its fields are separated by {found[0]}: save it with commas, and decimal points"
+
+
+def numbers(column: pd.Series) -> tuple[np.ndarray, dict[Hashable, str]]:
+    """Labels as floats, and what is wrong with those that are none.
+
+    Returns
+    -------
+    values : numpy.ndarray, shape (n,)
+        NaN where there is no label or a wrong one. True is 1 and False 0.
+    wrong : dict
+        Row -> a sentence with row, column and value.
+
+    Examples
+    --------
+    >>> values, wrong = numbers(pd.Series(["8.5", "", "large"], name="gap"))
+    >>> values.tolist(), wrong
+    ([8.5, nan, nan], {2: "row 2: gap is 'large', not a number"})
     """
-    found = pd.to_numeric(column.astype(object), errors="coerce")  # a date is no number
-    bad = found.isna() & column.notna()
-    if bad.any():
-        row = bad.idxmax()
-        raise InvalidInputError(f"row {row}: {column.name} is {column[row]!r}, not a number")
-    return found.to_numpy(dtype=float)
+    given = column.astype(object)  # a date is no number
+    missing = given.isna() | given.map(lambda value: isinstance(value, str) and value in _MISSING)
+    given = given[~missing]
+    if all(isinstance(value, str) and value in _TRUTH for value in given):
+        given = given.map(_TRUTH)
+    found = pd.to_numeric(given, errors="coerce").astype(float).reindex(column.index)
+    wrong = {}
+    for row in column.index[~missing & ~(found.abs() <= GREATEST_LABEL)]:
+        limit = "" if np.isnan(found[row]) else f" of at most {GREATEST_LABEL:g}"
+        wrong[row] = f"row {row}: {column.name} is {column[row]!r}, not a number{limit}"
+    return found.mask(found.index.isin(list(wrong))).to_numpy(), wrong
 
 
 def check_names(given: pd.DataFrame, found: Sequence[str]) -> None:
@@ -100,6 +145,7 @@ def write_table(given: pd.DataFrame, found: pd.DataFrame, path: str | None) -> N
     frame = pd.concat([given.reset_index(drop=True), found], axis=1)
     if path is None:
         WRITERS[".csv"](frame, sys.stdout)
+        sys.stdout.flush()
         return
     writer = next(writer for suffix, writer in WRITERS.items() if path.endswith(suffix))
     writer(frame, path)

@@ -6,8 +6,10 @@ that is read for another row, would shift the others.
 
 import csv
 import json
+from io import BytesIO
 from itertools import count
 from pathlib import Path
+from types import SimpleNamespace
 
 import deepchem as dc
 import numpy as np
@@ -172,12 +174,10 @@ def test_the_console_trains_on_every_label_or_names_it(deep, tally, tmp_path, ca
         with tally.inputs(len(labels)):
             status, _, error = run([*command, "--epochs", "1", "--pretrained", "none"], capsys)
             if bad:
-                unread = [i for i in bad if labels[i] not in ("inf", "-inf", "1e+30")]
-                named = (unread or bad)[0]  # text is found while reading, the others when training
-                assert status == 2 and f"row {named}" in error and labels[named][:3] in error
+                assert status == 2 and f"row {bad[0]}: gap is '{labels[bad[0]]}'" in error
                 tally.refused(len(labels))
             elif all(LABELS[label] is None for label in labels):
-                assert status == 2 and "weights are zero" in error
+                assert status == 2 and "'gap' has no number" in error
                 tally.refused(len(labels))
             else:
                 assert status == 0, error
@@ -188,9 +188,9 @@ def test_the_console_trains_on_every_label_or_names_it(deep, tally, tmp_path, ca
 
 def test_tables_with_fields_too_many_or_names_taken(tmp_path, capsys):
     path = tmp_path / "t.csv"
-    path.write_text("formula,gap\nKCl,NaCl,2\nLiF,NaF,3\n")  # pandas makes an index of the first
+    path.write_text("formula,gap\nKCl,NaCl,2\nLiF,NaF,3\n")
     status, _, error = run(["embed", "--input", str(path)], capsys)
-    assert status == 2 and "more fields" in error
+    assert status == 2 and "Expected 2 fields in line 2, saw 3" in error
     for column in ("polymorphism", "embedding_7"):
         path.write_text(f"formula,{column}\nNaCl,2\n")
         status, out, error = run(["embed", "--input", str(path)], capsys)
@@ -206,6 +206,49 @@ def test_tables_with_fields_too_many_or_names_taken(tmp_path, capsys):
     command = ["train", "--input", str(path), "--target", "gap", "--hold-out", "0.5"]
     status, _, error = run([*command, "--output-dir", str(tmp_path / "m")], capsys)
     assert status == 2 and "hold-out" in error and not Path(tmp_path / "m").exists()
+
+
+def test_rows_are_written_as_they_were_given(encoder, tmp_path):
+    path, output = tmp_path / "t.csv", tmp_path / "out.csv"
+    given = ["0012,NaCl,007,NA,0.30000000000000004", "1E5,KCl,,None,1e-3"]
+    path.write_text("\n".join(["\ufeffid,formula,year,note, x ", *given]))
+    assert main(["predict", "--input", str(path), "--model", "x"]) == 2
+    assert main(["embed", "--input", str(path), "--output", str(output)]) == 0
+    names, *rows = output.read_text().splitlines()
+    assert names.startswith("id,formula,year,note, x ,polymorphism,")
+    assert all(row.startswith(f"{start},") for row, start in zip(rows, given, strict=True))
+
+
+@pytest.mark.parametrize(
+    ("name", "content", "message"),
+    [
+        ("t.csv", "formula;gap\nNaCl;1,5\n", "separated by semicolons: save it with commas"),
+        ("t.csv", "formula\tgap\nNaCl\t1.5\n", "separated by tabs: save it with commas"),
+        ("t.csv", "Formula ,gap\nNaCl,1.5\n", "; is it 'Formula '?"),
+        ("t.csv", "formula,gap,gap\nNaCl,1,2\n", "two columns are called 'gap'"),
+        ("t.csv", "formula,gap\n\n", "has no row"),
+        ("t.xlsx", "PK", "is a spreadsheet: save it as CSV"),
+    ],
+)
+def test_tables_of_other_programs_are_refused_with_advice(name, content, message, tmp_path, capsys):
+    path = tmp_path / name
+    path.write_text(content)
+    status, _, error = run(["embed", "--input", str(path)], capsys)
+    assert status == 2 and message in error
+
+
+def test_tables_are_read_from_standard_input_and_with_tabs(tmp_path, monkeypatch, capsys):
+    text = b"formula\tnote\nNaCl\ta,b\n"
+    (tmp_path / "t.tsv").write_bytes(text)
+    assert run(["embed", "--input", str(tmp_path / "t.tsv")], capsys)[1].splitlines()[1][:9] == (
+        'NaCl,"a,b'
+    )
+    monkeypatch.setattr("sys.stdin", SimpleNamespace(buffer=BytesIO(text.replace(b"\t", b";"))))
+    assert "separated by semicolons" in run(["embed", "--input", "-"], capsys)[2]
+    monkeypatch.setattr("sys.stdin", SimpleNamespace(buffer=BytesIO(b"formula\nNaCl\n")))
+    output = tmp_path / "out.json"
+    assert run(["embed", "--input", "-", "--output", str(output)], capsys)[0] == 0
+    assert pd.read_json(output)["formula"].tolist() == ["NaCl"]
 
 
 # ---------------------------------------------------------------------- folds

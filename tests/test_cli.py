@@ -1,5 +1,8 @@
 """The console command, run in this process on small tables."""
 
+import re
+import subprocess
+import sys
 from io import StringIO
 from pathlib import Path
 
@@ -27,6 +30,7 @@ def table(tmp_path: Path) -> Path:
     path = tmp_path / "data.csv"
     frame = pd.DataFrame({"name": FORMULAS, "gap": np.linspace(1.0, 9.0, len(FORMULAS))})
     frame["oxide"] = [int("O" in formula) for formula in FORMULAS]
+    frame["empty"] = ""
     frame.to_csv(path, index=False)
     return path
 
@@ -101,11 +105,12 @@ def test_train_scores_on_held_out_formulas(
     folder = str(tmp_path / "two")
     assert main([*command, "--epochs", "1", "--hold-out", "0.25", "--output-dir", folder]) == 0
     error = capsys.readouterr().err
-    assert "on 3 held-out rows" in error
-    assert "std is not calibrated: 3 labels of task 0 are too few" in error
+    assert "mae_score of gap: " in error and "mae_score of oxide: " in error
+    assert error.count(" on 3 held-out labels") == 2
+    assert "std is not calibrated: 3 labels of gap, 3 labels of oxide held out" in error
     assert main(["predict", "--model", folder, "NaCl"]) == 0
     header = capsys.readouterr().out.splitlines()[0]
-    assert header == "formula,prediction_0,prediction_1,std_0,std_1"
+    assert header == "formula,prediction_gap,prediction_oxide,std_gap,std_oxide"
 
 
 def test_held_out_formulas_calibrate_the_std(
@@ -127,7 +132,7 @@ def test_held_out_formulas_calibrate_the_std(
     written = pd.read_csv(StringIO(capsys.readouterr().out))
     np.testing.assert_allclose(written["std"], std[:, 0], rtol=1e-5)
     held_out = StoichiometrySplitter().train_test_split(dataset, frac_train=0.5, seed=0)[1]
-    assert f"std is calibrated on {len(held_out)} held-out rows" in error
+    assert f"std is calibrated on {len(held_out)} held-out labels" in error
     assert model.calibration == model.calibrate(held_out)
 
 
@@ -162,7 +167,7 @@ def test_folds_score_and_calibrate_a_model_of_all_rows(
     np.testing.assert_allclose(held_out["std"], calibration.apply(std)[:, 0], rtol=1e-5)
     error = capsys.readouterr().err
     score = np.abs(mean[:, 0] - labels[:-1]).mean()
-    assert f"mae_score on 48 held-out rows: {score:.4g}" in error
+    assert f"mae_score of gap: {score:.4g} on 48 held-out labels" in error
 
 
 def test_what_cannot_be_scored_on_is_said_before_training(
@@ -176,7 +181,15 @@ def test_what_cannot_be_scored_on_is_said_before_training(
     nowhere = str(tmp_path / "absent" / "out.csv")
     for options, message in (
         (wanted, "--predictions needs --folds or --hold-out"),
-        (["--folds", "1"], "k is 1: must be between 2 and"),
+        (["--folds", "1"], "--folds 1: must be from 2 to 12, the different formulas"),
+        (["--folds", "13"], "--folds 13: must be from 2 to 12"),
+        (["--folds", "two"], "two is not a positive integer"),
+        (["--hold-out", "20%"], "20% is not a number from 0 to below 1"),
+        (["--output-dir", str(table / "model")], f"{table} is a file, no folder"),
+        (["--target", "gap"], "--target names a column twice: gap gap"),
+        (["--target", "empty"], "the column 'empty' has no number"),
+        (["--target", "name"], "row 0: name is 'NaCl', not a number"),
+        (["--learning-rate", "1e30"], "loss"),
         (["--folds", "2", "--input", str(taken), *wanted], "has a column 'std' already"),
         (["--folds", "2", "--hold-out", "0.5"], "not allowed with"),
         (["--folds", "2", "--predictions", nowhere], f"{nowhere} lies in no folder that exists"),
@@ -264,6 +277,7 @@ def test_pretrain_names_or_skips_a_file_that_is_no_structure(
         assert "bad.cif" in error_of(given, capsys)
         assert not (tmp_path / "e").exists()
         assert main([*given, "--on-error", "skip"]) == 0
+        assert re.search("skipped .*bad.cif", capsys.readouterr().err)
         (tmp_path / "e" / "model.safetensors").unlink()
         (tmp_path / "e").rmdir()
     assert "bad.cif" in error_of(["pretrain", str(bad), *command[5:]], capsys)
@@ -284,10 +298,62 @@ def test_a_bad_row_is_named_or_skipped(tmp_path: Path, capsys: pytest.CaptureFix
 
 def test_a_bad_label_is_named(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     path = tmp_path / "bad.csv"
-    path.write_text("formula,gap\nNaCl,8.5\nKCl,large\n")
-    command = ["train", "--input", str(path), "--target", "gap", "--output-dir", str(tmp_path)]
-    message = error_of(command, capsys)
-    assert "row 1" in message and "large" in message
+    path.write_text("formula,gap,metal\nNaCl,8.5,no\nKCl,large,no\nTiO2-x,~3,no\nMgO,7.8,no\n")
+    folder = str(tmp_path / "model")
+    command = ["train", "--input", str(path), "--epochs", "1", "--output-dir", folder]
+    assert "row 2" in error_of([*command, "--target", "gap"], capsys)  # its formula
+    path.write_text(path.read_text().replace("TiO2-x", "TiO2"))
+    message = error_of([*command, "--target", "gap"], capsys)
+    assert "row 1: gap is 'large', not a number" in message
+    message = error_of([*command, "--target", "metal", "--task", "classification"], capsys)
+    assert "row 0: metal is 'no', not a number; classes are 0 and 1" in message
+    assert main([*command, "--target", "gap", "--on-error", "skip"]) == 0
+    skipped = capsys.readouterr().err
+    assert "skipped row 1: gap is 'large'" in skipped and "skipped row 2: gap is '~3'" in skipped
+
+
+def test_a_target_without_held_out_labels_loses_nothing(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    path, written = tmp_path / "rare.csv", tmp_path / "out.csv"
+    labels = [str(i) if i < 9 else "" for i in range(len(FORMULAS))]
+    frame = pd.DataFrame({"formula": FORMULAS, "gap": range(len(FORMULAS)), "rare": labels})
+    for seed in range(20):  # until the held-out formulas have no label of the second
+        graphs = StoichiometryGraphFeaturizer().featurize(FORMULAS)
+        dataset = dc.data.NumpyDataset(graphs, ids=np.arange(len(FORMULAS)))
+        splitter = StoichiometrySplitter()
+        held_out = splitter.train_test_split(dataset, frac_train=0.9, seed=seed)[1].ids
+        if len(held_out) and held_out.min() >= 9:
+            break
+    frame.to_csv(path, index=False)
+    command = ["train", "--input", str(path), "--target", "gap", "--target", "rare"]
+    command += ["--epochs", "1", "--hold-out", "0.1", "--seed", str(seed)]
+    command += ["--predictions", str(written)]
+    assert main([*command, "--output-dir", str(tmp_path / "model")]) == 0
+    error = capsys.readouterr().err
+    assert "mae_score of gap" in error and "mae_score of rare" not in error
+    assert len(pd.read_csv(written)) == len(held_out)
+
+
+def test_an_interruption_and_a_reader_that_leaves_end_without_a_traceback(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    def interrupted(*_: object) -> None:
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr("polysrl_dc.cli.PolySRLModel.from_pretrained", interrupted)
+    assert main(["embed", "NaCl"]) == 130
+    assert capsys.readouterr().err == "polysrl embed: interrupted\n"
+    command = [sys.executable, "-m", "polysrl_dc.cli", "embed", *FORMULAS * 40]
+    code = "import sys; from polysrl_dc.cli import main; sys.exit(main(sys.argv[1:]))"
+    command[1:3] = ["-c", code]
+    with subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE) as process:
+        assert process.stdout is not None and process.stderr is not None
+        process.stdout.readline()
+        process.stdout.close()
+        error = process.stderr.read().decode()
+    assert process.returncode == 1
+    assert "Traceback" not in error and "Skipped loading" not in error
 
 
 @pytest.mark.parametrize(

@@ -13,7 +13,7 @@ import torch
 from pymatgen.core import Lattice, Structure
 
 import polysrl_dc
-from polysrl_dc import datasets
+from polysrl_dc import StoichiometryGraphFeaturizer, StoichiometrySplitter, datasets
 from polysrl_dc.batches import batch_rows
 from polysrl_dc.errors import InvalidInputError
 
@@ -238,6 +238,14 @@ def test_row_order_does_not_decide_which_formulas_are_tested_together():
     tested = dataset.select(splitter.split(dataset, seed=0)[2])
     again = dataset.select(order)
     assert keys(tested) == keys(again.select(splitter.split(again, seed=0)[2]))
+
+
+def test_folds_are_as_equal_as_repeated_formulas_allow():
+    formulas = [f"Na{n}Cl" for n in range(1, 6) for _ in range(20)]
+    formulas += [f"K{n}Cl" for n in range(1, 21)]
+    graphs = StoichiometryGraphFeaturizer().featurize(formulas)
+    folds = StoichiometrySplitter().k_fold_split(dc.data.NumpyDataset(graphs), 5, seed=3)
+    assert [len(test) for _, test in folds] == [24] * 5
 
 
 @pytest.mark.parametrize("on_disk", [False, True])

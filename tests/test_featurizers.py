@@ -11,6 +11,7 @@ from pymatgen.core import Composition, Lattice, Structure
 import polysrl_dc
 from polysrl_dc import featurizers
 from polysrl_dc.errors import InvalidInputError
+from polysrl_dc.sources import read_structure
 
 COPPER = Structure.from_spacegroup("Fm-3m", Lattice.cubic(3.6), ["Cu"], [[0, 0, 0]])
 COPPER_PRIMITIVE = COPPER.get_primitive_structure()
@@ -116,6 +117,15 @@ def test_structures_dicts_and_oxidation_states_give_the_same_graph():
         for name in ("numbers", "indptr", "neighbors", "distances"):
             np.testing.assert_array_equal(getattr(graph, name), getattr(expected, name))
         assert graph.stoichiometry.formula == "NaCl"
+
+
+def test_a_file_with_oxidation_states_gives_the_same_graph(tmp_path):
+    charged = SALT.copy()
+    charged.add_oxidation_state_by_element({"Na": 1, "Cl": -1})
+    charged.to(tmp_path / "salt.cif")
+    assert "Na+" in (tmp_path / "salt.cif").read_text()
+    graph = structures()(read_structure(tmp_path / "salt.cif"))[0]
+    assert graph.stoichiometry.formula == "NaCl" and len(graph.numbers) == len(SALT)
 
 
 def bad_structures():

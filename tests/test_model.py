@@ -78,7 +78,28 @@ def test_shift_and_scale_of_the_labels_shift_and_scale_the_predictions():
     )
 
 
-@pytest.mark.parametrize("constant", [0.0, 1234.5])
+@pytest.mark.parametrize("unit", [1e-9, 1e-25, 1e15])
+def test_the_unit_of_the_labels_does_not_matter(unit):
+    one, other = fitted(nb_epoch=3), fitted(nb_epoch=3, dataset=data(unit * SIGNAL))
+    np.testing.assert_allclose(other.predict(data()), unit * one.predict(data()), rtol=1e-3)
+    found, expected = (model.predict_uncertainty(data())[1] for model in (other, one))
+    np.testing.assert_allclose(found, unit * expected, rtol=1e-3)
+
+
+@pytest.mark.parametrize("labels", [1e8 + SIGNAL, 300 + 1e-5 * SIGNAL, 1e-31 * SIGNAL])
+def test_labels_that_single_precision_cannot_tell_apart_are_refused(labels):
+    with pytest.raises(InvalidInputError, match="labels of task 0 differ by"):
+        fitted(dataset=data(labels))
+
+
+def test_a_task_without_a_label_is_refused():
+    y, w = np.tile(SIGNAL[:, None], 2), np.ones((N, 2))
+    w[:, 1] = 0
+    with pytest.raises(InvalidInputError, match="task 1 has no label to learn from"):
+        fitted(dataset=data(y, w), n_tasks=2)
+
+
+@pytest.mark.parametrize("constant", [0.0, 1234.5, 1e-12])
 def test_constant_labels_are_predicted(constant):
     dataset = data(np.full(N, constant))
     prediction = fitted(dataset=dataset, nb_epoch=20).predict(dataset)

@@ -209,6 +209,10 @@ def test_cif_files(tmp_path, small_parts):
     for row, graph in enumerate(StructureGraphFeaturizer()(read)):
         assert_same_graph(dataset.graph(row), graph)
     assert dataset.formulas.tolist() == ["NaCl", "CsCl", "CaO", "MgO", "ZnS"]
+    shouted = tmp_path / "cifs" / "1" / "3.CIF"
+    shouted.with_suffix(".cif").rename(shouted)
+    assert open_dataset(tmp_path / "cifs", tmp_path / "cache").ids.tolist()[-1] == "1/3.CIF"
+    shouted.rename(shouted.with_suffix(".cif"))
     one = open_dataset(tmp_path / "cifs" / "1" / "3.cif", tmp_path / "cache")
     assert one.ids.tolist() == ["3.cif"]
     assert_same_graph(one.graph(0), dataset.graph(4))

@@ -30,6 +30,7 @@ GOOD: list[tuple[Any, dict]] = [
 
 BAD: list[Any] = [
     "", " ", "nan", "Xx2O3", "X", "Fe2Q3", "Rf", "RfO2", "fe2o3", "2H2O", "123", "Fe2..O3",
+    "MgCl2.6NH3", "PbI2.2CH3NH2", "ZnCl2.2(NH3)", "Fe2O3\nTiO2", "TIO2",
     "(Fe2O3", "Fe2O3)", "Fe2O3!", "CuSO4*5H2O", "GaAs0.1P0.9G1128", "Fe-2O3", "Fe0O3",
     "Fe0Fe2O3", "Fe2O0.0", "Fe(OH)0", "Fe3+", "SO4^2-", "D2O", "T2O",
     "H" * 10_000, "NaCl" * 2_500, "(" * 5_000,

@@ -1,0 +1,178 @@
+"""The options of the console command ``polysrl``."""
+
+import argparse
+from collections.abc import Callable, Sequence
+from pathlib import Path
+
+from polysrl_dc.checkpoints import DEFAULT_ENCODER, shipped_encoders
+from polysrl_dc.tables import WRITERS
+
+EXAMPLES = """
+examples:
+  polysrl embed Fe2O3 TiO2 ZnO
+  polysrl embed --input alloys.csv --column composition --output embeddings.parquet
+  polysrl train --input gaps.csv --target gap --folds 5 --output-dir gap_model
+  polysrl predict --model gap_model GaN AlN
+  polysrl predict --model gap_model --input new.csv --output predictions.csv
+  polysrl retrieve TiO2 --structures structures.parquet -k 5
+  polysrl domain Bi2Te3 Ag0.02Pb0.98Te --structures structures.parquet -k 1
+  polysrl domain --input new.csv --reference gaps.csv --model gap_model --output domain.csv
+  polysrl pretrain structures.parquet --epochs 20 --output-dir encoder
+  polysrl pretrain cifs/*.cif --epochs 20 --output-dir encoder
+"""
+STRUCTURES = "a .parquet table, a folder of them or of CIF files, aflow, or files pymatgen reads"
+Command = Callable[[argparse.Namespace], None]
+
+
+def parser(commands: Sequence[Command]) -> argparse.ArgumentParser:
+    """The parser; ``options.command`` is then the one of ``commands`` that is named.
+
+    Parameters
+    ----------
+    commands : sequence of callable
+        :func:`~polysrl_dc.cli.embed` and the others, which give their subcommands the names.
+    """
+    whole = argparse.ArgumentParser(
+        prog="polysrl",
+        description="Predict properties of materials from formulas alone.",
+        epilog=EXAMPLES,
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+    )
+    by_name = {command.__name__: command for command in commands}
+    subparsers = whole.add_subparsers(dest="name", required=True, metavar="COMMAND")
+
+    def add(name: str, text: str) -> argparse.ArgumentParser:
+        sub = subparsers.add_parser(name, help=text, description=text)
+        sub.set_defaults(command=by_name[name])
+        sub.add_argument(
+            "--on-error",
+            choices=("raise", "skip"),
+            default="raise",
+            help="what a bad row (counted from 0, beneath the names) or structure does",
+        )
+        return sub
+
+    def add_table(sub: argparse.ArgumentParser, needed: bool = False) -> None:
+        if not needed:
+            sub.add_argument("formulas", nargs="*", help="formulas, instead of --input")
+        sub.add_argument(
+            "--input", required=needed, help="table: .csv, .tsv, .json or .parquet; -: CSV on stdin"
+        )
+        sub.add_argument("--column", default="formula", help="its column of formulas")
+
+    def add_output(sub: argparse.ArgumentParser) -> None:
+        sub.add_argument(
+            "--output", type=_output, help=f"{', '.join(WRITERS)}; default: CSV on stdout"
+        )
+
+    def add_training(sub: argparse.ArgumentParser, epochs: int, batch_size: int) -> None:
+        sub.add_argument("--epochs", type=_positive, default=epochs)
+        sub.add_argument("--batch-size", type=_positive, default=batch_size)
+        sub.add_argument("--learning-rate", type=float, default=1e-3)
+        sub.add_argument("--seed", type=int, default=0)
+        sub.add_argument("--output-dir", type=_folder, required=True, help="of the model")
+
+    sub = add("embed", "Write the embedding of each formula and its polymorphism uncertainty.")
+    add_table(sub)
+    sub.add_argument(
+        "--model", default=DEFAULT_ENCODER, help="folder of a model, or name of a shipped encoder"
+    )
+    add_output(sub)
+
+    sub = add("predict", "Write the prediction of a trained model and its standard deviation.")
+    add_table(sub)
+    sub.add_argument("--model", required=True, help="folder that polysrl train has written")
+    add_output(sub)
+
+    sub = add("retrieve", "Rank candidate structures by the probability that a formula forms them.")
+    add_table(sub)
+    sub.add_argument("--structures", nargs="+", required=True, help=STRUCTURES)
+    sub.add_argument("-k", type=_positive, default=10, help="candidates to write for each formula")
+    sub.add_argument(
+        "--model", default=DEFAULT_ENCODER, help="folder of polysrl pretrain, or shipped encoder"
+    )
+    add_output(sub)
+
+    sub = add("domain", "Say how far each formula is from those of a reference, and from which.")
+    add_table(sub)
+    known = sub.add_mutually_exclusive_group(required=True)
+    known.add_argument("--structures", nargs="+", help=STRUCTURES)
+    known.add_argument("--reference", help="instead, a table with the same column of formulas")
+    sub.add_argument("-k", type=_positive, default=5, help="reference formulas to name for each")
+    sub.add_argument(
+        "--model", default=DEFAULT_ENCODER, help="folder of a model, or name of a shipped encoder"
+    )
+    add_output(sub)
+
+    sub = add("train", "Train a model on formulas with measured or computed values.")
+    add_table(sub, needed=True)
+    sub.add_argument(
+        "--target",
+        nargs="+",
+        action="extend",
+        required=True,
+        help="columns to predict; fields may be empty",
+    )
+    sub.add_argument(
+        "--task",
+        choices=("regression", "classification"),
+        default="regression",
+        help="classification: labels are 0 and 1, predictions the probability of 1",
+    )
+    sub.add_argument(
+        "--pretrained",
+        nargs="+",
+        action="extend",
+        help=f"{', '.join(shipped_encoders())}, folder of polysrl pretrain, or none; a member each",
+    )
+    sub.add_argument("--freeze-encoder", action="store_true", help="train the head only")
+    sub.add_argument("--ensemble", type=_positive, help="models to average, a multiple of these")
+    kept = sub.add_mutually_exclusive_group()
+    kept.add_argument(
+        "--hold-out", type=_fraction, default=0.0, help="part kept to score and calibrate on"
+    )
+    kept.add_argument(
+        "--folds",
+        type=_positive,
+        help="score and calibrate by cross-validation in so many parts, and train on all rows",
+    )
+    sub.add_argument(
+        "--predictions", type=_output, help="table of the rows scored on, with prediction and std"
+    )
+    add_training(sub, 100, 32)
+
+    sub = add("pretrain", "Pretrain an encoder on crystal structures.")
+    sub.add_argument("structures", nargs="+", help=STRUCTURES)
+    add_training(sub, 20, 256)
+    return whole
+
+
+def _output(path: str) -> str:
+    if not path.endswith(tuple(WRITERS)):
+        raise argparse.ArgumentTypeError(f"{path} does not end in one of {', '.join(WRITERS)}")
+    if not Path(path).absolute().parent.is_dir():
+        raise argparse.ArgumentTypeError(f"{path} lies in no folder that exists")
+    return path
+
+
+def _folder(path: str) -> str:
+    there = next(part for part in [Path(path), *Path(path).absolute().parents] if part.exists())
+    if not there.is_dir():
+        raise argparse.ArgumentTypeError(f"{there} is a file, no folder")
+    return path
+
+
+def _fraction(text: str) -> float:
+    try:
+        value = float(text)
+    except ValueError:
+        value = -1.0
+    if not 0 <= value < 1:
+        raise argparse.ArgumentTypeError(f"{text} is not a number from 0 to below 1")
+    return value
+
+
+def _positive(text: str) -> int:
+    if not text.isdecimal() or int(text) < 1:
+        raise argparse.ArgumentTypeError(f"{text} is not a positive integer")
+    return int(text)
