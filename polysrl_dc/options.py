@@ -97,7 +97,9 @@ def parser(commands: Sequence[Command]) -> argparse.ArgumentParser:
     add_table(sub)
     known = sub.add_mutually_exclusive_group(required=True)
     known.add_argument("--structures", nargs="+", help=STRUCTURES)
-    known.add_argument("--reference", help="instead, a table with the same column of formulas")
+    known.add_argument(
+        "--reference", help="instead, a table with the same column of formulas; rows are its names"
+    )
     sub.add_argument("-k", type=_positive, default=5, help="reference formulas to name for each")
     sub.add_argument(
         "--model", default=DEFAULT_ENCODER, help="folder of a model, or name of a shipped encoder"
