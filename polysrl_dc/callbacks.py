@@ -1,8 +1,11 @@
 """Early stopping on a validation set, and the log of a pretraining run."""
 
+import math
 import resource
 import sys
 import time
+import weakref
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -25,6 +28,8 @@ class StopTraining(Exception):
 
 class EarlyStopping(ValidationCallback):
     """DeepChem's ``ValidationCallback`` that also ends the training and restores the best weights.
+
+    A score that is NaN is no better one. With another model it starts anew.
 
     Parameters
     ----------
@@ -60,6 +65,7 @@ class EarlyStopping(ValidationCallback):
                 raise ValueError(f"{name} is {value}: must be at least 1")
         super().__init__(dataset, interval, [metric], **kwargs)
         self.patience = patience
+        self._model: Callable[[], Any] = lambda: None
         self._waited = 0
         self._best_state: dict[str, Any] | None = None
 
@@ -67,9 +73,13 @@ class EarlyStopping(ValidationCallback):
         """Evaluate every ``interval`` steps; raise :class:`StopTraining` when patience is out."""
         if step % self.interval:
             return
-        before = self._best_score
+        if self._model() is not model:
+            self._model = weakref.ref(model)
+            self._waited, self._best_score, self._best_state = 0, None, None
+        before = math.inf if self._best_score is None else self._best_score
+        self._best_score = before  # NaN is not less
         super().__call__(model, step)
-        if self._best_score != before:
+        if self._best_score < before:
             self._waited = 0
             self._best_state = {k: v.clone() for k, v in model.model.state_dict().items()}
             return
@@ -79,7 +89,8 @@ class EarlyStopping(ValidationCallback):
 
     def finish(self, model: Any) -> None:
         """Put the best weights back; called by ``fit`` when it ends, early or not."""
-        if self._best_state is not None:
+        self._waited = 0
+        if self._model() is model and self._best_state is not None:
             model.model.load_state_dict(self._best_state)
 
 

@@ -1,5 +1,6 @@
 """``PolySRLModel`` as a user meets it: arguments, units, weights, uncertainty, batches."""
 
+import io
 
 import deepchem as dc
 import numpy as np
@@ -409,6 +410,40 @@ def test_early_stopping_ends_the_fit_and_restores_the_best(tmp_path):
     assert model.evaluate(valid, [MAE])["mae_score"] == pytest.approx(min(scores), rel=1e-4)
     with pytest.raises(ValueError, match="patience is 0"):
         polysrl_dc.EarlyStopping(valid, MAE, interval=1, patience=0)
+
+
+def stopper(valid, **kwargs):
+    return polysrl_dc.EarlyStopping(valid, MAE, interval=1, output_file=io.StringIO(), **kwargs)
+
+
+def test_early_stopping_forgets_one_model_when_it_meets_another():
+    stop = stopper(data(), patience=9)
+    make().fit(data(100 + SIGNAL), nb_epoch=2, callbacks=stop)
+    other, alone = make(seed=1), make(seed=1)
+    stop.interval = 99  # it meets the other one at the end only
+    other.fit(data(), nb_epoch=2, callbacks=stop)
+    alone.fit(data(), nb_epoch=2)
+    assert_same_state(state(alone), state(other))
+    stop.interval = 1
+    other.fit(data(), nb_epoch=2, callbacks=stop)
+    assert stop.get_best_score() < 2  # not near 100, as of the first
+
+
+def test_early_stopping_waits_anew_in_every_fit():
+    stop, steps = stopper(data(), patience=2), []
+    stop._best_score, model = -1.0, make()  # never reached
+    stop._model = lambda: model
+    for _ in range(2):
+        model.fit(data(), nb_epoch=2, callbacks=[lambda _, step: steps.append(step), stop])
+    assert steps == [1, 2, 3, 4]
+
+
+def test_a_score_that_is_nan_is_no_better_one(monkeypatch):
+    model, stop = make(), stopper(data(), patience=3)
+    scores = iter([np.nan, 2.0, np.nan, 1.0, np.nan, 3.0, np.nan])
+    monkeypatch.setattr(model, "evaluate", lambda *_: {"mae_score": next(scores)})
+    model.fit(data(), nb_epoch=9, callbacks=stop)
+    assert stop.get_best_score() == 1.0 and model.get_global_step() == 7
 
 
 @pytest.mark.parametrize("bad", [np.nan, np.inf])
