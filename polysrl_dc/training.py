@@ -5,6 +5,7 @@ of the seed and the epoch, the samples of a batch of the seed and the step. So w
 and position are all that a checkpoint holds.
 """
 
+import operator
 from collections.abc import Callable, Iterator, Sequence
 from typing import Any
 
@@ -18,6 +19,7 @@ from torch.nn.parallel import DistributedDataParallel
 from polysrl_dc.batches import LabeledData, PolymorphData
 from polysrl_dc.callbacks import StopTraining
 from polysrl_dc.distributed import process_count
+from polysrl_dc.layers import FeatureNorm
 from polysrl_dc.persistence import load_schedule
 from polysrl_dc.prediction import PredictingModel
 
@@ -31,6 +33,11 @@ class TrainableModel(PredictingModel):
     def epochs_trained(self) -> int:
         """Epochs that calls of :meth:`fit` have completed, checkpoints included."""
         return self._epoch
+
+    def get_global_step(self) -> int:
+        """Steps of training so far, checkpoints included."""
+        self._ensure_built()
+        return super().get_global_step()
 
     def _ensure_built(self) -> None:
         if getattr(self, "_built", False):
@@ -80,6 +87,7 @@ class TrainableModel(PredictingModel):
             X holds stoichiometry graphs (or structure graphs, whose formula is used); structure
             graphs for ``task="pretraining"``.
         nb_epoch : int
+            0 trains nothing.
         max_checkpoints_to_keep, checkpoint_interval : int
             A checkpoint is written every so many steps and at the end; interval 0 writes none.
         deterministic : bool
@@ -107,16 +115,22 @@ class TrainableModel(PredictingModel):
         InvalidInputError
             A row that is no graph, a label that is NaN or infinite, naming row and id.
         FloatingPointError
-            A loss or gradient is not finite; weights and checkpoints stay as before that step.
+            A loss or gradient is not finite; weights, running statistics and checkpoints stay as
+            before that step.
         ValueError
-            ``restore`` finds a call of ``fit`` that was interrupted, with another number of epochs,
-            other data or another order of batches.
+            ``nb_epoch`` is negative, or ``restore`` finds a call of ``fit`` that was interrupted,
+            with another number of epochs, other data or another order of batches.
         """
         if variables is not None or loss is not None:
             raise ValueError("variables and loss must be None: see freeze_encoder and task")
+        nb_epoch, deterministic = operator.index(nb_epoch), bool(deterministic)
+        if nb_epoch < 0:
+            raise ValueError(f"nb_epoch is {nb_epoch}: must not be negative")
         self._ensure_built()
         if restore:
             self.restore()
+        if nb_epoch == 0:
+            return 0.0
         data = self._training_data(dataset)
         run = self._begin(data, nb_epoch, deterministic, restore)
         schedule = self._schedule_of(run)
@@ -127,9 +141,13 @@ class TrainableModel(PredictingModel):
         losses: list[Tensor] = []
         average = 0.0
         network.train()
+        adapting = [m for m in network.modules() if isinstance(m, FeatureNorm) and m.training]
+        running = [buffer for module in adapting for buffer in module.buffers()]
+        before = [buffer.clone() for buffer in running]
         self.calibration = None  # of other weights
         try:
             for rows, last in self._batches(data, run, deterministic):
+                _copy(running, before)  # a thousandth of a step
                 generator.manual_seed(self.training["seed"] * 1_000_003 + self._global_step)
                 with torch.autocast(
                     self.device.type, torch.bfloat16, enabled=self.training["autocast"]
@@ -143,6 +161,7 @@ class TrainableModel(PredictingModel):
                 ]
                 values = torch.stack([batch_loss.detach(), *norms])
                 if not torch.isfinite(values).all():
+                    _copy(before, running)
                     raise FloatingPointError(
                         f"loss {float(values[0])}, gradient norm {float(values[1:].max())} at step "
                         f"{self._global_step + 1}; weights and checkpoints are those before it"
@@ -170,8 +189,6 @@ class TrainableModel(PredictingModel):
         self._run = self._run_schedule = None
         if checkpoint_interval:
             self.save_checkpoint(max_checkpoints_to_keep)
-        for group, rate in zip(optimizer.param_groups, self._initial_rates, strict=True):
-            group["lr"] = rate if self._lr_schedule is None else group["lr"]
         return average
 
     def _training_data(self, dataset: Dataset) -> LabeledData | PolymorphData:
@@ -249,8 +266,13 @@ class TrainableModel(PredictingModel):
     def _schedule_of(self, run: dict[str, Any]) -> Any:
         """The learning rate schedule, where the run stands."""
         self._run_schedule = None
-        if self._lr_schedule is not None or self.schedule != "one_cycle" or run["steps"] < 3:
+        if self._lr_schedule is not None:
             return self._lr_schedule
+        groups = self._pytorch_optimizer.param_groups
+        for group, rate in zip(groups, self._initial_rates, strict=True):
+            group["lr"] = rate  # not that of the call before
+        if self.schedule != "one_cycle" or run["steps"] < 3:
+            return None
         schedule = torch.optim.lr_scheduler.OneCycleLR(
             self._pytorch_optimizer,
             self._initial_rates,
@@ -278,6 +300,12 @@ class TrainableModel(PredictingModel):
         if all_losses is not None:
             all_losses.append(average)
         return average
+
+
+def _copy(sources: Sequence[Tensor], targets: Sequence[Tensor]) -> None:
+    """Copy tensors into others."""
+    for source, target in zip(sources, targets, strict=True):
+        target.copy_(source)
 
 
 def _call(callbacks: Sequence[Callable], method: str, *arguments: Any) -> None:

@@ -181,6 +181,24 @@ def test_the_learning_rate_rises_and_falls_over_one_call():
     assert {rate for *_, rate in undisturbed("constant")[1].steps.values()} == {1e-2}
 
 
+def test_a_fit_too_short_for_a_cycle_does_not_start_from_the_rate_of_an_interrupted_one():
+    record, model, rows = Record(), regression(), data()
+    with pytest.raises(Interrupted):
+        model.fit(rows, nb_epoch=3, callbacks=Record(2))
+    model.fit(rows.select(range(8)), nb_epoch=2, callbacks=record)
+    assert [rates for _, _, *rates in record.steps.values()] == [[1e-2, 1e-2]] * 2
+
+
+def test_no_epochs_leave_a_new_model_unfitted_and_less_are_refused(tmp_path):
+    model = regression(model_dir=str(tmp_path))
+    before = state(model)
+    assert model.fit(data(), nb_epoch=0) == 0.0
+    assert_same_state(before, state(model))
+    assert not model.model.fitted and model.get_checkpoints() == []
+    with pytest.raises(ValueError, match="nb_epoch is -1"):
+        model.fit(data(), nb_epoch=-1)
+
+
 # ------------------------------------------------------------------------- not finite
 
 
@@ -195,18 +213,14 @@ def spoil_loss(monkeypatch, value, step):
     monkeypatch.setattr(PolymorphData, "loss", spoiled)
 
 
-def parameters(model):
-    return {name: value.detach().clone() for name, value in model.model.named_parameters()}
-
-
 class Weights:
-    """Keeps the weights after each step."""
+    """Keeps weights and running statistics after each step."""
 
     def __init__(self):
         self.after = {}
 
     def __call__(self, model, step):
-        self.after[step] = parameters(model)
+        self.after[step] = state(model)
 
 
 @pytest.mark.parametrize("value", [float("nan"), float("inf")])
@@ -218,7 +232,7 @@ def test_a_loss_that_is_not_finite_stops_the_run(value, monkeypatch, tmp_path):
         with pytest.raises(FloatingPointError, match="at step 8"):
             model.fit(crystals(), nb_epoch=3, checkpoint_interval=2, callbacks=weights)
     assert max(weights.after) == 7
-    assert_same_state(weights.after[7], parameters(model))
+    assert_same_state(weights.after[7], state(model))
     record = Record()
     again = trained("one_cycle", tmp_path, record, checkpoint_interval=2, restore=True)
     assert_equal_end("one_cycle", again, record, 6)  # of the last checkpoint
@@ -239,10 +253,10 @@ def test_a_gradient_that_is_not_finite_stops_the_run(task, tmp_path):
     with pytest.raises(FloatingPointError, match="gradient norm nan at step 4"):
         dataset = crystals() if pretrains else data()
         model.fit(dataset, nb_epoch=3, checkpoint_interval=3, callbacks=weights)
-    assert_same_state(weights.after[3], parameters(model))
+    assert_same_state(weights.after[3], state(model))
     model.restore()
     assert model.get_global_step() == 3
-    assert_same_state(weights.after[3], parameters(model))
+    assert_same_state(weights.after[3], state(model))
 
 
 # ------------------------------------------------------------------------- callbacks
