@@ -1,5 +1,6 @@
 """One frozen configuration for encoders, loss and head; strict when read, complete when written."""
 
+import math
 from dataclasses import asdict, dataclass, fields, replace
 from typing import Any
 
@@ -125,6 +126,10 @@ class PolySRLConfig:
             value = getattr(self, field.name)
             if field.type is int and not (isinstance(value, int) and 1 <= value <= _GREATEST):
                 raise ValueError(f"{field.name} is {value!r}: no integer in 1 ... {_GREATEST}")
+            if field.type is float and not (
+                isinstance(value, int | float) and -math.inf < value < math.inf
+            ):
+                raise ValueError(f"{field.name} is {value!r}: no finite number")
 
     @classmethod
     def named(cls, name: str) -> "PolySRLConfig":

@@ -5,6 +5,7 @@ from inspect import signature
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import torch
 from deepchem.models.optimizers import Adam, LearningRateSchedule
 
@@ -60,7 +61,8 @@ class PolySRLModel(TrainableModel):
     weight_decay : float
         Decoupled (AdamW), on weight matrices only.
     seed : int
-        Fixes initial weights, the order of batches and the samples of the Gaussians.
+        Fixes initial weights, the order of batches and the samples of the Gaussians; less than
+        2**43.
     model_dir : str, optional
         Where checkpoints go; a temporary folder by default.
     device : str or torch.device, optional
@@ -104,8 +106,10 @@ class PolySRLModel(TrainableModel):
     ) -> None:
         if batch_size is None:
             batch_size = 256 if task == "pretraining" else 32
+        n_tasks, n_ensemble, batch_size = map(_plain, (n_tasks, n_ensemble, batch_size))
+        freeze_encoder, seed, learning_rate = map(_plain, (freeze_encoder, seed, learning_rate))
         given = locals()
-        self._given = {name: given[name] for name in signature(PolySRLModel).parameters}
+        self._given = {name: _plain(given[name]) for name in signature(PolySRLModel).parameters}
         if pretrained is None or isinstance(pretrained, str | Path):
             pretrained = [pretrained]
         starts = list(pretrained)
@@ -123,6 +127,8 @@ class PolySRLModel(TrainableModel):
             raise ValueError(f"pretrained has {len(starts)} encoders: pretraining has one")
         if batch_size < 2:
             raise ValueError(f"batch_size is {batch_size}: must be at least 2")
+        if not 0 <= seed < 2**43:  # times a million, it seeds a generator of 64 bits
+            raise ValueError(f"seed is {seed}: must be at least 0 and less than 2**43")
         self.config = PolySRLConfig.named(config) if isinstance(config, str) else config
         self.settings: dict[str, Any] = {
             "task": task,
@@ -198,3 +204,8 @@ class PolySRLModel(TrainableModel):
         2
         """
         return dict(self._given)
+
+
+def _plain(value: Any) -> Any:
+    """A scalar of NumPy as one of Python, which a manifest can hold; else the value itself."""
+    return value.item() if isinstance(value, np.generic) else value

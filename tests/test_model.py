@@ -1,6 +1,8 @@
 """``PolySRLModel`` as a user meets it: arguments, units, weights, uncertainty, batches."""
 
 import io
+import json
+from dataclasses import replace
 
 import deepchem as dc
 import numpy as np
@@ -27,12 +29,42 @@ from polysrl_dc.graphs import StoichiometryBatch
         {"schedule": "cosine"},
         {"config": "papre"},
         {"task": "pretraining", "objective": "none"},
+        {"seed": -1},
+        {"seed": 2**43},
     ],
     ids=str,
 )
 def test_values_that_mean_nothing_are_refused(kwargs):
     with pytest.raises(ValueError, match=str(next(reversed(kwargs.values())))):
         make(**kwargs)
+
+
+def test_scalars_of_numpy_are_those_of_python():
+    whole = {"n_tasks": 1, "n_ensemble": 2, "batch_size": 8, "seed": 3, "log_frequency": 7}
+    real = {"learning_rate": 0.5, "weight_decay": 0.25}  # without loss in single precision
+    model = make(
+        **{name: np.int64(value) for name, value in whole.items()},
+        **{name: np.float32(value) for name, value in real.items()},
+        freeze_encoder=np.bool_(True),
+    )
+    plain = make(**whole, **real, freeze_encoder=True)
+    assert json.dumps([model.settings, model.training]) == json.dumps(
+        [plain.settings, plain.training]
+    )
+    assert type(model.get_params()["log_frequency"]) is int
+    model.fit(data(), nb_epoch=np.int64(2), deterministic=np.bool_(True), checkpoint_interval=3)
+    plain.fit(data(), nb_epoch=2, deterministic=True)
+    assert_same_state(state(plain), state(model))
+
+
+@pytest.mark.parametrize("value", [np.inf, -np.inf, np.nan, np.float32(2)])
+def test_constants_that_no_file_can_hold_are_refused(value):
+    with pytest.raises(ValueError, match=r"grad_clip is .*: no finite number"):
+        replace(PLAIN, grad_clip=value)
+
+
+def test_the_greatest_seed_trains():
+    assert np.isfinite(fitted(seed=2**43 - 1).predict(data())).all()
 
 
 def test_unknown_arguments_are_refused():
