@@ -31,7 +31,8 @@ def masked_scores(
     Returns
     -------
     scores : dict
-        Name of the metric -> mean over the tasks, by the metric's own task averager.
+        Name of the metric -> mean over the tasks, by the metric's own task averager. Of metrics of
+        one name it is the last, as in DeepChem.
     per_task : dict
         Name of the metric -> score of each task.
 
@@ -48,14 +49,16 @@ def masked_scores(
     >>> float(scores["mae_score"])
     0.5
     """
-    per_task: dict[str, list[float]] = {metric.name: [] for metric in metrics}
+    pairs = []
     for task in range(labels.shape[1]):
         labeled = weights[:, task] != 0
         if not labeled.any():
             raise InvalidInputError(f"task {task} has no label to be scored on")
-        pair = (labels[labeled, task : task + 1], predictions[labeled, task : task + 1])
-        for metric in metrics:
-            score: Any = metric.compute_metric(*pair, n_tasks=1, n_classes=n_classes)
-            per_task[metric.name].append(float(score))
+        pairs.append((labels[labeled, task : task + 1], predictions[labeled, task : task + 1]))
+
+    def score(metric: Any, pair: tuple[np.ndarray, np.ndarray]) -> float:
+        return float(metric.compute_metric(*pair, n_tasks=1, n_classes=n_classes))
+
+    per_task = {metric.name: [score(metric, pair) for pair in pairs] for metric in metrics}
     scores = {metric.name: metric.task_averager(per_task[metric.name]) for metric in metrics}
     return scores, per_task

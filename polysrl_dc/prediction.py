@@ -6,9 +6,9 @@ from typing import Any
 
 import numpy as np
 import torch
-from deepchem.data import Dataset
-from deepchem.metrics import Metric
+from deepchem.data import Dataset, NumpyDataset
 from deepchem.trans import Transformer, undo_transforms
+from deepchem.utils.evaluate import _process_metric_input
 from torch import Tensor, nn
 from tqdm import tqdm
 
@@ -69,13 +69,20 @@ class PredictingModel(PersistentModel):
                 row += len(X)
         return results
 
+    def _check_fitted(self) -> None:
+        """Refuse a model that cannot predict labels."""
+        if self.settings["task"] == "pretraining":
+            raise ValueError(
+                "a pretraining model has no labels to predict: train a model that starts from it, "
+                "PolySRLModel(pretrained=...) or `polysrl train --pretrained FOLDER`"
+            )
+        if not self.model.fitted:
+            raise ValueError("the model is not fitted; call fit or restore first")
+
     def _mean_and_std(
         self, dataset: Dataset, noise: Tensor | None = None
     ) -> tuple[np.ndarray, np.ndarray]:
-        if self.settings["task"] == "pretraining":
-            raise ValueError("a pretraining model has no labels to predict")
-        if not self.model.fitted:
-            raise ValueError("the model is not fitted; call fit or restore first")
+        self._check_fitted()
         found = self._map(dataset, lambda batch: self.model(batch, noise))
         means, stds = zip(*found, strict=True)
         return torch.cat(means).cpu().numpy(), torch.cat(stds).cpu().numpy()
@@ -152,6 +159,7 @@ class PredictingModel(PersistentModel):
         """
         if masks is not None:
             raise ValueError("masks must be None: the uncertainty does not come from dropout")
+        self._check_fitted()
         calibration = self.calibration if n_samples is None else None
         if n_samples is None:
             n_samples = calibration.n_samples if calibration else 0
@@ -218,7 +226,9 @@ class PredictingModel(PersistentModel):
         """
         if self.settings["task"] != "regression" or not self.model.fitted:
             raise ValueError("only a fitted model of regression has a std to scale")
-        mean, std = predicted or self.predict_uncertainty(dataset, n_samples=n_samples)
+        if predicted is None:
+            predicted = self.predict_uncertainty(dataset, n_samples=n_samples)
+        mean, std = predicted
         labels, weights = checked_labels(dataset, self.settings["n_tasks"], False)
         self.calibration = Calibration.fit(labels - mean, std, weights != 0, n_samples)
         return self.calibration
@@ -352,6 +362,7 @@ class PredictingModel(PersistentModel):
         ----------
         dataset : dc.data.Dataset
         metrics : dc.metrics.Metric, metric function or list of them
+            A function is named by its place, ``"metric-1"``.
         transformers : list of dc.trans.Transformer
             Undone on labels and predictions.
         per_task_metrics : bool
@@ -371,11 +382,13 @@ class PredictingModel(PersistentModel):
         InvalidInputError
             A row that is no graph, a label that is NaN or infinite, naming row and id.
         """
-        if self.settings["task"] != "pretraining":  # which predict refuses
-            classification = self.settings["task"] == "classification"
-            checked_labels(dataset, self.settings["n_tasks"], classification)
-        weights = np.asarray(dataset.w).reshape(len(dataset), -1)
+        self._check_fitted()
+        classification = self.settings["task"] == "classification"
+        labels, weights = checked_labels(dataset, self.settings["n_tasks"], classification)
+        metrics = list(metrics) if isinstance(metrics, tuple) else metrics
         if weights.all():
+            if dataset.y.dtype.kind not in "biuf":  # numbers among objects or as text
+                dataset = NumpyDataset(dataset.X, labels, weights, dataset.ids)
             return super().evaluate(
                 dataset,
                 metrics,
@@ -387,13 +400,8 @@ class PredictingModel(PersistentModel):
         if use_sample_weights:
             raise ValueError("use_sample_weights needs a dataset without missing labels")
         predictions = self.predict(dataset, transformers)
-        labels = undo_transforms(np.asarray(dataset.y, float), list(transformers))
-        given = metrics if isinstance(metrics, list) else [metrics]
+        labels = undo_transforms(labels, list(transformers))
         scores, per_task = masked_scores(
-            labels.reshape(predictions.shape),
-            predictions,
-            np.broadcast_to(weights, predictions.shape),
-            [metric if isinstance(metric, Metric) else Metric(metric) for metric in given],
-            n_classes,
+            labels, predictions, weights, _process_metric_input(metrics), n_classes
         )
         return (scores, per_task) if per_task_metrics else scores

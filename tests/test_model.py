@@ -87,6 +87,8 @@ def test_predicting_before_fitting_is_refused():
         make().predict(data())
     with pytest.raises(ValueError, match="no labels"):
         make("pretraining").predict(data())
+    with pytest.raises(ValueError, match=r"no labels to predict.*pretrained="):
+        make("pretraining").predict_uncertainty(data())
 
 
 # ------------------------------------------------------------ labels and units
@@ -476,6 +478,17 @@ def test_a_score_that_is_nan_is_no_better_one(monkeypatch):
     monkeypatch.setattr(model, "evaluate", lambda *_: {"mae_score": next(scores)})
     model.fit(data(), nb_epoch=9, callbacks=stop)
     assert stop.get_best_score() == 1.0 and model.get_global_step() == 7
+
+
+def test_evaluation_is_the_same_with_labels_as_objects_and_metrics_in_a_tuple():
+    model, pearson = fitted(), dc.metrics.pearson_r2_score
+    metrics = [MAE, pearson, dc.metrics.Metric(dc.metrics.rms_score, name="mae_score")]
+    expected = model.evaluate(data(), metrics)
+    assert expected.keys() == {"mae_score", "metric-2"}
+    for y in (SIGNAL.astype(object), SIGNAL.astype(str)):
+        assert model.evaluate(data(y), tuple(metrics)) == pytest.approx(expected, rel=1e-5)
+    missing = data([*SIGNAL, 0.0], np.r_[np.ones(N), 0.0], [*FORMULAS, "CsF"])
+    assert model.evaluate(missing, tuple(metrics)) == pytest.approx(expected, rel=1e-4)
 
 
 @pytest.mark.parametrize("bad", [np.nan, np.inf])

@@ -84,6 +84,7 @@ def test_predictions_of_other_models_calibrate_a_model_that_has_learned_from_the
     model, other = fitted(), fitted(seed=1)
     predicted = other.predict_uncertainty(data(OTHER), n_samples=8)
     assert model.calibrate(data(OTHER), 8, predicted) == other.calibrate(data(OTHER), 8)
+    assert model.calibrate(data(OTHER), 8, np.stack(predicted)) == other.calibration
     own = model.predict_uncertainty(data(), n_samples=8)[1]
     np.testing.assert_array_equal(
         model.predict_uncertainty(data())[1], other.calibration.apply(own)
