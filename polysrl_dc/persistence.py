@@ -158,7 +158,7 @@ class PersistentModel(TorchModel):
             self._check_same(manifest)
             calibration = self._calibration_of(manifest)
             load_into(self.model, tensors)
-        self.calibration = calibration
+        self.calibration, self.provenance = calibration, manifest.get("provenance", {})
 
     def _calibration_of(self, manifest: dict[str, Any]) -> Calibration | None:
         """The calibration in a manifest; files had none before."""
@@ -191,6 +191,11 @@ class PersistentModel(TorchModel):
         tensors, manifest = load_checkpoint(file)
         prefix = "encoders.0."
         encoder = {k.removeprefix(prefix): v for k, v in tensors.items() if k.startswith(prefix)}
+        found = {name.split(".")[1] for name in tensors if name.startswith("encoders.")}
+        if len(found) > 1:
+            raise CheckpointError(
+                f"{file} has {len(found)} encoders: each member starts from a file that has one"
+            )
         with content_of(file):
             for field in ENCODER_FIELDS:
                 theirs, ours = manifest["config"].get(field), getattr(self.config, field)
@@ -263,7 +268,7 @@ class PersistentModel(TorchModel):
             self._global_step, self._epoch, self._run = step, epoch, run
             if self._lr_schedule and manifest["schedule"]:
                 load_schedule(self._lr_schedule, manifest["schedule"])
-        self.calibration = calibration
+        self.calibration, self.provenance = calibration, manifest.get("provenance", {})
 
 
 def _settings_of(manifest: dict[str, Any]) -> dict[str, Any]:

@@ -44,6 +44,30 @@ def test_provenance_is_kept_in_the_file(tmp_path):
     assert dc.models.PolySRLModel.from_pretrained(tmp_path).provenance == {}
 
 
+def test_provenance_comes_back_with_the_weights(tmp_path):
+    model = make(model_dir=str(tmp_path))
+    model.provenance = {"data": "gaps"}
+    model.fit(data(), nb_epoch=1)
+    model.save()
+    for name in ("reload", "restore"):
+        again = make(model_dir=str(tmp_path))
+        getattr(again, name)()
+        assert again.provenance == {"data": "gaps"}
+
+
+def test_steps_are_counted_from_none(tmp_path):
+    assert make().get_global_step() == 0
+    fitted().save(tmp_path)
+    assert dc.models.PolySRLModel.from_pretrained(tmp_path).get_global_step() == 0
+
+
+def test_a_file_of_several_encoders_is_no_start(tmp_path):
+    fitted(n_ensemble=3).save(tmp_path)
+    for start in (lambda: make(pretrained=tmp_path), lambda: make().load_encoder(tmp_path)):
+        with pytest.raises(CheckpointError, match=r"model\.safetensors has 3 encoders"):
+            start()
+
+
 @pytest.mark.parametrize("frozen", [False, True])
 def test_files_that_do_not_say_how_many_encoders_there_are(frozen, tmp_path):
     model = fitted(model_dir=str(tmp_path), n_ensemble=2, freeze_encoder=frozen)
