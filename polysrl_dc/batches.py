@@ -91,7 +91,12 @@ def checked_labels(
     """
     check_lengths(dataset)
     ids = dataset.ids
-    y, w = _numbers(dataset.y, ids, "label"), _numbers(dataset.w, ids, "weight")
+    w = _numbers(dataset.w, ids, "weight")
+    given = np.ma.asarray(dataset.y)
+    if given.dtype.kind in "OSU" and given.size in (w.size, w.size * n_tasks):
+        missing = np.broadcast_to(w, (len(w), given.size // len(w))).reshape(given.shape) == 0
+        given = np.ma.where(missing, None, given.astype(object))
+    y = _numbers(given, ids, "label")
     if y.shape[1] != n_tasks:
         raise InvalidInputError(f"the labels have {y.shape[1]} columns, the model {n_tasks}")
     if w.shape[1] not in (1, n_tasks):

@@ -202,8 +202,8 @@ class TrainableModel(PredictingModel):
         network = self.model
         data = LabeledData.from_dataset(dataset, self.settings["n_tasks"], network.classification)
         if not network.fitted:
+            mean, std = data.label_statistics()
             if not network.classification:
-                mean, std = data.label_statistics()
                 network.label_mean.copy_(mean)
                 network.label_std.copy_(std)
             network.fitted.fill_(True)

@@ -127,11 +127,12 @@ def test_labels_that_single_precision_cannot_tell_apart_are_refused(labels):
         fitted(dataset=data(labels))
 
 
-def test_a_task_without_a_label_is_refused():
-    y, w = np.tile(SIGNAL[:, None], 2), np.ones((N, 2))
+@pytest.mark.parametrize("task", ["regression", "classification"])
+def test_a_task_without_a_label_is_refused(task):
+    y, w = np.tile(SIGNAL[:, None] > 0, 2), np.ones((N, 2))
     w[:, 1] = 0
     with pytest.raises(InvalidInputError, match="task 1 has no label to learn from"):
-        fitted(dataset=data(y, w), n_tasks=2)
+        fitted(dataset=data(y, w), n_tasks=2, task=task)
 
 
 @pytest.mark.parametrize("constant", [0.0, 1234.5, 1e-12])
@@ -152,6 +153,17 @@ def test_a_missing_label_does_not_matter_whatever_stands_there(value):
         predictions.append(fitted(dataset=data(y, w)).predict(data()))
     np.testing.assert_array_equal(*predictions)
     assert np.isfinite(predictions[0]).all()
+
+
+@pytest.mark.parametrize("word", [None, "n/a", ""])
+def test_a_missing_label_may_be_a_word(word):
+    y, w = SIGNAL.astype(object), np.ones(N)
+    y[[3, 20]], w[[3, 20]] = word, 0
+    expected = fitted(dataset=data(np.where(w, SIGNAL, 0.0), w)).predict(data())
+    np.testing.assert_array_equal(fitted(dataset=data(y, w)).predict(data()), expected)
+    with pytest.raises(InvalidInputError, match=r"row 5 \(id 5\): label 'large'"):
+        y[5] = "large"
+        fitted(dataset=data(y, w))
 
 
 def test_weights_are_used():
