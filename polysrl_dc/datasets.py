@@ -97,9 +97,7 @@ class PolymorphDataset(Dataset):
             raise InvalidInputError("structure {}: {}".format(*skipped[0]))
         if not len(arrays["ids"]):
             first = ": ".join(skipped[0])
-            raise InvalidInputError(
-                f"none of the {len(skipped)} structures is usable; the first, {first}"
-            )
+            raise InvalidInputError(f"none of the {len(skipped)} structures is usable: {first}")
         self._open(arrays, PackSettings(**manifest["settings"]), skipped)
         rows = np.arange(len(arrays["ids"]))
         if max_sites is not None:

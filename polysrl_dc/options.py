@@ -160,7 +160,7 @@ def _output(path: str) -> str:
 def _folder(path: str) -> str:
     there = next(part for part in [Path(path), *Path(path).absolute().parents] if part.exists())
     if not there.is_dir():
-        raise argparse.ArgumentTypeError(f"{there} is a file, no folder")
+        raise argparse.ArgumentTypeError(f"{path}: {there} is a file, no folder")
     return path
 
 

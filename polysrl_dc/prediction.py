@@ -41,9 +41,7 @@ class PredictingModel(PersistentModel):
     fit_generator = _refuse("fit_generator", "fit(dataset)")
     predict_on_generator = _refuse("predict_on_generator", "predict(dataset)")
     evaluate_generator = _refuse("evaluate_generator", "evaluate(dataset, metrics)")
-    predict_uncertainty_on_batch = _refuse(
-        "predict_uncertainty_on_batch", "predict_uncertainty(dataset)"
-    )
+    predict_uncertainty_on_batch = _refuse("predict_uncertainty_on_batch", "predict_uncertainty")
     compute_saliency = _refuse("compute_saliency", "predict(dataset)")
     load_from_pretrained = _refuse("load_from_pretrained", "load_encoder or from_pretrained")
 
@@ -72,20 +70,15 @@ class PredictingModel(PersistentModel):
     def _check_fitted(self) -> None:
         """Refuse a model that cannot predict labels."""
         if self.settings["task"] == "pretraining":
-            raise ValueError(
-                "a pretraining model has no labels to predict: train a model that starts from it, "
-                "PolySRLModel(pretrained=...) or `polysrl train --pretrained FOLDER`"
-            )
+            start = "PolySRLModel(pretrained=...) or `polysrl train --pretrained FOLDER`"
+            raise ValueError(f"a pretraining model has no labels to predict; try {start}")
         if not self.model.fitted:
             raise ValueError("the model is not fitted; call fit or restore first")
 
-    def _mean_and_std(
-        self, dataset: Dataset, noise: Tensor | None = None
-    ) -> tuple[np.ndarray, np.ndarray]:
+    def _mean_and_std(self, dataset: Dataset, noise: Tensor | None = None) -> Any:
         self._check_fitted()
         found = self._map(dataset, lambda batch: self.model(batch, noise))
-        means, stds = zip(*found, strict=True)
-        return torch.cat(means).cpu().numpy(), torch.cat(stds).cpu().numpy()
+        return [torch.cat(parts).cpu().numpy() for parts in zip(*found, strict=True)]
 
     def predict(
         self,
@@ -228,9 +221,9 @@ class PredictingModel(PersistentModel):
             raise ValueError("only a fitted model of regression has a std to scale")
         if predicted is None:
             predicted = self.predict_uncertainty(dataset, n_samples=n_samples)
-        mean, std = predicted
         labels, weights = checked_labels(dataset, self.settings["n_tasks"], False)
-        self.calibration = Calibration.fit(labels - mean, std, weights != 0, n_samples)
+        errors = labels - predicted[0]
+        self.calibration = Calibration.fit(errors, predicted[1], weights != 0, n_samples)
         return self.calibration
 
     def predict_embedding(self, dataset: Dataset) -> np.ndarray:
@@ -383,8 +376,8 @@ class PredictingModel(PersistentModel):
             A row that is no graph, a label that is NaN or infinite, naming row and id.
         """
         self._check_fitted()
-        classification = self.settings["task"] == "classification"
-        labels, weights = checked_labels(dataset, self.settings["n_tasks"], classification)
+        n_tasks, classification = self.settings["n_tasks"], self.model.classification
+        labels, weights = checked_labels(dataset, n_tasks, classification)
         metrics = list(metrics) if isinstance(metrics, tuple) else metrics
         if weights.all():
             if dataset.y.dtype.kind not in "biuf":  # numbers among objects or as text
@@ -401,7 +394,6 @@ class PredictingModel(PersistentModel):
             raise ValueError("use_sample_weights needs a dataset without missing labels")
         predictions = self.predict(dataset, transformers)
         labels = undo_transforms(labels, list(transformers))
-        scores, per_task = masked_scores(
-            labels, predictions, weights, _process_metric_input(metrics), n_classes
-        )
-        return (scores, per_task) if per_task_metrics else scores
+        metrics = _process_metric_input(metrics)
+        found = masked_scores(labels, predictions, weights, metrics, n_classes)
+        return found if per_task_metrics else found[0]

@@ -29,8 +29,9 @@ WRITERS: dict[str, Callable[[pd.DataFrame, Any], Any]] = {
 
 
 def read_table(path: str, columns: Sequence[str]) -> pd.DataFrame:
-    """A CSV, JSON or Parquet table with ``columns``; the fields of a CSV table stay text.
+    """A CSV, JSON or Parquet table with ``columns``, of which the first has formulas.
 
+    Columns of a CSV table are text unless all their fields are numbers as Python writes them.
     Rows are numbered from 0, the first beneath the names. The name of an index becomes that of a
     column. The path ``-`` means CSV on standard input.
 
@@ -43,7 +44,7 @@ def read_table(path: str, columns: Sequence[str]) -> pd.DataFrame:
         raise InvalidInputError(f"{path} is a spreadsheet: save it as CSV")
     content = sys.stdin.buffer.read() if path == "-" else unpacked(path, _LARGEST)
     try:
-        frame = _parsed(path, content)
+        frame = _parsed(path, content, columns[0])
     except Exception as error:  # three parsers, each of which fails in its own ways
         line = " ".join(str(error).split())
         raise InvalidInputError(f"{path} is no table: {line}{_separator(content)}") from error
@@ -59,8 +60,8 @@ def read_table(path: str, columns: Sequence[str]) -> pd.DataFrame:
     return frame
 
 
-def _parsed(path: str, content: bytes) -> pd.DataFrame:
-    """The table in a file."""
+def _parsed(path: str, content: bytes, formulas: str) -> pd.DataFrame:
+    """The table in a file, of which one column has formulas."""
     if path.endswith(".parquet"):
         return pd.read_parquet(BytesIO(content))
     if path.endswith(".json"):
@@ -75,7 +76,15 @@ def _parsed(path: str, content: bytes) -> pd.DataFrame:
     for name in names:
         if name and names.count(name) > 1:
             raise ValueError(f"two columns are called {name!r}")
-    return rows.iloc[1:].reset_index(drop=True).set_axis(names, axis=1)
+    fields = (rows.iloc[1:, i].reset_index(drop=True) for i in range(len(names)))
+    typed = [f if name == formulas else _typed(f) for name, f in zip(names, fields, strict=True)]
+    return pd.concat(typed, axis=1).set_axis(names, axis=1)
+
+
+def _typed(fields: pd.Series) -> pd.Series:
+    """Text as numbers, if they are written like that; else the text."""
+    found = pd.to_numeric(fields, errors="coerce")
+    return found if found.notna().all() and (found.astype(str) == fields).all() else fields
 
 
 def _bare(name: Any) -> str:
@@ -116,7 +125,7 @@ def numbers(column: pd.Series) -> tuple[np.ndarray, dict[Hashable, str]]:
     wrong = {}
     for row in column.index[~missing & ~(found.abs() <= GREATEST_LABEL)]:
         limit = "" if np.isnan(found[row]) else f" of at most {GREATEST_LABEL:g}"
-        wrong[row] = f"row {row}: {column.name} is {column[row]!r}, not a number{limit}"
+        wrong[row] = f"row {row}: {column.name} is {str(column[row])!r}, not a number{limit}"
     return found.mask(found.index.isin(list(wrong))).to_numpy(), wrong
 
 

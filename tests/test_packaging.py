@@ -13,6 +13,7 @@ from pathlib import Path
 import pytest
 
 ORDER = [
+    "_deepchem",
     "errors",
     "recalibration",
     "metrics",
@@ -23,7 +24,6 @@ ORDER = [
     "graphs",
     "featurizers",
     "sources",
-    "tables",
     "packing",
     "datasets",
     "config",
@@ -44,6 +44,8 @@ ORDER = [
     "polymorph_variance",
     "domain",
     "cross_validation",
+    "tables",
+    "options",
     "cli",
     "__init__",
 ]
@@ -117,7 +119,7 @@ def test_the_layering_check_sees_every_form_of_import(line: str, expected: set[s
 
 
 def test_few_files_of_moderate_length() -> None:
-    assert 0 < len(SOURCES) <= 33
+    assert 0 < len(SOURCES) <= 35
     lengths = {path.name: len(path.read_text().splitlines()) for path in SOURCES}
     assert not {name: n for name, n in lengths.items() if n > 400}
 
