@@ -9,7 +9,6 @@ from collections.abc import Sequence
 from dataclasses import replace
 from typing import Any
 
-import deepchem as dc
 import numpy as np
 import torch
 from folds import split_validation
@@ -89,7 +88,9 @@ def predict_fold(
     return predictions, None, params
 
 
-def dataset_of(target: Target, rows: np.ndarray) -> dc.data.NumpyDataset:
+def dataset_of(target: Target, rows: np.ndarray) -> Any:
     """Graphs and values of rows of a target, whose numbers are the ids."""
+    from deepchem.data import NumpyDataset  # after polysrl_dc, which silences its import
+
     graphs = StoichiometryGraphFeaturizer().featurize(target.formulas[rows])
-    return dc.data.NumpyDataset(graphs, target.values[rows, None], ids=rows)
+    return NumpyDataset(graphs, target.values[rows, None], ids=rows)
