@@ -68,7 +68,7 @@ def has_learned(encoder: str | Path, task: str, folds: Iterable[int]) -> bool:
 
     Parameters
     ----------
-    encoder : str
+    encoder : str or path
         Name, folder or file; its manifest tells.
     task : str
     folds : iterable of int

@@ -177,7 +177,7 @@ class PropertyNetwork(nn.Module):
         """Predictive mean and standard deviation, each (n_graphs, n_tasks), in label units.
 
         Regression: mean over members; variance = variance between members + mean over members of
-        the Laplace variance 2 b². Classification: probability of class 1 and p (1 - p).
+        the Laplace variance 2 b². Classification: probability p of class 1, variance p (1 - p).
 
         Parameters
         ----------

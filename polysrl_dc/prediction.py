@@ -75,7 +75,7 @@ class PredictingModel(PersistentModel):
         if not self.model.fitted:
             raise ValueError("the model is not fitted; call fit or restore first")
 
-    def _mean_and_std(self, dataset: Dataset, noise: Tensor | None = None) -> Any:
+    def _mean_and_std(self, dataset: Dataset, noise: Tensor | None = None) -> list[np.ndarray]:
         self._check_fitted()
         found = self._map(dataset, lambda batch: self.model(batch, noise))
         return [torch.cat(parts).cpu().numpy() for parts in zip(*found, strict=True)]

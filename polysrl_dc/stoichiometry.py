@@ -21,8 +21,9 @@ _DECIMAL = r"(?<!(?<![0-9])0)\.[0-9]+"  # with a dot that may be no decimal poin
 _LIGAND = re.compile(rf"{_DECIMAL}[(\[]?(?:H2O|NH3|N2H4|CH3|C[2-9]H)")
 _ONE_DOT = re.compile(rf"([^.]+){_DECIMAL}([^.]+)")
 _KEY = re.compile(r"[A-Z][a-z]?([0-9]*\.?[0-9]*[+-])?(,.*)?|[0-9]+")  # Fe, Fe2+, 26; not Fe2
+_LINE_END = re.compile("[\n\r\v\f\x1c-\x1e\x85\u2028\u2029]")
 _UNREADABLE = {
-    "it has several lines": re.compile("[\n\r\v\f\x1c-\x1e\x85\u2028\u2029]"),
+    "it has several lines": _LINE_END,
     "signs and charges are not supported": re.compile("[-+\u2212\u207a\u207b]"),
     "write a hydrate as CuSO4(H2O)5": re.compile("[*\u00b7\u2022\u2219\u22c5]"),
     "write subscripts as plain digits": re.compile("[\u2080-\u2089]"),
@@ -82,7 +83,7 @@ def _of_string(text: str) -> dict[int, float]:
     if len(text) > 1000:
         raise InvalidInputError(f"{len(text)} characters, more than 1000")
     text = text.strip()
-    if not _FORMULA.fullmatch(text) or text.splitlines()[1:]:
+    if not _FORMULA.fullmatch(text) or _LINE_END.search(text):
         raise InvalidInputError(_why_unreadable(text))
     if "." in text and _may_be_an_adduct(text):
         raise InvalidInputError("its dot may be a decimal point or that of CuSO4(H2O)5")

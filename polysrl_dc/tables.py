@@ -3,6 +3,7 @@
 import sys
 from collections.abc import Callable, Hashable, Sequence
 from io import BytesIO
+from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -42,22 +43,30 @@ def read_table(path: str, columns: Sequence[str]) -> pd.DataFrame:
     """
     if path.lower().endswith((".xlsx", ".xls", ".ods")):
         raise InvalidInputError(f"{path} is a spreadsheet: save it as CSV")
-    content = sys.stdin.buffer.read() if path == "-" else unpacked(path, _LARGEST)
+    content = _standard_input() if path == "-" else unpacked(path, _LARGEST)
+    advice = _separator(path, content)
     try:
         frame = _parsed(path, content, columns[0])
     except Exception as error:  # three parsers, each of which fails in its own ways
         line = " ".join(str(error).split())
-        raise InvalidInputError(f"{path} is no table: {line}{_separator(content)}") from error
+        raise InvalidInputError(f"{path} is no table: {line}{advice}") from error
     frame = frame.reset_index(drop=frame.index.names == [None])
     for name in columns:
         if name not in frame:
             given = list(frame.columns)
             alike = [other for other in given if _bare(other) == _bare(name)]
-            hint = f"; is it {alike[0]!r}?" if alike else _separator(content)
+            hint = f"; is it {alike[0]!r}?" if alike else advice
             raise InvalidInputError(f"{path} has no column {name!r}, only {given}{hint}")
     if frame.empty:
         raise InvalidInputError(f"{path} has no row")
     return frame
+
+
+def _standard_input() -> bytes:
+    content = sys.stdin.buffer.read(_LARGEST + 1)
+    if len(content) > _LARGEST:
+        raise InvalidInputError(f"standard input holds more than {_LARGEST:,} bytes")
+    return content
 
 
 def _parsed(path: str, content: bytes, formulas: str) -> pd.DataFrame:
@@ -68,7 +77,7 @@ def _parsed(path: str, content: bytes, formulas: str) -> pd.DataFrame:
         return pd.read_json(BytesIO(content), dtype=False, convert_dates=False, precise_float=True)
     if b"\0" in content:  # where pandas would end the field
         raise ValueError("it holds a byte that is zero, no text in UTF-8; save it as UTF-8")
-    separator = "\t" if ".tsv" in path else ","
+    separator = "\t" if _has_tabs(path) else ","
     # as text, or 0012 would become 12 and the formula NaN a missing value
     text = {"header": None, "dtype": str, "na_filter": False, "encoding": "utf-8-sig"}
     rows = pd.read_csv(BytesIO(content), sep=separator, **text)
@@ -91,8 +100,14 @@ def _bare(name: Any) -> str:
     return str(name).strip().casefold()
 
 
-def _separator(content: bytes) -> str:
-    """Advice on a text whose first line has no comma, but what other programs write instead."""
+def _has_tabs(path: str) -> bool:
+    return ".tsv" in Path(path).name
+
+
+def _separator(path: str, content: bytes) -> str:
+    """Advice on a CSV table whose first line has what other programs write for a comma."""
+    if path.endswith((".parquet", ".json")) or _has_tabs(path):
+        return ""
     line = content.split(b"\n")[0]
     found = [name for mark, name in ((b";", "semicolons"), (b"\t", "tabs")) if mark in line]
     if not found or b"," in line:

@@ -249,6 +249,18 @@ def test_tables_are_read_from_standard_input_and_with_tabs(tmp_path, monkeypatch
     output = tmp_path / "out.json"
     assert run(["embed", "--input", "-", "--output", str(output)], capsys)[0] == 0
     assert pd.read_json(output)["formula"].tolist() == ["NaCl"]
+    monkeypatch.setattr("polysrl_dc.tables._LARGEST", 10)
+    monkeypatch.setattr("sys.stdin", SimpleNamespace(buffer=BytesIO(b"formula\nNaCl\n")))
+    assert "holds more than 10 bytes" in run(["embed", "--input", "-"], capsys)[2]
+
+
+def test_advice_on_commas_is_for_csv_only(tmp_path, capsys):
+    (tmp_path / "t.tsv").write_text("name\tnote\nNaCl\ta\n")
+    (tmp_path / "t.json").write_text('[{"a;b": 1}]')
+    (tmp_path / "t.parquet").write_bytes(b"PAR1;")
+    for name in ("t.tsv", "t.json", "t.parquet"):
+        status, _, error = run(["embed", "--input", str(tmp_path / name)], capsys)
+        assert status == 2 and name in error and "separated by" not in error
 
 
 # ---------------------------------------------------------------------- folds

@@ -240,7 +240,7 @@ def test_structure_files_of_absurd_size_are_refused(tmp_path, little_memory):
     }
     for name, (content, words) in files.items():
         (tmp_path / name).write_text(content)
-        with pytest.raises(InvalidInputError, match=rf"{name} .*{words}"):
+        with pytest.raises(InvalidInputError, match=rf"{name} (cannot be read: .*|holds ){words}"):
             read_structure(tmp_path / name)
     (tmp_path / "bomb.cif.gz").write_bytes(gzip.compress(bytes(2**30)))
     with pytest.raises(InvalidInputError, match=r"bomb\.cif\.gz.*16,777,216"):
