@@ -13,7 +13,7 @@ from claims import MATBENCH, SHORT, SUPERVISED, WETLAB, ZT, Numbers
 from magpie import BASELINES
 from paper_models import MODELS
 from paper_protocol import FOLDS, PROTOCOLS, suite_name
-from peers import SMALL_TASKS
+from peers import PEERS, SMALL_TASKS
 from scipy import stats
 from scores import COLUMNS, COMPOSITION_MODELS
 
@@ -59,7 +59,7 @@ Cells = dict[Key, Cell]
 def ordered(models: Iterable[str]) -> list[str]:
     """Models in the order of the paper's tables, then others by name."""
     given = set(models)
-    known = (*MODELS, *SUPERVISED, *BASELINES)
+    known = (*MODELS, *PEERS, *BASELINES)
     return [model for model in known if model in given] + sorted(given - set(known))
 
 
@@ -127,7 +127,7 @@ TABLES = (
 )
 
 
-COMPARED = ("rand_init", "polysrl", *SUPERVISED, "magpie_forest")
+COMPARED = ("rand_init", "polysrl", *PEERS, "magpie_forest")
 #: Beside models that have no encoder of ours; see :func:`compared`.
 TABLE_8 = Table(
     "Table 8",

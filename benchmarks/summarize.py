@@ -69,7 +69,8 @@ rule). Encoders differ only in their pretraining: none (rand_init), contrasting 
 all polymorphs (polysrl, and without_sampling, for which the paper's values are those of its Table
 7). The Magpie models fit tabulated features without an encoder. Roost (package aviary-models) and
 CrabNet (written anew, `benchmarks/crabnet.py`; how far it reproduces its published scores stands
-below) are trained on each training fold by their own recipes, untuned. Rows beneath them are
+below) are trained on each training fold by their own recipes, untuned; roost_500_epochs is Roost
+trained for the 500 epochs of the transfer protocol, not for its own 100. Rows beneath them are
 further encoders of ours. What is called a recipe is a way to train a model of this package on a
 whole training fold without choosing anything; where its standard deviation is calibrated and not
 cross-validated, on four fifths of it. The other models in those tables are those of Table 8.

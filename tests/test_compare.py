@@ -10,6 +10,7 @@ import paper_protocol
 import peers
 import pytest
 import torch
+import transfer
 from check_submission import check_records
 from compare import main
 from compare_speed import WARM_UP, Contender, measure, step_seconds
@@ -110,6 +111,10 @@ def test_settings_of_peers_name_all_that_makes_them():
         "config": str(CrabNetConfig()),
         "epochs": 300,
     }
+    recipe, longer = peer_settings("roost"), peer_settings("roost_500_epochs")
+    assert recipe["epochs"] == 100 and longer == recipe | {"epochs": transfer.EPOCHS}
+    for settings, name in ((recipe, "roost"), (longer, "roost_500_epochs")):
+        assert peers.peer_model(name).epochs == settings["epochs"]
 
 
 def test_the_command_ends_with_table_8_and_differences_to_polysrl(quick, capsys, monkeypatch):
@@ -242,7 +247,7 @@ def test_a_peer_of_its_own_learns_a_fold(name, monkeypatch):
     target = small_target()
     split = (np.arange(16), np.arange(16, 20))
     tiny = CrabNetConfig(width=32, layers=1, heads=2, feed_forward=32, head=(32, 16))
-    few = {"roost": {"epochs": 1}, "crabnet": {"epochs": 20, "config": tiny}}
+    few = {name: {"epochs": 1} for name in PEERS} | {"crabnet": {"epochs": 20, "config": tiny}}
     kind = peers.peer_model
     monkeypatch.setattr(peers, "peer_model", lambda name, seed: kind(name, seed, **few[name]))
     predictions, std, params = peers.predict_peer_fold(target, split, name, 3)
