@@ -39,7 +39,7 @@ def main(argv: list[str] | None = None) -> int:
         allow_abbrev=False,
     )
     add = parser.add_argument
-    add("--models", nargs="+", choices=COMPARED, default=COMPARED, metavar="MODEL")
+    add("--models", nargs="+", choices=COMPARED, metavar="MODEL", help="default: the table's")
     add("--matbench", action="store_true", help="the small tasks of Matbench, not the wet lab")
     add("--data-dir", help="layout of the shared data; or POLYSRL_DATA")
     arguments, others = parser.parse_known_args(argv)
@@ -48,7 +48,7 @@ def main(argv: list[str] | None = None) -> int:
     suite, table = ("paper", MATBENCH_8) if arguments.matbench else ("wetlab", TABLE_8)
     scores = None
     for protocol in dict.fromkeys(PROTOCOL.values()):
-        models = [name for name in arguments.models if PROTOCOL[name] == protocol]
+        models = [n for n in arguments.models or table.models if PROTOCOL[n] == protocol]
         if models:
             chosen = [*others, "--models", *models, "--protocols", protocol]
             targets_of = small_targets if arguments.matbench else wetlab_targets

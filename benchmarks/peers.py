@@ -97,14 +97,14 @@ def peer_model(name: str, seed: int = 0, **settings: Any) -> Any:
 def peer_settings(name: str) -> dict[str, Any]:
     """What makes the predictions of a peer: a record made by anything else is not taken for one."""
     if name == "crabnet":
-        from crabnet import EPOCHS as OWN
-        from crabnet import CrabNetConfig
+        import crabnet
 
-        return {"encoder": "none", "config": str(CrabNetConfig()), "epochs": OWN}
-    from roost import EPOCHS as OWN
-    from roost import VERSION
+        config, epochs = str(crabnet.CrabNetConfig()), crabnet.EPOCHS
+    else:
+        import roost
 
-    return {"encoder": "none", "config": VERSION, "epochs": LONGER.get(name, OWN)}
+        config, epochs = roost.VERSION, LONGER.get(name, roost.EPOCHS)
+    return {"encoder": "none", "config": config, "epochs": epochs}
 
 
 def predict_peer_fold(

@@ -108,7 +108,7 @@ def _separator(path: str, content: bytes) -> str:
     """Advice on a CSV table whose first line has what other programs write for a comma."""
     if path.endswith((".parquet", ".json")) or _has_tabs(path):
         return ""
-    line = content.split(b"\n")[0]
+    line = BytesIO(content).readline()
     found = [name for mark, name in ((b";", "semicolons"), (b"\t", "tabs")) if mark in line]
     if not found or b"," in line:
         return ""

@@ -238,6 +238,7 @@ def test_published_models_are_compared_with_polysrl_fold_by_fold(complete):
     assert f"{(forest - ours).mean():+.3f} ± " in paired["magpie_forest"]
     small = part_of(page, "Not in the paper: Matbench, beside published models")
     assert "| crabnet | " in small and "mp_gap" not in small and "log_gvrh" in small
+    assert "roost_500_epochs" not in small
 
 
 def test_crabnet_stands_beside_its_published_scores(complete, folder):
