@@ -30,6 +30,7 @@ import numpy as np
 import pandas as pd
 import torch
 from folds import FoldStore, locked, output_folder
+from graph_data import dataset_of
 from intervals import Constant, Intervals, Laplace, Normalized, Scaled, evaluate
 from paper_records import load_record
 from peers import PEERS
@@ -38,7 +39,6 @@ from submission import read_benchmark
 from targets import N_FOLDS, Target, matbench_target, wetlab_targets
 from tasks import find_data_dir, load_task
 from tqdm import tqdm
-from transfer import dataset_of
 
 from polysrl_dc import PolySRLModel
 from polysrl_dc.checkpoints import write_atomic

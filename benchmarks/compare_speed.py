@@ -21,17 +21,17 @@ from functools import partial
 from pathlib import Path
 from typing import Any
 
-import deepchem as dc
 import numpy as np
 import pandas as pd
 import torch
+from graph_data import Dataset, dataset_of
 from magpie import magpie_features, regressor
 from peers import PEERS, lacking, peer_model
 from targets import Target, wetlab_targets
 from tasks import DataNotFoundError, find_data_dir
 from torch.optim.optimizer import register_optimizer_step_post_hook
 from tqdm import tqdm
-from transfer import CONFIG, dataset_of
+from transfer import CONFIG
 
 from polysrl_dc import PolySRLModel
 from polysrl_dc.checkpoints import write_atomic
@@ -104,7 +104,7 @@ def timed(call: Callable[[], Any]) -> float:
 def polysrl(target: Target, seed: int) -> Contender:
     """PolySRL as the transfer protocol trains it, from the shipped encoder."""
 
-    def train(dataset: dc.data.Dataset) -> PolySRLModel:
+    def train(dataset: Dataset) -> PolySRLModel:
         model = PolySRLModel(
             "regression",
             config=CONFIG,
@@ -126,7 +126,7 @@ def peer(name: str, target: Target, seed: int) -> Contender:
     short = {"roost": 1, "crabnet": 20}[name]
     few = read_graphs(part_of(target, BATCH_SIZE))
 
-    def train(dataset: dc.data.Dataset) -> Any:
+    def train(dataset: Dataset) -> Any:
         given = {"valid": few} if name == "crabnet" else {}  # else it would learn from a part only
         return peer_model(name, seed, epochs=short, device="cpu").fit(dataset, **given)
 
@@ -145,7 +145,7 @@ def forest(target: Target, seed: int) -> Contender:
     return Contender(read_features, train, fitted.predict, nodes, learns_in_steps=False)
 
 
-def read_graphs(target: Target) -> dc.data.Dataset:
+def read_graphs(target: Target) -> Dataset:
     """Graphs and values of all rows of a target."""
     return dataset_of(target, np.arange(len(target.values)))
 

@@ -29,7 +29,7 @@ from itertools import pairwise
 
 import numpy as np
 import torch
-from deepchem.data import Dataset
+from graph_data import Dataset
 from linear import Linear, linear
 from peers import asked, labeled, seeded
 from pytorch_optimizer import Lamb, Lookahead

@@ -16,15 +16,13 @@ from pathlib import Path
 import numpy as np
 import pandas as pd
 import torch
-from deepchem.data import NumpyDataset
 from folds import FoldStore, in_parallel, output_folder, readable
+from graph_data import graph_dataset
 from peers import lacking, peer_model, peer_settings
 from scores import COLUMNS, leaderboard, merge_scores
 from targets import N_FOLDS
 from tasks import DataNotFoundError, find_data_dir, load_task, task_inputs
 from tqdm import tqdm
-
-from polysrl_dc import StoichiometryGraphFeaturizer
 
 TASKS = ("matbench_expt_gap", "matbench_dielectric", "matbench_log_gvrh")
 PROTOCOL = "official folds"
@@ -50,16 +48,14 @@ def predict_fold(
         After which training stopped.
     """
     torch.set_num_threads(threads)
-    featurize = StoichiometryGraphFeaturizer().featurize
     learned, asked = (
         np.array([readable(formula) for formula in part])
         for part in (train_formulas, test_formulas)
     )
     model = peer_model("crabnet", seed)
-    model.fit(NumpyDataset(featurize(np.array(train_formulas)[learned]), train_targets[learned]))
+    model.fit(graph_dataset(np.array(train_formulas)[learned], train_targets[learned]))
     predictions = np.full(len(test_formulas), train_targets.mean())
-    test = NumpyDataset(featurize(np.array(test_formulas)[asked]))
-    predictions[asked] = model.predict(test)[:, 0]
+    predictions[asked] = model.predict(graph_dataset(np.array(test_formulas)[asked]))[:, 0]
     return fold, predictions, model.history[-1][0]
 
 

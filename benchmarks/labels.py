@@ -5,14 +5,13 @@ from __future__ import annotations
 from collections.abc import Iterable
 from pathlib import Path
 
-import deepchem as dc
 import numpy as np
 import pandas as pd
 from folds import group_key
+from graph_data import Dataset, graph_dataset
 from targets import matbench_target, wetlab_targets
 from tasks import MATBENCH_TASKS, load_task, task_inputs
 
-from polysrl_dc import StoichiometryGraphFeaturizer
 from polysrl_dc.checkpoints import checkpoint_path, load_checkpoint
 
 EXCLUDED = ("wetlab", "matbench", "wetlab+matbench", "test-folds")
@@ -42,9 +41,7 @@ def labelled_formulas(data_dir: str | Path, which: str) -> set[str]:
     return {group_key(formula) for formula in formulas}
 
 
-def mp_property_dataset(
-    name: str, data_dir: str | Path, exclude: str | None = None
-) -> dc.data.Dataset:
+def mp_property_dataset(name: str, data_dir: str | Path, exclude: str | None = None) -> Dataset:
     """Formulas and DFT labels of a Matbench table, one row per formula.
 
     Parameters
@@ -58,9 +55,7 @@ def mp_property_dataset(
     target = matbench_target(name, data_dir)
     excluded = labelled_formulas(data_dir, exclude) if exclude else set()
     kept = np.array([formula not in excluded for formula in target.formulas])
-    formulas = target.formulas[kept]
-    graphs = StoichiometryGraphFeaturizer().featurize(formulas)
-    return dc.data.NumpyDataset(graphs, target.values[kept], ids=formulas)
+    return graph_dataset(target.formulas[kept], target.values[kept])
 
 
 def has_learned(encoder: str | Path, task: str, folds: Iterable[int]) -> bool:

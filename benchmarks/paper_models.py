@@ -5,11 +5,11 @@ from __future__ import annotations
 from collections.abc import Sequence
 from pathlib import Path
 
-import deepchem as dc
 import numpy as np
+from graph_data import graph_dataset
 from representation import Embed
 
-from polysrl_dc import PolySRLModel, StoichiometryGraphFeaturizer
+from polysrl_dc import PolySRLModel
 from polysrl_dc.checkpoints import DEFAULT_ENCODER
 
 #: The models of the paper's tables. All have the same encoder and differ in its pretraining, which
@@ -58,7 +58,7 @@ def encoder_embeddings(encoder: str | None, seeds: Sequence[int], config: str = 
         models = [PolySRLModel(config=config, pretrained=None, seed=seed) for seed in seeds]
 
     def embed(formulas: list[str]) -> np.ndarray:
-        dataset = dc.data.NumpyDataset(StoichiometryGraphFeaturizer().featurize(formulas))
+        dataset = graph_dataset(formulas)
         parts = np.stack([model.predict_embedding(dataset) for model in models])
         return parts[0] if encoder is not None else parts
 

@@ -14,10 +14,10 @@ from typing import Any
 
 import numpy as np
 import torch
-from deepchem.data import Dataset
+from graph_data import Dataset, dataset_of
 from targets import Target
 from tasks import PAPER_TASKS
-from transfer import EPOCHS, dataset_of
+from transfer import EPOCHS
 
 from polysrl_dc.batches import LabeledData, stoichiometries
 from polysrl_dc.errors import InvalidInputError

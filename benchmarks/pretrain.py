@@ -19,11 +19,11 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
-import deepchem as dc
 import numpy as np
 import pandas as pd
 import torch
 from folds import output_folder
+from graph_data import Dataset
 from labels import EXCLUDED, labelled_formulas, mp_property_dataset
 from tasks import DataNotFoundError, find_data_dir, structures_path
 from tqdm import tqdm
@@ -116,9 +116,9 @@ def config_of(arguments: argparse.Namespace) -> PolySRLConfig:
     return config
 
 
-def split(dataset: PolymorphDataset, hold_out: int, exclude: set[str], seed: int) -> tuple[
-    PolymorphDataset, PolymorphDataset
-]:
+def split(
+    dataset: PolymorphDataset, hold_out: int, exclude: set[str], seed: int
+) -> tuple[PolymorphDataset, PolymorphDataset]:
     """Training part and part for diagnostics, without a reduced formula in common.
 
     The same seed holds out the same stoichiometries whatever is excluded from the training part.
@@ -173,7 +173,7 @@ def run(arguments: argparse.Namespace) -> None:
         task = MP_PROPERTIES[arguments.objective]
         if data_dir is None:
             raise SystemExit("no data: pass --data-dir or set POLYSRL_DATA")
-        train: dc.data.Dataset = mp_property_dataset(task, data_dir, arguments.exclude)
+        train: Dataset = mp_property_dataset(task, data_dir, arguments.exclude)
         model = PolySRLModel("regression", pretrained=None, **training)
         for encoder in model.model.encoders:
             encoder.mean_norm.adaptive = True  # whitened like the encoders it is compared with
@@ -268,7 +268,7 @@ def _structures(
 
 def _fit(
     model: PolySRLModel,
-    train: dc.data.Dataset,
+    train: Dataset,
     arguments: argparse.Namespace,
     callbacks: list[Any],
     first: bool,

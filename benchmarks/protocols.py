@@ -12,9 +12,12 @@ from itertools import product
 from typing import Any
 
 import numpy as np
+import torch
 from folds import readable, split_validation
+from graph_data import graph_dataset
 from sklearn.metrics import mean_absolute_error, roc_auc_score
 
+from polysrl_dc import PolySRLModel
 from polysrl_dc.checkpoints import checkpoint_path
 
 PROTOCOLS = ("finetune", "frozen")
@@ -89,8 +92,6 @@ def train_and_predict(
         ``constant_predictions``, the number of test formulas that hold an element without an
         embedding and get the mean of the training targets.
     """
-    import torch
-
     if settings.threads:
         torch.set_num_threads(settings.threads)
     targets = np.asarray(train_targets, dtype=float).reshape(-1, 1)
@@ -110,9 +111,9 @@ def train_and_predict(
     }
 
     model = _model(task_type, protocol, settings, rate, settings.ensemble)
-    model.fit(_dataset(formulas, targets), nb_epoch=epochs, checkpoint_interval=0)
+    model.fit(graph_dataset(formulas, targets), nb_epoch=epochs, checkpoint_interval=0)
     known = np.array([readable(formula) for formula in test_formulas])
-    test = _dataset(_select(test_formulas, known))
+    test = graph_dataset(_select(test_formulas, known))
     predictions = np.full(len(test_formulas), targets.mean())
     params["constant_predictions"] = int((~known).sum())
     if task_type == "classification":
@@ -139,8 +140,8 @@ def _trials(
     standard deviations; it is 1 for classification.
     """
     train, valid = split_validation(formulas, settings.valid_fraction, settings.seed)
-    part = _dataset([formulas[i] for i in train], targets[train])
-    rest = _dataset([formulas[i] for i in valid])
+    part = graph_dataset([formulas[i] for i in train], targets[train])
+    rest = graph_dataset([formulas[i] for i in valid])
     truth = targets[valid, 0]
     trials = {}
     for rate, epochs in product(settings.learning_rates, settings.epochs):
@@ -156,9 +157,9 @@ def _trials(
     return trials
 
 
-def _model(task_type: str, protocol: str, settings: Settings, rate: float, ensemble: int) -> Any:
-    from polysrl_dc.model import PolySRLModel
-
+def _model(
+    task_type: str, protocol: str, settings: Settings, rate: float, ensemble: int
+) -> PolySRLModel:
     return PolySRLModel(
         task=task_type,
         n_tasks=1,
@@ -175,13 +176,3 @@ def _model(task_type: str, protocol: str, settings: Settings, rate: float, ensem
 
 def _select(formulas: Sequence[str], mask: np.ndarray) -> list[str]:
     return [formula for formula, wanted in zip(formulas, mask, strict=True) if wanted]
-
-
-def _dataset(formulas: Sequence[str], targets: np.ndarray | None = None) -> Any:
-    import deepchem as dc
-
-    from polysrl_dc.featurizers import StoichiometryGraphFeaturizer
-
-    return dc.data.NumpyDataset(
-        X=StoichiometryGraphFeaturizer().featurize(formulas), y=targets, ids=list(formulas)
-    )

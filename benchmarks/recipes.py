@@ -18,19 +18,18 @@ from dataclasses import astuple, dataclass, field
 from pathlib import Path
 from typing import Any
 
-import deepchem as dc
 import numpy as np
 import pandas as pd
 import torch
 from calibration import merge, score_own
 from folds import output_folder, split_validation
+from graph_data import Dataset, dataset_of
 from paper_protocol import train_folds
 from paper_records import prediction_scores
 from representation import representation_digest
 from scores import merge_scores
 from targets import N_FOLDS, Target, wetlab_targets
 from tasks import DataNotFoundError, find_data_dir
-from transfer import dataset_of
 
 from polysrl_dc import PolySRLModel, cross_val_predict
 from polysrl_dc.checkpoints import DEFAULT_ENCODER
@@ -91,7 +90,7 @@ def predict_fold(
     train, test = split
     epochs, settings, held_out, folds = astuple(RECIPES[recipe])
 
-    def fitted(dataset: dc.data.Dataset) -> PolySRLModel:
+    def fitted(dataset: Dataset) -> PolySRLModel:
         model = PolySRLModel(seed=seed, **settings)
         model.fit(dataset, nb_epoch=epochs, checkpoint_interval=0)
         return model

@@ -13,14 +13,14 @@ import argparse
 import time
 from pathlib import Path
 
-import deepchem as dc
 import numpy as np
 import pandas as pd
 import torch
+from graph_data import graph_dataset
 from pretrain import split
 from tasks import DataNotFoundError, structures_path
 
-from polysrl_dc import PolymorphDataset, PolySRLModel, StoichiometryGraphFeaturizer
+from polysrl_dc import PolymorphDataset, PolySRLModel
 from polysrl_dc.checkpoints import write_atomic
 
 RANKS = (1, 10, 100)
@@ -79,9 +79,9 @@ def main(argv: list[str] | None = None) -> None:
     if arguments.dry_run:
         return
     model = PolySRLModel.from_pretrained(arguments.encoder)
-    graphs = StoichiometryGraphFeaturizer().featurize(held_out.formulas[first])
+    queries = graph_dataset(held_out.formulas[first])
     start = time.perf_counter()
-    indices, _ = model.retrieve(dc.data.NumpyDataset(graphs), candidates, k=max(RANKS))
+    indices, _ = model.retrieve(queries, candidates, k=max(RANKS))
     seconds = time.perf_counter() - start
     found = recall(indices, candidates.groups, wanted)
     sizes = np.bincount(np.searchsorted(wanted, held_out.groups))

@@ -25,7 +25,7 @@ from aviary.data import Normalizer
 from aviary.roost.data import collate_batch
 from aviary.roost.model import Roost
 from aviary.utils import initialize_losses, initialize_optim
-from deepchem.data import Dataset
+from graph_data import Dataset
 from peers import asked, labeled, seeded
 from pymatgen.core import Element
 from torch import Tensor

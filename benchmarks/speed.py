@@ -25,12 +25,12 @@ from functools import partial
 from pathlib import Path
 from typing import Any
 
-import deepchem as dc
 import numpy as np
 import pandas as pd
 import pyarrow.parquet as pq
 import reference
 import torch
+from graph_data import NumpyDataset
 from pymatgen.analysis.prototypes import AFLOW_PROTOTYPE_LIBRARY
 from pymatgen.core import Composition, Lattice, Structure
 from tasks import DataNotFoundError, find_data_dir
@@ -183,7 +183,7 @@ class Ours(Side):
 
     def embed(self, graphs: Any) -> np.ndarray:
         """Graphs -> means."""
-        return self.model.predict_embedding(dc.data.NumpyDataset(graphs))
+        return self.model.predict_embedding(NumpyDataset(graphs))
 
 
 class Reference(Side):

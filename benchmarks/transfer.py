@@ -12,10 +12,11 @@ from typing import Any
 import numpy as np
 import torch
 from folds import split_validation
+from graph_data import dataset_of
 from sklearn.metrics import mean_absolute_error
 from targets import Target
 
-from polysrl_dc import PolySRLConfig, PolySRLModel, StoichiometryGraphFeaturizer
+from polysrl_dc import PolySRLConfig, PolySRLModel
 
 EPOCHS = 500
 LEARNING_RATES = (5e-3, 1e-3, 5e-4, 1e-4)
@@ -86,11 +87,3 @@ def predict_fold(
     if trials:
         params["validation_mae"] = {f"{rate:g}": error for rate, error in trials.items()}
     return predictions, None, params
-
-
-def dataset_of(target: Target, rows: np.ndarray) -> Any:
-    """Graphs and values of rows of a target, whose numbers are the ids."""
-    from deepchem.data import NumpyDataset  # after polysrl_dc, which silences its import
-
-    graphs = StoichiometryGraphFeaturizer().featurize(target.formulas[rows])
-    return NumpyDataset(graphs, target.values[rows, None], ids=rows)

@@ -13,10 +13,10 @@ from __future__ import annotations
 import argparse
 from pathlib import Path
 
-import deepchem as dc
 import numpy as np
 import pandas as pd
 import torch
+from graph_data import graph_dataset
 from paper_records import load_record
 from polymorphs import (
     crystal_systems,
@@ -31,7 +31,7 @@ from targets import Target, wetlab_targets
 from tasks import find_data_dir, structures_path
 from uncertainty_figures import count_figure, group_figure, save
 
-from polysrl_dc import PolymorphDataset, PolySRLModel, StoichiometryGraphFeaturizer
+from polysrl_dc import PolymorphDataset, PolySRLModel
 from polysrl_dc.checkpoints import write_atomic
 from polysrl_dc.stoichiometry import parse_formula
 
@@ -44,8 +44,7 @@ MOST = 7
 
 def uncertainties(model: PolySRLModel, formulas: list[str]) -> np.ndarray:
     """Geometric mean of the standard deviations (eq. 12) of each formula, shape (n,)."""
-    graphs = StoichiometryGraphFeaturizer().featurize(formulas)
-    return np.sqrt(model.predict_polymorphism(dc.data.NumpyDataset(graphs)))
+    return np.sqrt(model.predict_polymorphism(graph_dataset(formulas)))
 
 
 def above(larger: np.ndarray, smaller: np.ndarray) -> dict[str, float]:

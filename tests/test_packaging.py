@@ -138,6 +138,20 @@ def test_benchmarks_use_only_the_public_api(path: Path) -> None:
     assert not [name for name in private if not name.endswith("__")]
 
 
+def test_one_file_of_the_benchmarks_imports_deepchem_and_in_silence() -> None:
+    importing = {
+        path.name
+        for path in BENCHMARKS
+        if re.search(r"^\s*(?:import|from) deepchem\b", path.read_text(), flags=re.MULTILINE)
+    }
+    assert importing == {"graph_data.py"}
+    code = "import sys; sys.path.insert(0, 'benchmarks'); import graph_data"
+    command = [sys.executable, "-W", "ignore", "-c", code]
+    done = subprocess.run(command, cwd=ROOT, check=True, capture_output=True, text=True)
+    lines = (done.stdout + done.stderr).splitlines()
+    assert not [line for line in lines if not line.startswith("wandb:")]
+
+
 def test_the_page_of_the_benchmarks_names_every_file() -> None:
     page = (ROOT / "benchmarks" / "README.md").read_text()
     kinds = (".py", ".csv", ".md")
