@@ -18,6 +18,7 @@ import pandas as pd
 from claims import CLAIMS, MATBENCH, PROPERTIES, RULES, SHORT, WETLAB, ZT, verdict
 from crabnet_matbench import beside_published
 from paired import read_paper
+from rates import chosen_rates, rate_cells
 from recipes import FIRST, RECOMMENDED
 from results import (
     CURVES,
@@ -58,6 +59,8 @@ METRICS = {"mae": "MAE", "r2": "R²", "precision": "precision", "recall": "recal
 #: Encoders that ``pretrain.py`` trains on the labels of a whole table, and that table.
 LEAK = "pretrained on the labels of this very table, test rows included: no fair score"
 MARKED = {"mp_band_gap": "matbench_mp_gap", "mp_formation_energy": "matbench_mp_e_form"}
+#: Two rates whose validation errors differ by less are hardly told apart by some dozen rows.
+NARROW = 0.05
 BY_NAME = {table.name: table for table in TABLES}
 
 INTRODUCTION = """Made by `python benchmarks/summarize.py`; no result is typed by hand.
@@ -191,6 +194,24 @@ def official_lines(records: Cells, paper: pd.DataFrame) -> list[str]:
         "only, some of which cover some of the tasks."
     )
     return [heading, empty, note, "", *tables]
+
+
+def rate_lines(chosen: pd.DataFrame) -> list[str]:
+    """Learning rates of transfer, of :func:`rates.chosen_rates`; nothing if there are none."""
+    if chosen.empty:
+        return []
+    close = (chosen["margin"] < NARROW).mean()
+    lines = [
+        "## Learning rates that transfer chose, wet lab",
+        "",
+        f"The rates of the folds {TIMES} 1e-4, chosen on a fifth of the training rows; beneath, by "
+        "how much the second best of the four was worse there, the median over the folds. It was "
+        f"worse by less than {100 * NARROW:.0f} % on {100 * close:.0f} % of {len(chosen)} folds.",
+        "",
+    ]
+    texts = rate_cells(chosen).fillna(NOT_RUN)
+    rows = [[model, *row] for model, row in zip(texts.index, texts.to_numpy(), strict=True)]
+    return lines + markdown(["model", *texts.columns], rows)
 
 
 def recipe_lines(scores: pd.DataFrame, paper: pd.DataFrame) -> list[str]:
@@ -334,7 +355,11 @@ def missing_lines(
 
 
 def page(
-    scores: pd.DataFrame, paper: pd.DataFrame, published: pd.DataFrame, baseline: str
+    scores: pd.DataFrame,
+    paper: pd.DataFrame,
+    published: pd.DataFrame,
+    chosen: pd.DataFrame,
+    baseline: str,
 ) -> tuple[str, str]:
     """The whole page, and its tally.
 
@@ -346,6 +371,8 @@ def page(
         Of :func:`paired.read_paper`.
     published : pandas.DataFrame
         Of :func:`scores.leaderboard`.
+    chosen : pandas.DataFrame
+        Of :func:`rates.chosen_rates`.
     baseline : str
         Model of the paired differences.
     """
@@ -377,7 +404,7 @@ def page(
         lines += section(cells, paper, table, baseline)
     lines += section(beside, paper, MATBENCH_8, "polysrl")
     lines += official_lines(records, paper) + reproduction_lines(scores)
-    lines += recipe_lines(scores, paper)
+    lines += rate_lines(chosen) + recipe_lines(scores, paper)
     lines += curve_lines(cells, baseline)
     for table in ZT_TABLES.values():
         lines += screening_lines(cells, table)
@@ -407,6 +434,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         scores = read_scores(arguments.output_dir)
         data_dir = find_data_dir(arguments.data_dir)
         paper, published = read_paper(data_dir), leaderboard(data_dir)
+        chosen = chosen_rates(arguments.output_dir)
     except (ValueError, DataNotFoundError) as error:
         print(f"error: {error}", file=sys.stderr)
         return 2
@@ -414,7 +442,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         where = f"none of {', '.join(FILES)} in {arguments.output_dir} has a score"
         print(f"error: {where}; run_wetlab.py makes the first", file=sys.stderr)
         return 2
-    text, tally = page(scores, paper, published, arguments.baseline)
+    text, tally = page(scores, paper, published, chosen, arguments.baseline)
     if arguments.dry_run:
         print("DRY RUN: nothing is written")
     else:

@@ -7,6 +7,8 @@ from claims import CLAIMS, MATBENCH, SUPERVISED, WETLAB, ZT, Claim, better, verd
 from crabnet_matbench import PROTOCOL, TASKS
 from paired import read_paper
 from paper_models import MODELS
+from paper_records import save_predictions
+from rates import chosen_rates
 from recipes import RECOMMENDED
 from results import (
     ALL,
@@ -27,6 +29,7 @@ from results import (
 from scipy import stats
 from scores import COLUMNS, LEADERBOARD
 from summarize import LEAK, main
+from targets import Target
 
 #: Errors relative to the random start.
 FACTORS = {
@@ -292,6 +295,27 @@ def test_errors_of_peers_are_the_papers_only_where_they_have_not_been_run(folder
     assert ours["Table 2"].loc["roost", "metallic"] == 0.123
     assert ours["Table 2"].loc["roost", "band_gap"] == 0.9
     assert theirs["Table 2"].loc["roost", "metallic"] == 0.9
+
+
+def test_rates_of_transfer_are_those_of_the_records(folder):
+    write_scores(folder / "out")
+    assert "Learning rates" not in run(folder)
+    formulas = np.array([f"Na{n}Cl" for n in range(1, 21)])
+    target = Target("band_gap", "eV", formulas, np.arange(20.0), 1.0, 8)
+    second = [0.51, 0.52, 0.6, 0.7, 0.5]
+    params = [
+        {"learning_rate": rate, "validation_mae": {"0.005": 9.0, "0.0001": error, "0.001": 0.5}}
+        for rate, error in zip([1e-3, 1e-3, 1e-3, 1e-3, 1e-4], second, strict=True)
+    ]
+    about = (folder / "out", target, "polysrl", "transfer")
+    save_predictions(*about, 0, target.values, params, {}, "run_wetlab.py")
+    save_predictions(*about, 1, target.values, [{"learning_rate": 5e-3}] * 5, {}, "run_wetlab.py")
+    part = part_of(run(folder), "Learning rates that transfer chose")
+    assert "| model | gap |" in part and "| polysrl | 10 10 10 10 1<br>4.0 % |" in part
+    assert "less than 5 % on 60 % of 5 folds" in part
+    params[0] = {"learning_rate": 1e-4}  # given, not chosen
+    save_predictions(*about, 0, target.values, params, {}, "run_wetlab.py")
+    assert chosen_rates(folder / "out")["fold"].tolist() == [1, 2, 3, 4]
 
 
 def test_learning_curves_and_screening(complete):
