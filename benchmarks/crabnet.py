@@ -252,9 +252,8 @@ class CrabNetModel:
 
     Examples
     --------
-    >>> import deepchem as dc, numpy as np, polysrl_dc
-    >>> graphs = dc.feat.StoichiometryGraphFeaturizer().featurize(["NaCl", "KCl", "MgO", "CaO"])
-    >>> dataset = dc.data.NumpyDataset(graphs, np.array([8.5, 8.4, 7.8, 7.1]))
+    >>> from graph_data import graph_dataset
+    >>> dataset = graph_dataset(["NaCl", "KCl", "MgO", "CaO"], np.array([8.5, 8.4, 7.8, 7.1]))
     >>> small = CrabNetConfig(width=8, layers=1, heads=2, feed_forward=8, head=(4,))
     >>> CrabNetModel(epochs=20, config=small).fit(dataset).predict(dataset).shape
     (4, 1)

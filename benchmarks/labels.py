@@ -14,6 +14,8 @@ from tasks import MATBENCH_TASKS, load_task, task_inputs
 
 from polysrl_dc.checkpoints import checkpoint_path, load_checkpoint
 
+#: Models pretrained on DFT labels, and the table of these.
+MP_PROPERTIES = {"mp_band_gap": "matbench_mp_gap", "mp_formation_energy": "matbench_mp_e_form"}
 EXCLUDED = ("wetlab", "matbench", "wetlab+matbench", "test-folds")
 
 
@@ -36,7 +38,7 @@ def labelled_formulas(data_dir: str | Path, which: str) -> set[str]:
         for name in MATBENCH_TASKS:
             formulas |= set(_compositions(data_dir, name))
     if which == "test-folds":
-        for name in ("matbench_mp_gap", "matbench_mp_e_form"):
+        for name in MP_PROPERTIES.values():
             formulas |= set(task_inputs(load_task(name, data_dir), 0)[2])
     return {group_key(formula) for formula in formulas}
 

@@ -24,7 +24,7 @@ import pandas as pd
 import torch
 from folds import output_folder
 from graph_data import Dataset
-from labels import EXCLUDED, labelled_formulas, mp_property_dataset
+from labels import EXCLUDED, MP_PROPERTIES, labelled_formulas, mp_property_dataset
 from tasks import DataNotFoundError, find_data_dir, structures_path
 from tqdm import tqdm
 
@@ -49,7 +49,6 @@ LEAST = {
     "checkpoint_interval": 1,
     "threads": 1,
 }
-MP_PROPERTIES = {"mp_band_gap": "matbench_mp_gap", "mp_formation_energy": "matbench_mp_e_form"}
 
 
 def arguments_of(argv: list[str] | None = None) -> argparse.Namespace:

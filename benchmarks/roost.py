@@ -56,9 +56,8 @@ class RoostModel:
 
     Examples
     --------
-    >>> import deepchem as dc, numpy as np, polysrl_dc
-    >>> graphs = dc.feat.StoichiometryGraphFeaturizer().featurize(["NaCl", "KCl", "MgO", "CaO"])
-    >>> dataset = dc.data.NumpyDataset(graphs, np.array([8.5, 8.4, 7.8, 7.1]))
+    >>> from graph_data import graph_dataset
+    >>> dataset = graph_dataset(["NaCl", "KCl", "MgO", "CaO"], np.array([8.5, 8.4, 7.8, 7.1]))
     >>> model = RoostModel(epochs=1, n_graph=1, trunk_hidden=(8,)).fit(dataset)
     >>> model.predict(dataset).shape
     (4, 1)

@@ -17,6 +17,7 @@ import numpy as np
 import pandas as pd
 from claims import CLAIMS, MATBENCH, PROPERTIES, RULES, SHORT, WETLAB, ZT, verdict
 from crabnet_matbench import beside_published
+from labels import MP_PROPERTIES
 from paired import read_paper
 from rates import chosen_rates, rate_cells
 from recipes import FIRST, RECOMMENDED
@@ -56,9 +57,8 @@ from polysrl_dc.checkpoints import write_atomic
 
 PAGE = "RESULTS.md"
 METRICS = {"mae": "MAE", "r2": "R²", "precision": "precision", "recall": "recall", "f1": "F1"}
-#: Encoders that ``pretrain.py`` trains on the labels of a whole table, and that table.
+#: Of encoders that ``pretrain.py`` trains on the labels of a whole table.
 LEAK = "pretrained on the labels of this very table, test rows included: no fair score"
-MARKED = {"mp_band_gap": "matbench_mp_gap", "mp_formation_energy": "matbench_mp_e_form"}
 #: Two rates whose validation errors differ by less are hardly told apart by some dozen rows.
 NARROW = 0.05
 BY_NAME = {table.name: table for table in TABLES}
@@ -139,7 +139,7 @@ def score_lines(cells: Cells, paper: pd.DataFrame, table: Table) -> list[str]:
         line = [model]
         for task, cell, top in zip(table.tasks, row, best, strict=True):
             text = cell_text(cell, top)
-            text += " †" * (MARKED.get(model) == task)
+            text += " †" * (MP_PROPERTIES.get(model) == task)
             if (model, task) in theirs.index:
                 text += paper_text(cell, theirs.loc[(model, task)], table.metric)
             line.append(text)
