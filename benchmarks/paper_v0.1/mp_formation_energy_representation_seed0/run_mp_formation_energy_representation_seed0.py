@@ -4,6 +4,7 @@ import subprocess
 import sys
 
 RUNS: list[str] = [
+    "--models mp_formation_energy --protocols representation --seeds 1",
     "--models mp_formation_energy --protocols representation --seeds 3",
 ]
 
