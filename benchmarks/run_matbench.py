@@ -14,6 +14,7 @@ import argparse
 import logging
 import sys
 from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -23,12 +24,11 @@ from folds import FoldStore, in_parallel, output_folder
 from labels import has_learned
 from matbench.task import MatbenchTask
 from protocols import (
-    DEFAULT_ENSEMBLE,
-    DEFAULT_EPOCHS,
-    DEFAULT_LEARNING_RATES,
-    DEFAULT_WEIGHT_DECAY,
+    DEFAULTS,
+    LARGE,
     PROTOCOLS,
     Settings,
+    defaults_of,
     train_and_predict,
 )
 from scores import merge_scores, score_rows, summary
@@ -51,15 +51,15 @@ from polysrl_dc.errors import InvalidInputError
 
 MODEL = "PolySRL"
 PAPER_DESCRIPTION = "The seven Matbench tasks of the paper's Table 6, one row per formula, 72/8/20."
-EMBEDDED_EPOCHS = (20,)
-EMBEDDED_ENSEMBLE = 2
 Learner = Callable[..., tuple[Any, Any, dict[str, Any]]]
 
 
 def parse_arguments(argv: list[str] | None = None) -> argparse.Namespace:
     """Command line; unknown tasks, folds and settings end it with one line."""
     parser = argparse.ArgumentParser(
-        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+        description=__doc__,
+        epilog=_told_defaults(),
+        formatter_class=argparse.RawDescriptionHelpFormatter,
     )
     add = parser.add_argument
     add("--suite", choices=("matbench", "embedded"), default="matbench")
@@ -67,13 +67,13 @@ def parse_arguments(argv: list[str] | None = None) -> argparse.Namespace:
     add("--protocol", choices=PROTOCOLS, default="finetune")
     add("--folds", nargs="+", type=int, choices=range(5), default=list(range(5)), metavar="0-4")
     add("--epochs", nargs="+", type=_positive(int), help="grid, chosen by validation")
-    add("--ensemble", type=_positive(int), help=f"models averaged; default: {DEFAULT_ENSEMBLE}")
+    add("--ensemble", type=_positive(int), help="models averaged")
     encoder = f"name, folder or file; none: random weights; default: {DEFAULT_ENCODER}"
     add("--pretrained", default=DEFAULT_ENCODER, metavar="ENCODER", help=encoder)
     add("--jobs", type=_positive(int), default=1, help="folds trained at once, a process each")
     add("--learning-rates", nargs="+", type=_positive(float), help="grid, chosen by validation")
-    add("--batch-size", type=_positive(int), default=128)
-    add("--weight-decay", type=float, help=f"default: {DEFAULT_WEIGHT_DECAY}")
+    add("--batch-size", type=_positive(int))
+    add("--weight-decay", type=float)
     add("--data-dir", help="folder with matbench/*.csv.gz (default: POLYSRL_DATA)")
     add("--output-dir", type=Path, default=Path("benchmarks"))
     add("--seed", type=int, default=0)
@@ -104,27 +104,36 @@ def _positive(kind: type) -> Callable[[str], Any]:
     return parse
 
 
-def settings_of(arguments: argparse.Namespace) -> Settings:
-    """Settings of the learner from the command line, with the protocol's defaults."""
-    fast = arguments.suite == "embedded" and arguments.protocol == "finetune"
-    epochs = EMBEDDED_EPOCHS if fast else DEFAULT_EPOCHS[arguments.protocol]
-    ensemble = EMBEDDED_ENSEMBLE if fast else DEFAULT_ENSEMBLE
-    return Settings(
-        epochs=tuple(arguments.epochs or epochs),
-        learning_rates=tuple(
-            arguments.learning_rates or DEFAULT_LEARNING_RATES[arguments.protocol]
-        ),
-        ensemble=arguments.ensemble or ensemble,
-        weight_decay=(
-            DEFAULT_WEIGHT_DECAY[arguments.protocol]
-            if arguments.weight_decay is None
-            else arguments.weight_decay
-        ),
+def training_arguments(settings: Settings) -> str:
+    """The options that give these settings, but for the encoder, the seed and the machine."""
+    rates = [f"{rate:g}" for rate in settings.learning_rates]
+    return (
+        f"--epochs {' '.join(map(str, settings.epochs))} --ensemble {settings.ensemble} "
+        f"--learning-rates {' '.join(rates)} --batch-size {settings.batch_size} "
+        f"--weight-decay {settings.weight_decay:g}"
+    )
+
+
+def _told_defaults() -> str:
+    told = {"large": f"finetune, {LARGE:,} rows and more", "embedded": "finetune, embedded suite"}
+    lines = [f"  {told.get(name, name)}: {training_arguments(it)}" for name, it in DEFAULTS.items()]
+    return "\n".join(["defaults:", *lines])
+
+
+def settings_of(arguments: argparse.Namespace, n_rows: int) -> Settings:
+    """Settings of the learner on a task of so many rows: the command line, else the defaults."""
+    given: dict[str, Any] = {}
+    for name in ("epochs", "learning_rates", "ensemble", "batch_size", "weight_decay"):
+        value = getattr(arguments, name)
+        if value is not None:
+            given[name] = tuple(value) if isinstance(value, list) else value
+    return replace(
+        defaults_of(arguments.protocol, arguments.suite, n_rows),
         pretrained=None if arguments.pretrained == "none" else arguments.pretrained,
-        batch_size=arguments.batch_size,
         seed=arguments.seed,
         device=arguments.device,
         threads=arguments.threads,
+        **given,
     )
 
 
@@ -186,9 +195,7 @@ def write_results(
     """Add a task to the score table and, when all its folds are there, to the submission."""
     fresh = score_rows(task, arguments.suite, arguments.protocol, MODEL, settings.seed)
     merge_scores(arguments.output_dir / "scores.csv", fresh)
-    folder = submission.record_folder(
-        arguments.output_dir, task.benchmark_name, arguments.protocol
-    )
+    folder = submission.record_folder(arguments.output_dir, task.benchmark_name, arguments.protocol)
     description = {
         "arguments": repeat_arguments(arguments, settings, task.dataset_name),
         "settings_key": store.key,
@@ -202,12 +209,9 @@ def write_results(
 
 def repeat_arguments(arguments: argparse.Namespace, settings: Settings, task: str) -> list[str]:
     """The command line that repeats one task of this run."""
-    rates = [f"{rate:g}" for rate in settings.learning_rates]
     return (
         f"--suite {arguments.suite} --tasks {task} --protocol {arguments.protocol} "
-        f"--epochs {' '.join(map(str, settings.epochs))} --ensemble {settings.ensemble} "
-        f"--learning-rates {' '.join(rates)} --batch-size {settings.batch_size} "
-        f"--weight-decay {settings.weight_decay:g} "
+        f"{training_arguments(settings)} "
         f"--seed {settings.seed} --pretrained {settings.pretrained or 'none'}"
     ).split()
 
@@ -219,12 +223,11 @@ def main(argv: list[str] | None = None, learner: Learner = train_and_predict) ->
         paper_protocol.main(argv[1:], "paper", matbench_targets, PAPER_DESCRIPTION)
         return 0
     arguments = parse_arguments(argv)
-    settings = settings_of(arguments)
     logging.getLogger("matbench").setLevel(logging.ERROR)
     try:
-        encoder = settings.pretrained
+        encoder = arguments.pretrained
         for name in arguments.tasks:
-            if encoder and has_learned(encoder, name, arguments.folds):
+            if encoder != "none" and has_learned(encoder, name, arguments.folds):
                 raise InvalidInputError(
                     f"{encoder} was pretrained on labels of test rows of {name}: no score there "
                     "is a fair one"
@@ -233,7 +236,8 @@ def main(argv: list[str] | None = None, learner: Learner = train_and_predict) ->
     except (DataNotFoundError, InvalidInputError, OSError) as error:
         print(f"error: {error}", file=sys.stderr)
         return 2
-    stores = [store_of(arguments, settings, task) for task in tasks]
+    settings = [settings_of(arguments, task.metadata.n_samples) for task in tasks]
+    stores = [store_of(arguments, *pair) for pair in zip(settings, tasks, strict=True)]
     if arguments.suite == "embedded":
         print(f"embedded suite ({EMBEDDED_FORMULAS:,} formulas): {embedded_note()}")
     if arguments.dry_run:
@@ -242,10 +246,10 @@ def main(argv: list[str] | None = None, learner: Learner = train_and_predict) ->
     written: Path | None = None
     bar = tqdm(total=len(tasks) * len(arguments.folds), unit="fold")
     with output_folder(arguments.output_dir), bar:
-        for task, store in zip(tasks, stores, strict=True):
-            run_task(task, store, arguments, settings, learner, bar)
-            written = write_results(task, arguments, settings, store) or written
-    print(f"{benchmark_of(arguments.suite)}, {arguments.protocol}, seed {settings.seed}")
+        for task, store, chosen in zip(tasks, stores, settings, strict=True):
+            run_task(task, store, arguments, chosen, learner, bar)
+            written = write_results(task, arguments, chosen, store) or written
+    print(f"{benchmark_of(arguments.suite)}, {arguments.protocol}, seed {arguments.seed}")
     print(summary(tasks, arguments.data_dir))
     print(f"scores: {arguments.output_dir / 'scores.csv'}")
     print(f"record: {written or 'none, as no task has all its folds'}")

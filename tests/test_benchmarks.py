@@ -65,13 +65,29 @@ def toy_embedded(monkeypatch):
 
 
 def test_training_starts_from_the_shipped_encoder_unless_told_otherwise():
-    start = run_matbench.settings_of(run_matbench.parse_arguments([])).pretrained
+    start = run_matbench.settings_of(run_matbench.parse_arguments([]), 636).pretrained
     assert start == DEFAULT_ENCODER
     arguments = run_matbench.parse_arguments(["--pretrained", "none"])
-    settings = run_matbench.settings_of(arguments)
+    settings = run_matbench.settings_of(arguments, 636)
     assert settings.pretrained is None
     again = run_matbench.repeat_arguments(arguments, settings, "matbench_jdft2d")
-    assert run_matbench.settings_of(run_matbench.parse_arguments(again)) == settings
+    for n_rows in (636, 106113):
+        assert run_matbench.settings_of(run_matbench.parse_arguments(again), n_rows) == settings
+
+
+def test_large_tasks_are_trained_in_larger_batches_unless_told_otherwise(capsys):
+    def settings(n_rows, *given):
+        return run_matbench.settings_of(run_matbench.parse_arguments([*given]), n_rows)
+
+    small, large = settings(18928), settings(106113)
+    assert small.batch_size < large.batch_size and small.weight_decay > large.weight_decay == 0
+    assert settings(106113, "--epochs", "7", "9").epochs == (7, 9)
+    assert settings(106113, "--batch-size", "64", "--weight-decay", "0.1").batch_size == 64
+    assert settings(106113, "--protocol", "frozen") == settings(636, "--protocol", "frozen")
+    assert settings(106113, "--suite", "embedded") == settings(636, "--suite", "embedded")
+    with pytest.raises(SystemExit):
+        run_matbench.parse_arguments(["--help"])
+    assert "50,000 rows and more: --epochs 100 " in capsys.readouterr().out
 
 
 @pytest.mark.parametrize(
