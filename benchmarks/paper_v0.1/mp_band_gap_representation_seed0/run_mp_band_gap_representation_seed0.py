@@ -4,6 +4,7 @@ import subprocess
 import sys
 
 RUNS: list[str] = [
+    "--models mp_band_gap --protocols representation --seeds 1",
     "--models mp_band_gap --protocols representation --seeds 3",
 ]
 
