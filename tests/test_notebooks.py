@@ -12,6 +12,7 @@ import nbformat
 import pytest
 from jupyter_client.kernelspec import KernelSpecManager
 from jupyter_client.manager import AsyncKernelManager
+from matplotlib import rc_params_from_file
 from nbclient import NotebookClient
 from nbformat import NotebookNode
 from traitlets import default
@@ -155,3 +156,13 @@ def test_nothing_of_the_machine_is_committed(name: str) -> None:
         "name": "python3",
     }
     assert [cell.metadata for cell in notebook.cells if cell.metadata] == []
+
+
+def test_lines_of_a_figure_have_different_styles() -> None:
+    style = rc_params_from_file(FOLDER / "print.mplstyle", use_default_template=False)
+    styles = style["axes.prop_cycle"].by_key()
+    for name, values in styles.items():
+        assert len(set(values)) == len(values), f"{name} is repeated"
+    source = "".join(cell.source for cell in read("03_roost_crabnet").cells)
+    runs = re.search(r"^RUNS = \{.*?^\}", source, flags=re.DOTALL | re.MULTILINE)
+    assert runs and runs.group().count("\n    ") <= len(styles["color"])
