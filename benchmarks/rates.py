@@ -12,10 +12,11 @@ import pandas as pd
 from claims import SHORT, WETLAB
 from paper_models import MODELS
 from paper_records import load_record
+from transfer import LEARNING_RATES
 
 COLUMNS = ["model", "task", "fold", "rate", "margin"]
 #: The rates are shown as multiples of the smallest.
-UNIT = 1e-4
+UNIT = min(LEARNING_RATES)
 
 
 def chosen_rates(output_dir: str | Path) -> pd.DataFrame:

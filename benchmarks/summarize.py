@@ -19,7 +19,7 @@ from claims import CLAIMS, MATBENCH, PROPERTIES, RULES, SHORT, WETLAB, ZT, verdi
 from crabnet_matbench import beside_published
 from labels import MP_PROPERTIES
 from paired import read_paper
-from rates import chosen_rates, rate_cells
+from rates import UNIT, chosen_rates, rate_cells
 from recipes import FIRST, RECOMMENDED
 from results import (
     CURVES,
@@ -204,9 +204,10 @@ def rate_lines(chosen: pd.DataFrame) -> list[str]:
     lines = [
         "## Learning rates that transfer chose, wet lab",
         "",
-        f"The rates of the folds {TIMES} 1e-4, chosen on a fifth of the training rows; beneath, by "
-        "how much the second best of the four was worse there, the median over the folds. It was "
-        f"worse by less than {100 * NARROW:.0f} % on {100 * close:.0f} % of {len(chosen)} folds.",
+        f"The rates of the folds {TIMES} {UNIT:g}, chosen on a fifth of the training rows; "
+        "beneath, by how much the second best of the four was worse there, the median over the "
+        f"folds. It was worse by less than {100 * NARROW:.0f} % on {100 * close:.0f} % of "
+        f"{len(chosen)} folds.",
         "",
     ]
     texts = rate_cells(chosen).fillna(NOT_RUN)
