@@ -1,6 +1,6 @@
-"""What is learned on a fold: the representation and the transfer protocol, through ``polysrl_dc``.
+"""What is learned on an official fold of Matbench, encoder fine-tuned or frozen.
 
-``train_and_predict`` is the only function of the benchmarks that trains a model.
+The paper's representation and transfer protocols are in ``paper_protocol.py``.
 """
 
 from __future__ import annotations

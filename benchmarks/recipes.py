@@ -70,8 +70,10 @@ RECIPES = {
     "frozen, 300 epochs, three encoders, std calibrated": Recipe(300, THREE, held_out=0.2),
     "frozen, 300 epochs, three encoders, std cross-validated": Recipe(300, THREE, folds=5),
 }
-#: All are compared with these two: what ``polysrl train`` does, and what README recommends.
+#: All are compared with these: what ``polysrl train`` does, what README recommends, and what
+#: tells whether the encoder helps where no rate is chosen.
 FIRST, RECOMMENDED = "fine-tuned", "frozen, 300 epochs, three encoders"
+FIXED_RATE = "fine-tuned, 500 epochs at 1e-4"
 
 
 def predict_fold(

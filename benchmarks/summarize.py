@@ -20,7 +20,7 @@ from crabnet_matbench import beside_published
 from labels import MP_PROPERTIES
 from paired import read_paper
 from rates import UNIT, chosen_rates, rate_cells
-from recipes import FIRST, RECOMMENDED
+from recipes import FIRST, FIXED_RATE, RECOMMENDED
 from results import (
     CURVES,
     FILES,
@@ -221,8 +221,9 @@ def recipe_lines(scores: pd.DataFrame, paper: pd.DataFrame) -> list[str]:
     if len(recipes):
         recipes = pd.concat([recipes, compared(scores).assign(protocol=RECIPES.protocol)])
     lines = section(cells_of(recipes, FIRST), paper, RECIPES, FIRST)
-    if (recipes["model"] == RECOMMENDED).any():
-        lines += difference_lines(cells_of(recipes, RECOMMENDED), RECIPES, RECOMMENDED)
+    for recipe in (RECOMMENDED, FIXED_RATE):
+        if (recipes["model"] == recipe).any():
+            lines += difference_lines(cells_of(recipes, recipe), RECIPES, recipe)
     return lines
 
 
