@@ -37,7 +37,6 @@ ENCODER_FIELDS = (
     "log_sigma_shift",
 )
 
-
 #: Arguments of the constructor that a file keeps besides configuration and settings.
 TRAINING_FIELDS = (
     "batch_size",
@@ -71,6 +70,8 @@ class PersistentModel(TorchModel):
     #: The call of ``fit`` that is under way: its plan, and its learning rate schedule.
     _run: dict[str, Any] | None
     _run_schedule: torch.optim.lr_scheduler.LRScheduler | None = None
+    #: Whether it was read from a file of a model that a DeepChem schedule had trained.
+    _lost_schedule: bool = False
     #: The network of a configuration and settings.
     _network: Callable[..., Any]
 
@@ -107,7 +108,9 @@ class PersistentModel(TorchModel):
             Folder or file of a model, or the name of a shipped encoder, which is then a model of
             ``task="pretraining"`` with both encoders.
         **kwargs
-            Constructor arguments that are not part of the network, e.g. ``device``.
+            Constructor arguments that are not part of the network, e.g. ``device``. Those of
+            training are by default what the model was trained with, but for a DeepChem learning
+            rate schedule, which no file keeps: without it :meth:`fit` warns of its own default.
         """
         file = checkpoint_path(path)
         tensors, manifest = load_checkpoint(file)
@@ -132,6 +135,7 @@ class PersistentModel(TorchModel):
             load_into(model.model, tensors)
             model.calibration = model._calibration_of(manifest)
         model.provenance = manifest.get("provenance", {})
+        model._lost_schedule = "learning_rate" not in training | kwargs
         model.model.eval()
         return model
 
@@ -216,9 +220,7 @@ class PersistentModel(TorchModel):
         self._ensure_built()
         folder = Path(model_dir or self.model_dir)
         folder.mkdir(parents=True, exist_ok=True)
-        paths = [
-            folder / f"checkpoint{i + 1}.safetensors" for i in range(max_checkpoints_to_keep)
-        ]
+        paths = [folder / f"checkpoint{i + 1}.safetensors" for i in range(max_checkpoints_to_keep)]
         new = folder / "new_checkpoint.safetensors"
         optimizer = flatten_optimizer(self._pytorch_optimizer)
         weights = {f"model.{name}": value for name, value in self.model.state_dict().items()}
@@ -278,9 +280,7 @@ def _settings_of(manifest: dict[str, Any]) -> dict[str, Any]:
     return {"n_encoders": n_encoders, **settings}
 
 
-def load_schedule(
-    schedule: torch.optim.lr_scheduler.LRScheduler, state: dict[str, Any]
-) -> None:
+def load_schedule(schedule: torch.optim.lr_scheduler.LRScheduler, state: dict[str, Any]) -> None:
     """Put a schedule, and the rates of its optimizer, where the state says."""
     if state.keys() != schedule.state_dict().keys():
         raise CheckpointError(f"the state of a learning rate schedule has {sorted(state)}")

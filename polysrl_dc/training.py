@@ -5,6 +5,7 @@ of the seed and the epoch, the samples of a batch of the seed and the step. So w
 and position are all that a checkpoint holds.
 """
 
+import logging
 import operator
 from collections.abc import Callable, Iterator, Sequence
 from typing import Any
@@ -22,6 +23,8 @@ from polysrl_dc.distributed import process_count
 from polysrl_dc.layers import FeatureNorm
 from polysrl_dc.persistence import load_schedule
 from polysrl_dc.prediction import PredictingModel
+
+logger = logging.getLogger(__name__)
 
 
 class TrainableModel(PredictingModel):
@@ -131,6 +134,9 @@ class TrainableModel(PredictingModel):
             self.restore()
         if nb_epoch == 0:
             return 0.0
+        if self._lost_schedule:
+            rate = self.optimizer.learning_rate
+            logger.warning("the learning rate is %g: no file keeps the schedule it had", rate)
         data = self._training_data(dataset)
         run = self._begin(data, nb_epoch, deterministic, restore)
         schedule = self._schedule_of(run)

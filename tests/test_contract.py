@@ -184,6 +184,18 @@ def test_a_model_from_a_file_goes_on_with_the_arguments_it_was_trained_with(trai
     assert changed.optimizer.learning_rate == 1e-4
 
 
+def test_a_model_from_a_file_warns_when_it_trains_without_its_schedule(tmp_path, caplog):
+    schedule = dc.models.optimizers.ExponentialDecay(1e-2, 0.5, 4)
+    make(learning_rate=schedule).save(tmp_path)
+    for rate in ({}, {"learning_rate": schedule}, {"learning_rate": 1e-2}):
+        caplog.clear()
+        model = polysrl_dc.PolySRLModel.from_pretrained(tmp_path, **rate)
+        assert not caplog.records
+        model.fit(dataset_of("regression"), nb_epoch=1, checkpoint_interval=0)
+        assert bool(caplog.records) != bool(rate)
+        assert all("the learning rate is 0.001" in record.message for record in caplog.records)
+
+
 # ----------------------------------------------------- other versions, other settings
 
 
