@@ -7,6 +7,7 @@ import zlib
 from collections.abc import Callable, Iterator
 from dataclasses import asdict, dataclass
 from functools import partial
+from importlib.util import find_spec
 from lzma import LZMAError
 from pathlib import Path
 from typing import Any
@@ -17,7 +18,6 @@ import pyarrow.compute as pc
 import pyarrow.parquet as pq
 from monty.io import zopen
 from monty.serialization import loadfn
-from pymatgen.analysis import prototypes
 from pymatgen.core import Composition, Structure
 from pymatgen.io.cif import CifFile, CifParser, str2float
 
@@ -266,8 +266,11 @@ def open_source(source: Any) -> tuple[list[Any], Callable[[], list[Part]]]:
         names = [str(i) for i in range(len(structures))]
         return [digest.hexdigest()], partial(_structure_parts, structures, names)
     if str(source) == "aflow":
-        # The AFLOW Library of Crystallographic Prototypes (Mehl et al. 2017) packaged in pymatgen
-        path = Path(prototypes.__file__).with_name("aflow_prototypes.json.gz")
+        # The AFLOW Library of Crystallographic Prototypes (Mehl et al. 2017) packaged in pymatgen,
+        # beside a module that reads all of it for some seconds when it is imported
+        module = find_spec("pymatgen.analysis.prototypes")
+        assert module is not None and module.origin is not None
+        path = Path(module.origin).with_name("aflow_prototypes.json.gz")
         return [file_digest(path)], partial(_aflow_parts, path)
     path = Path(source)
     if path.is_dir():

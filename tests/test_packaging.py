@@ -152,6 +152,11 @@ def test_one_file_of_the_benchmarks_imports_deepchem_and_in_silence() -> None:
     assert not [line for line in lines if not line.startswith("wandb:")]
 
 
+def test_importing_the_package_does_not_read_the_prototypes_of_pymatgen() -> None:
+    code = "import sys, polysrl_dc; sys.exit('pymatgen.analysis.prototypes' in sys.modules)"
+    subprocess.run([sys.executable, "-W", "ignore", "-c", code], check=True, capture_output=True)
+
+
 def test_the_page_of_the_benchmarks_names_every_file() -> None:
     page = (ROOT / "benchmarks" / "README.md").read_text()
     kinds = (".py", ".csv", ".md")
