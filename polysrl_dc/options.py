@@ -55,9 +55,8 @@ def parser(commands: Sequence[Command]) -> argparse.ArgumentParser:
     def add_table(sub: argparse.ArgumentParser, needed: bool = False) -> None:
         if not needed:
             sub.add_argument("formulas", nargs="*", help="formulas, instead of --input")
-        sub.add_argument(
-            "--input", required=needed, help="table: .csv, .tsv, .json or .parquet; -: CSV on stdin"
-        )
+        told = "table: .csv, .tsv, .json, .jsonl or .parquet, also .gz; -: CSV on stdin"
+        sub.add_argument("--input", required=needed, help=told)
         sub.add_argument("--column", default="formula", help="its column of formulas")
 
     def add_output(sub: argparse.ArgumentParser) -> None:

@@ -1,5 +1,6 @@
-"""Tables that the command line reads and writes: CSV, JSON and Parquet."""
+"""Tables that the command line reads and writes: CSV, JSON, JSON Lines and Parquet."""
 
+import json
 import sys
 from collections.abc import Callable, Hashable, Sequence
 from io import BytesIO
@@ -20,18 +21,25 @@ _MISSING = (
     *("NaN", "nan", "-NaN", "-nan", "1.#IND", "-1.#IND", "1.#QNAN", "-1.#QNAN"),
 )
 _TRUTH = {"True": 1, "TRUE": 1, "true": 1, "False": 0, "FALSE": 0, "false": 0}
+#: How the names of compressed files end, for which another ending tells the format.
+_COMPRESSIONS = (".gz", ".bz2", ".xz", ".lzma")
 #: What writes a table, by how the name of its file ends.
 WRITERS: dict[str, Callable[[pd.DataFrame, Any], Any]] = {
     ".csv": lambda frame, path: frame.to_csv(path, index=False),
     ".csv.gz": lambda frame, path: frame.to_csv(path, index=False),
     ".json": lambda frame, path: frame.to_json(path, orient="records", double_precision=15),
+    ".jsonl": lambda frame, path: frame.to_json(
+        path, orient="records", lines=True, double_precision=15
+    ),
     ".parquet": lambda frame, path: frame.to_parquet(path, index=False),
 }
 
 
 def read_table(path: str, columns: Sequence[str]) -> pd.DataFrame:
-    """A CSV, JSON or Parquet table with ``columns``, of which the first has formulas.
+    """A table in one of four formats with ``columns``, of which the first has formulas.
 
+    The name of the file tells the format: ``.json`` (records, columns, or matminer's and Matbench's
+    split frames), ``.jsonl``, ``.parquet``, ``.tsv``, else CSV; ``.gz`` and the like may follow.
     Columns of a CSV table are text unless all their fields are numbers as Python writes them.
     Rows are numbered from 0, the first beneath the names. The name of an index becomes that of a
     column. The path ``-`` means CSV on standard input.
@@ -44,9 +52,14 @@ def read_table(path: str, columns: Sequence[str]) -> pd.DataFrame:
     if path.lower().endswith((".xlsx", ".xls", ".ods")):
         raise InvalidInputError(f"{path} is a spreadsheet: save it as CSV")
     content = _standard_input() if path == "-" else unpacked(path, _LARGEST)
-    advice = _separator(path, content)
+    suffixes = [suffix.lower() for suffix in Path(path).suffixes]
+    kind = next((suffix for suffix in reversed(suffixes) if suffix not in _COMPRESSIONS), "")
+    advice = _separator(kind, content)
     try:
-        frame = _parsed(path, content, columns[0])
+        frame = _parsed(kind, content, columns[0])
+        for name in frame.columns[frame.columns.duplicated()]:
+            if name:
+                raise ValueError(f"two columns are called {name!r}")
     except Exception as error:  # three parsers, each of which fails in its own ways
         line = " ".join(str(error).split())
         raise InvalidInputError(f"{path} is no table: {line}{advice}") from error
@@ -69,22 +82,24 @@ def _standard_input() -> bytes:
     return content
 
 
-def _parsed(path: str, content: bytes, formulas: str) -> pd.DataFrame:
-    """The table in a file, of which one column has formulas."""
-    if path.endswith(".parquet"):
+def _parsed(kind: str, content: bytes, formulas: str) -> pd.DataFrame:
+    """The table in a file of this kind, of which one column has formulas."""
+    if kind == ".parquet":
         return pd.read_parquet(BytesIO(content))
-    if path.endswith(".json"):
-        return pd.read_json(BytesIO(content), dtype=False, convert_dates=False, precise_float=True)
+    if kind == ".json" and content.lstrip().startswith(b"{"):
+        given = json.loads(content)
+        if given.keys() == {"index", "columns", "data"}:  # as matminer stores a frame
+            return pd.DataFrame(given["data"], columns=given["columns"])
+    if kind in (".json", ".jsonl"):
+        plain: dict[str, Any] = {"dtype": False, "convert_dates": False, "precise_float": True}
+        return pd.read_json(BytesIO(content), lines=kind == ".jsonl", **plain)
     if b"\0" in content:  # where pandas would end the field
         raise ValueError("it holds a byte that is zero, no text in UTF-8; save it as UTF-8")
-    separator = "\t" if _has_tabs(path) else ","
+    separator = "\t" if kind == ".tsv" else ","
     # as text, or 0012 would become 12 and the formula NaN a missing value
     text = {"header": None, "dtype": str, "na_filter": False, "encoding": "utf-8-sig"}
     rows = pd.read_csv(BytesIO(content), sep=separator, **text)
     names = rows.iloc[0].tolist()
-    for name in names:
-        if name and names.count(name) > 1:
-            raise ValueError(f"two columns are called {name!r}")
     fields = (rows.iloc[1:, i].reset_index(drop=True) for i in range(len(names)))
     typed = [f if name == formulas else _typed(f) for name, f in zip(names, fields, strict=True)]
     return pd.concat(typed, axis=1).set_axis(names, axis=1)
@@ -100,13 +115,9 @@ def _bare(name: Any) -> str:
     return str(name).strip().casefold()
 
 
-def _has_tabs(path: str) -> bool:
-    return ".tsv" in Path(path).name
-
-
-def _separator(path: str, content: bytes) -> str:
+def _separator(kind: str, content: bytes) -> str:
     """Advice on a CSV table whose first line has what other programs write for a comma."""
-    if path.endswith((".parquet", ".json")) or _has_tabs(path):
+    if kind in (".parquet", ".json", ".jsonl", ".tsv"):
         return ""
     line = BytesIO(content).readline()
     found = [name for mark, name in ((b";", "semicolons"), (b"\t", "tabs")) if mark in line]

@@ -5,6 +5,7 @@ that is read for another row, would shift the others.
 """
 
 import csv
+import gzip
 import json
 from io import BytesIO
 from itertools import count
@@ -19,6 +20,7 @@ from drawing import draw
 from formulas import bad_formulas, written
 from hypothesis import assume, given
 from hypothesis import strategies as st
+from matminer.utils.io import store_dataframe_as_json
 from models import make
 
 import polysrl_dc
@@ -113,6 +115,8 @@ WRITERS = {
     "csv": lambda frame, path: frame.to_csv(path, index=False, lineterminator="\n"),
     "parquet": lambda frame, path: frame.set_index("name").to_parquet(path),
     "json": lambda frame, path: frame.to_json(path, orient="records"),
+    "jsonl": lambda frame, path: frame.to_json(path, orient="records", lines=True),
+    "json.gz": lambda frame, path: store_dataframe_as_json(frame, path, pbar=False),
 }
 
 
@@ -252,6 +256,28 @@ def test_tables_are_read_from_standard_input_and_with_tabs(tmp_path, monkeypatch
     monkeypatch.setattr("polysrl_dc.tables._LARGEST", 10)
     monkeypatch.setattr("sys.stdin", SimpleNamespace(buffer=BytesIO(b"formula\nNaCl\n")))
     assert "holds more than 10 bytes" in run(["embed", "--input", "-"], capsys)[2]
+
+
+def test_formats_are_told_by_the_name_and_written_back(tmp_path, capsys):
+    frame = pd.DataFrame({"formula": ["NaCl", "KCl"], "gap": [8.5, 8.25]}, index=["a", "b"])
+    frame.to_csv(tmp_path / "t.CSV.xz", index=False)
+    frame.to_json(tmp_path / "t.jsonl.bz2", orient="records", lines=True)
+    frame.to_parquet(tmp_path / "t.parquet")
+    (tmp_path / "t.parquet.gz").write_bytes(gzip.compress((tmp_path / "t.parquet").read_bytes()))
+    WRITERS["json.gz"](frame, str(tmp_path / "t.json"))
+    for name in ("t.CSV.xz", "t.jsonl.bz2", "t.parquet.gz", "t.json"):
+        output = str(tmp_path / "out.jsonl")
+        command = ["embed", "--input", str(tmp_path / name), "--output", output]
+        assert run(command, capsys)[0] == 0
+        found = pd.read_json(output, lines=True)
+        assert found["formula"].tolist() == ["NaCl", "KCl"]
+        assert found["gap"].tolist() == [8.5, 8.25]
+    twice = frame.set_axis(["formula", "formula"], axis=1)
+    WRITERS["json.gz"](twice, str(tmp_path / "t.json"))
+    error = run(["embed", "--input", str(tmp_path / "t.json")], capsys)[2]
+    assert "two columns are called 'formula'" in error
+    (tmp_path / "t.jsonl").write_text('{"formula": "NaCl"}\n{"formula"\n')
+    assert "t.jsonl is no table" in run(["embed", "--input", str(tmp_path / "t.jsonl")], capsys)[2]
 
 
 def test_advice_on_commas_is_for_csv_only(tmp_path, capsys):
