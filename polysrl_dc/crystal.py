@@ -101,7 +101,7 @@ def _checked(
     try:
         cell = np.array(lattice, dtype=np.float64, order="C")
         fractional = np.array(frac_coords, dtype=np.float64)
-    except (TypeError, ValueError) as error:
+    except (TypeError, ValueError, OverflowError) as error:
         raise InvalidInputError(
             f"lattice or fractional coordinates are not numbers: {error}"
         ) from error

@@ -212,7 +212,9 @@ def _as_structure(value: Any) -> IStructure:
     try:
         # for the properties of a site pymatgen would import the modules that they name
         sites = [{k: v for k, v in site.items() if k != "properties"} for site in value["sites"]]
-        return Structure.from_dict({"lattice": value["lattice"], "sites": sites})
+        structure = Structure.from_dict({"lattice": value["lattice"], "sites": sites})
+        np.asarray(structure.frac_coords, dtype=float)  # older pymatgen takes sites of any shape
+        return structure
     except Exception as error:  # pymatgen fails in any way on what is no such dict
         raise InvalidInputError(f"not the dict of a structure: {error!r:.200}") from error
 

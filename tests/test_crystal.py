@@ -171,6 +171,7 @@ CELL = (4 * np.eye(3)).tolist()
         (CELL, np.zeros((0, 3)), r"shape \(0, 3\)"),
         (CELL, [["a", "b", "c"]], "not numbers"),
         (CELL, [[0, 0, 0], [0, 0]], "not numbers"),
+        (CELL, [[10**400, 0, 0]], "not numbers"),
         (CELL, [[0, 0, 0], [0.5, 0.5, 0.5], [0.5, 0.5, 0.5]], "sites 1 and 2"),
         (CELL, [[0, 0, 0.999], [0.5, 0.5, 0.5], [0, 0, 0.0005]], "sites 0 and 2"),
         (np.diag([0.005, 100, 100]), [[0, 0, 0]], "its own image"),

@@ -128,6 +128,7 @@ def test_expressions_in_a_cif_file_are_not_evaluated(tmp_path, sentinel):
             read_structure(tmp_path / "s.mcif")
 
 
+@pytest.mark.filterwarnings("ignore:pickle-based", "ignore:pyarrow.PyExtensionType")
 def test_types_in_a_parquet_file_are_not_unpickled(tmp_path, sentinel):
     names = table(STRUCTURES)
     payload = pickle.dumps(Payload(sentinel))
@@ -135,8 +136,12 @@ def test_types_in_a_parquet_file_are_not_unpickled(tmp_path, sentinel):
         {"ARROW:extension:name": "arrow.py_extension_type", "ARROW:extension:metadata": payload}
     )
     pq.write_table(names.cast(names.schema.set(2, field)), tmp_path / "s.parquet")
-    dataset = polysrl_dc.PolymorphDataset(tmp_path / "s.parquet", progress=False, processes=1)
-    assert len(dataset) == len(STRUCTURES)
+    try:
+        dataset = polysrl_dc.PolymorphDataset(tmp_path / "s.parquet", progress=False, processes=1)
+    except InvalidInputError as error:  # pyarrow 16 knows such types, and warns
+        assert "numbers is extension<" in str(error)
+    else:
+        assert len(dataset) == len(STRUCTURES)
 
 
 def test_what_deepchem_pickles_is_overridden(tmp_path, sentinel):
