@@ -4,6 +4,7 @@ import subprocess
 import sys
 
 RUNS: list[str] = [
+    "--models graphcl --protocols representation --seeds 1",
     "--models graphcl --protocols representation --seeds 3",
 ]
 

@@ -4,6 +4,7 @@ import subprocess
 import sys
 
 RUNS: list[str] = [
+    "--models infomax3d --protocols representation --seeds 1",
     "--models infomax3d --protocols representation --seeds 3",
 ]
 

@@ -4,6 +4,7 @@ import subprocess
 import sys
 
 RUNS: list[str] = [
+    "--models without_sampling --protocols representation --seeds 1",
     "--models without_sampling --protocols representation --seeds 3",
 ]
 
