@@ -222,8 +222,7 @@ def recipe_lines(scores: pd.DataFrame, paper: pd.DataFrame) -> list[str]:
         recipes = pd.concat([recipes, compared(scores).assign(protocol=RECIPES.protocol)])
     lines = section(cells_of(recipes, FIRST), paper, RECIPES, FIRST)
     for recipe in (RECOMMENDED, FIXED_RATE):
-        if (recipes["model"] == recipe).any():
-            lines += difference_lines(cells_of(recipes, recipe), RECIPES, recipe)
+        lines += difference_lines(cells_of(recipes, recipe), RECIPES, recipe)
     return lines
 
 
