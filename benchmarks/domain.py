@@ -16,7 +16,7 @@ from pathlib import Path
 import numpy as np
 import pandas as pd
 import torch
-from paper_records import load_record
+from paper_records import absolute_errors
 from scipy.stats import spearmanr
 from targets import Target, wetlab_targets
 from tasks import find_data_dir, structures_path
@@ -24,22 +24,6 @@ from tasks import find_data_dir, structures_path
 from polysrl_dc import Domain, PolymorphDataset, PolySRLModel
 from polysrl_dc.checkpoints import write_atomic
 from polysrl_dc.domain import OutsideDomainWarning
-
-
-def absolute_errors(target: Target, output_dir: Path) -> np.ndarray:
-    """Mean absolute error of each row over the recorded seeds, (n,), on the reporting scale.
-
-    Raises
-    ------
-    FileNotFoundError
-        No seed is recorded.
-    """
-    records = [load_record(output_dir, "wetlab", "polysrl", "representation", i) for i in range(3)]
-    known = [record[target.name] for record in records if target.name in record]
-    found = [np.abs(record.predictions - target.values) for record in known]
-    if not found:
-        raise FileNotFoundError(f"no record of polysrl, representation, {target.name}")
-    return np.mean(found, axis=0) * target.scale
 
 
 def by_distance(distance: np.ndarray, outside: np.ndarray, errors: np.ndarray) -> dict[str, float]:
@@ -107,7 +91,7 @@ def main(argv: list[str] | None = None) -> None:
     pretraining = Domain(model, structures)
     rows = []
     for target in wetlab_targets(data_dir):
-        errors = absolute_errors(target, arguments.output_dir)
+        errors = absolute_errors(target, arguments.output_dir, "polysrl")
         found = pretraining.query(target.formulas, k=1)
         pairs = {
             "training formulas": to_training_formulas(model, target),

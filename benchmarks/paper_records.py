@@ -115,6 +115,25 @@ def _load(path: Path, _changed: int) -> dict[str, Record]:
     return found
 
 
+def absolute_errors(target: Target, output_dir: Path, model: str) -> np.ndarray:
+    """Mean absolute error of each row over the recorded seeds, (n,), on the reporting scale.
+
+    Those of the representation protocol.
+
+    Raises
+    ------
+    FileNotFoundError
+        No seed is recorded.
+    """
+    run = (output_dir, target.suite, model, "representation")
+    records = [load_record(*run, seed) for seed in range(3)]
+    known = [record[target.name] for record in records if target.name in record]
+    if not known:
+        raise FileNotFoundError(f"no record of {model}, representation, {target.name}")
+    found = [np.abs(record.predictions - target.values) for record in known]
+    return np.mean(found, axis=0) * target.scale
+
+
 def prediction_scores(
     target: Target,
     predictions: np.ndarray,

@@ -269,7 +269,8 @@ def submission_info(
             "compositions enter. "
             + ("The encoder is frozen." if frozen else "Encoder and head are trained together.")
             + " Predictions are the mean of the ensemble; what is tuned (learning rate, epochs, "
-            "scale of the uncertainties) is chosen on a part of each training fold. The settings "
+            "scale of the uncertainties) is chosen on a part of each training fold, among settings "
+            "that were found on parts of some of these tasks. The settings "
             "of each task, and the encoder it starts from, stand in user_metadata."
         ),
         "bibtex_refs": [

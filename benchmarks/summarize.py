@@ -15,7 +15,7 @@ from pathlib import Path
 
 import numpy as np
 import pandas as pd
-from claims import CLAIMS, MATBENCH, PROPERTIES, RULES, SHORT, WETLAB, ZT, verdict
+from claims import CLAIMS, MATBENCH, NOT_JUDGED, PROPERTIES, RULES, SHORT, WETLAB, ZT, verdict
 from crabnet_matbench import beside_published
 from labels import MP_PROPERTIES
 from paired import read_paper
@@ -32,6 +32,7 @@ from results import (
     N_SEEDS,
     NOT_RUN,
     OFFICIAL,
+    PUBLICATIONS,
     RECIPES,
     TABLE_8,
     TABLES,
@@ -58,6 +59,7 @@ from polysrl_dc.checkpoints import write_atomic
 PAGE = "RESULTS.md"
 METRICS = {"mae": "MAE", "r2": "R²", "precision": "precision", "recall": "recall", "f1": "F1"}
 #: Of encoders that ``pretrain.py`` trains on the labels of a whole table.
+DAGGER = "\N{DAGGER}"
 LEAK = "pretrained on the labels of this very table, test rows included: no fair score"
 #: Two rates whose validation errors differ by less are hardly told apart by some dozen rows.
 NARROW = 0.05
@@ -75,8 +77,10 @@ CrabNet (written anew, `benchmarks/crabnet.py`; how far it reproduces its publis
 below) are trained on each training fold by their own recipes, untuned; roost_500_epochs is Roost
 trained for the 500 epochs of the transfer protocol, not for its own 100. Rows beneath them are
 further encoders of ours. What is called a recipe is a way to train a model of this package on a
-whole training fold without choosing anything; where its standard deviation is calibrated and not
-cross-validated, on four fifths of it. The other models in those tables are those of Table 8.
+whole training fold, within which it chooses nothing (batches, epochs and encoders of the recipes
+were taken after a look at test errors, those of the peers were not); where its standard deviation
+is calibrated and not cross-validated, on four fifths of it. *Mean of three seeds*: the predictions
+of three models of the transfer protocol, averaged. The other models there are those of Table 8.
 
 Columns: gap (eV), form. (formation enthalpy, eV/atom {x} 10), glass (T_rg {x} 10); {sigma} (ln
 S/m), {kappa} (ln W/mK) and S (min-max scaled {x} 10) are electrical conductivity, thermal
@@ -139,12 +143,13 @@ def score_lines(cells: Cells, paper: pd.DataFrame, table: Table) -> list[str]:
         line = [model]
         for task, cell, top in zip(table.tasks, row, best, strict=True):
             text = cell_text(cell, top)
-            text += " †" * (MP_PROPERTIES.get(model) == task)
+            text += f" {DAGGER}" * (MP_PROPERTIES.get(model) == task)
             if (model, task) in theirs.index:
                 text += paper_text(cell, theirs.loc[(model, task)], table.metric)
             line.append(text)
         lines.append(line)
-    notes = [f"† {LEAK}", ""] if any("†" in text for line in lines for text in line) else []
+    marked = any(DAGGER in text for line in lines for text in line)
+    notes = [f"{DAGGER} {LEAK}", ""] if marked else []
     return markdown(["model", *(SHORT[task] for task in table.tasks)], lines) + notes
 
 
@@ -309,13 +314,16 @@ def claims_of(cells: Cells, paper: pd.DataFrame) -> tuple[list[str], str]:
         word, count, published = verdict(claim, ours, theirs)
         words.append(word)
         rows.append([claim.where, claim.text, claim.rule, f"**{word}**", count, published])
-    held, undecided = words.count("holds"), words.count(NOT_RUN)
-    tally = f"Claims of the paper: {held} of {len(words) - undecided} hold, {undecided} not run"
+    held, undecided = words.count("holds"), words.count(NOT_JUDGED)
+    judged = len(words) - undecided
+    tally = f"Claims of the paper: {held} of {judged} hold, {undecided} {NOT_JUDGED}"
     lines = [
         "## Claims of the paper",
         "",
-        "Each is judged by mean errors, without regard to p. Rule: in how many comparisons it has "
-        f"to be so; {'; '.join(f'*{rule}*: {meaning}' for rule, meaning in RULES.items())}.",
+        "Each is judged by mean errors, without regard to p and to how many seeds a mean has. Not "
+        f"judged: where a number is missing, or no fair score ({DAGGER}). Rule, ours to choose: in "
+        "how many comparisons it has to be so; "
+        f"{'; '.join(f'*{rule}*: {meaning}' for rule, meaning in RULES.items())}.",
         "",
         *markdown(["from", "claim", "rule", "verdict", "ours", "the paper's own"], rows),
     ]
@@ -334,6 +342,7 @@ def missing_lines(
         MATBENCH_TRANSFER,
         ZT_TABLES["transfer"],
         GROUPED,
+        PUBLICATIONS[0],
         *list(CURVES.values())[:-1],
         RECIPES,
     ]
@@ -401,7 +410,7 @@ def page(
     frozen = scores.query("suite == 'wetlab' and protocol == 'representation' and metric == 'mae'")
     lines += section(cells_of(frozen, "polysrl"), paper, BY_NAME["Table 7"], "polysrl")
     lines += section(beside, paper, TABLE_8, "polysrl")
-    for table in (MATBENCH_TRANSFER, GROUPED):
+    for table in (MATBENCH_TRANSFER, GROUPED, *PUBLICATIONS):
         lines += section(cells, paper, table, baseline)
     lines += section(beside, paper, MATBENCH_8, "polysrl")
     lines += official_lines(records, paper) + reproduction_lines(scores)

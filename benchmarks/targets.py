@@ -7,7 +7,7 @@ Values carry the paper's transform (Section 5.1, Appendix C); ``scale`` is the f
 from __future__ import annotations
 
 import functools
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 
@@ -59,6 +59,8 @@ class Target:
     held_back : float
         Part of each training fold that the representation protocol leaves unused: 72/8/20 of
         the Matbench tasks has a validation part of 8 % that it does not need.
+    publications : numpy.ndarray, shape (n,), str, or None
+        Where each row was published (a DOI), if the source says so.
     """
 
     name: str
@@ -70,6 +72,7 @@ class Target:
     account: str = ""
     suite: str = field(default="wetlab", kw_only=True)
     held_back: float = field(default=0.0, kw_only=True)
+    publications: np.ndarray | None = field(default=None, kw_only=True)
 
     @property
     def task(self) -> FoldRuleTask:
@@ -79,22 +82,23 @@ class Target:
         name, benchmark = f"{self.suite}_{self.name}", FOLD_RULE_KEYS[self.suite]
         return FoldRuleTask(name, benchmark, metadata, frame)
 
-    def splits(self, grouped: bool = False) -> Splits:
+    @property
+    def compositions(self) -> list[str]:
+        """The reduced formula of each row."""
+        return [group_key(formula) for formula in self.formulas]
+
+    def splits(self, groups: Sequence[str] | np.ndarray | None = None) -> Splits:
         """Training and test rows of five folds, the same for every model and seed.
 
         Parameters
         ----------
-        grouped : bool
-            False: Matbench's rule, ``KFold(5, shuffle=True, random_state=18012019)``. True: no
-            reduced formula, and so no composition, is on both sides.
+        groups : sequence of str, shape (n,), optional
+            Labels none of which is on both sides, such as ``compositions`` or ``publications``.
+            Default: Matbench's rule, ``KFold(5, shuffle=True, random_state=18012019)``.
         """
-        if grouped:
-            groups = [group_key(formula) for formula in self.formulas]
-            return list(
-                GroupKFold(N_FOLDS, shuffle=True, random_state=FOLD_SEED).split(
-                    self.values, groups=groups
-                )
-            )
+        if groups is not None:
+            splitter = GroupKFold(N_FOLDS, shuffle=True, random_state=FOLD_SEED)
+            return list(splitter.split(self.values, groups=groups))
         folds = list(KFold(N_FOLDS, shuffle=True, random_state=FOLD_SEED).split(self.values))
         if not self.held_back:
             return folds
@@ -184,6 +188,7 @@ def wetlab_targets(data_dir: str | Path | None) -> list[Target]:
                     scale,
                     32,
                     account + how,
+                    publications=rows["reference"].to_numpy(str),
                 )
             )
     return targets

@@ -1,6 +1,7 @@
 """The wet-lab runner: both protocols, records, what is done already, scores."""
 
 import json
+from dataclasses import replace
 
 import magpie
 import numpy as np
@@ -108,6 +109,25 @@ def test_scores_of_another_encoder_do_not_stay(quick, tmp_path):
         chosen = ("--encoder", str(tmp_path / str(seed)), "--name", "mine", "--folds", folds)
         scores = quick(*chosen, "--protocols", "representation", "--targets", "one")
         assert set(scores["suite"]) == ({"wetlab"} if seed else {"wetlab", "wetlab_grouped"})
+
+
+def test_folds_by_publication_are_of_targets_that_name_theirs(quick):
+    one = quick.targets[0]
+    papers = np.array([f"doi {i % 7}" for i in range(len(one.values))])
+    quick.targets[0] = replace(one, publications=papers)
+    scores = quick(
+        *("--models", "magpie_ridge", "--folds", "publication", "--protocols", "representation")
+    )
+    assert set(scores[scores["suite"] == "wetlab_publication"]["task"]) == {"one"}
+    (predictions,) = predict_baseline("magpie_ridge", quick.targets[:1], [0], FOLDS["publication"])[
+        "one"
+    ]
+    expected = [
+        mean_absolute_error(one.values[test], predictions[test])
+        for _, test in quick.targets[0].splits(papers)
+    ]
+    found = scores.query("suite == 'wetlab_publication' and metric == 'mae'").sort_values("fold")
+    np.testing.assert_allclose(found["value"], expected)
 
 
 def test_interrupted_folds_are_kept(quick, monkeypatch):

@@ -74,11 +74,20 @@ def test_grouped_folds_share_no_reduced_formula():
     target = small(formulas)
     keys = np.array([group_key(formula) for formula in formulas])
     held_out = []
-    for train, test in target.splits(grouped=True):
+    for train, test in target.splits(target.compositions):
         assert not set(keys[train]) & set(keys[test])
         held_out.extend(test)
     assert sorted(held_out) == list(range(len(formulas)))
     assert any(set(keys[a]) & set(keys[b]) for a, b in target.splits())
+
+
+def test_folds_by_publication_share_none(data_dir):
+    targets = {target.name: target for target in wetlab_targets(data_dir)}
+    target = targets["estm600_seebeck"]
+    assert list(target.publications) == list(estm_rows(data_dir, 600)["reference"])
+    for train, test in target.splits(target.publications):
+        assert not set(target.publications[train]) & set(target.publications[test])
+    assert targets["band_gap"].publications is None
 
 
 def test_72_8_20():

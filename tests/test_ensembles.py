@@ -1,0 +1,35 @@
+"""The mean of three seeds, scored on the same folds."""
+
+import ensembles
+import numpy as np
+import pandas as pd
+import pytest
+from ensembles import main
+from paper_records import save_predictions
+from sklearn.metrics import mean_absolute_error
+from targets import Target
+
+FORMULAS = np.array([f"Na{i}Cl" for i in range(1, 11)])
+
+
+def test_predictions_are_averaged_before_they_are_scored(tmp_path, monkeypatch, capsys):
+    target = Target("band_gap", "eV", FORMULAS, np.linspace(1, 2, 10), 10.0, 8)
+    monkeypatch.setattr(ensembles, "wetlab_targets", lambda _: [target])
+    shifts = np.random.default_rng(0).normal(0, 0.3, (3, 10))
+    for seed, shift in enumerate(shifts):
+        run = ("polysrl", "transfer", seed, target.values + shift, [{}] * 5, {"arguments": []})
+        save_predictions(tmp_path, target, *run, "run_wetlab.py")
+    command = ["--models", "polysrl", "--output-dir", str(tmp_path)]
+    main(command)
+    scores = pd.read_csv(tmp_path / "recipes.csv").query("metric == 'mae'")
+    assert set(scores["model"]) == {"mean of three seeds, transfer, polysrl"}
+    expected = [
+        10 * mean_absolute_error(shifts.mean(0)[test], np.zeros(len(test)))
+        for _, test in target.splits()
+    ]
+    np.testing.assert_allclose(scores.sort_values("fold")["value"], expected, rtol=1e-5)
+    assert len(scores) == 5
+
+    with pytest.raises(SystemExit):
+        main([*command, "--models", "roost"])
+    assert "no record of roost, transfer, seed 0, band_gap" in capsys.readouterr().err
