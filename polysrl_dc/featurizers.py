@@ -228,6 +228,8 @@ def check_lengths(dataset: Dataset) -> None:
     ------
     InvalidInputError
         Naming the four lengths.
+    TypeError
+        It is no dataset.
 
     Examples
     --------
@@ -236,6 +238,9 @@ def check_lengths(dataset: Dataset) -> None:
     Traceback (most recent call last):
     polysrl_dc.errors.InvalidInputError: lengths differ: 3 X, 2 y, 2 w, 3 ids
     """
+    if not isinstance(dataset, Dataset):
+        made = "dc.data.NumpyDataset(dc.feat.StoichiometryGraphFeaturizer().featurize(formulas))"
+        raise TypeError(f"{type(dataset).__name__} is no DeepChem dataset; of formulas: {made}")
     if len(dataset) == 0:
         raise InvalidInputError("the dataset has no row")
     lengths = [shape[0] if len(shape) else 0 for shape in dataset.get_shape()]

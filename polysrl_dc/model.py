@@ -3,6 +3,7 @@
 from collections.abc import Sequence
 from inspect import signature
 from pathlib import Path
+from threading import Lock
 from typing import Any
 
 import numpy as np
@@ -18,6 +19,7 @@ from polysrl_dc.training import TrainableModel
 
 TASKS = ("regression", "classification", "pretraining")
 SCHEDULES = ("one_cycle", "constant")
+_SEEDING = Lock()  # of the generator that all threads share
 
 
 class PolySRLModel(TrainableModel):
@@ -144,7 +146,7 @@ class PolySRLModel(TrainableModel):
             for name in TRAINING_FIELDS
             if not isinstance(self._given[name], LearningRateSchedule)
         }
-        with torch.random.fork_rng(devices=[]):
+        with _SEEDING, torch.random.fork_rng(devices=[]):
             torch.manual_seed(seed)
             network = self._network(self.config, **self.settings)
         if compile and task == "pretraining":
@@ -159,6 +161,7 @@ class PolySRLModel(TrainableModel):
             device=torch.device(device) if device is not None else None,
             log_frequency=log_frequency,
         )
+        self.model.eval()
         self._epoch = 0
         self._run: dict[str, Any] | None = None
         self.provenance = {}
@@ -181,9 +184,9 @@ class PolySRLModel(TrainableModel):
     ) -> Any:
         """The network that configuration and settings describe."""
         if task == "pretraining":
-            return PretrainingNetwork(config, objective)
-        classes = task == "classification"
-        return PropertyNetwork(config, n_tasks, classes, n_ensemble, n_encoders, freeze_encoder)
+            return PretrainingNetwork(config, objective).float()
+        members, classes = (n_ensemble, n_encoders, freeze_encoder), task == "classification"
+        return PropertyNetwork(config, n_tasks, classes, *members).float()  # whatever the default
 
     def get_params(self, deep: bool = True) -> dict[str, Any]:
         """Arguments of the constructor, for ``sklearn.base.clone``: an unfitted model like this.

@@ -4,7 +4,7 @@
 ``PolySRLModel(task="regression")`` fitted to the labels, whose encoder others start from.
 """
 
-from typing import cast
+from typing import Any, cast
 
 import torch
 from torch import Tensor, nn
@@ -158,9 +158,11 @@ def augmented(
     True
     """
     fractions = formulas.fractions
-    noise = torch.randn(fractions.shape, generator=generator, device=fractions.device)
-    scores = torch.rand(fractions.shape, generator=generator, device=fractions.device)
-    chance = torch.rand(len(fractions), generator=generator, device=fractions.device)
+    like: dict[str, Any] = {"device": fractions.device, "dtype": fractions.dtype}
+    like["generator"] = generator
+    noise = torch.randn(fractions.shape, **like)
+    scores = torch.rand(fractions.shape, **like)
+    chance = torch.rand(len(fractions), **like)
     present = fractions > 0
     drops = (chance < 0.2) & (present.sum(1) > 1)
     dropped = torch.where(present, scores, -1.0).argmax(1)

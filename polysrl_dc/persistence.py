@@ -1,6 +1,8 @@
 """Saving, loading and checkpointing of a DeepChem model without pickle."""
 
 import os
+import shutil
+import tempfile
 from collections.abc import Callable, Iterable, Mapping
 from contextlib import nullcontext
 from dataclasses import asdict
@@ -75,6 +77,17 @@ class PersistentModel(TorchModel):
     #: The network of a configuration and settings.
     _network: Callable[..., Any]
 
+    def __setstate__(self, state: dict[str, Any]) -> None:
+        """A copy; it has a temporary folder of its own, without checkpoints."""
+        self.__dict__.update(state)
+        if self.model_dir_is_temp:
+            self.model_dir = tempfile.mkdtemp()
+
+    def __del__(self) -> None:
+        """Remove the folder if it is a temporary one."""
+        if getattr(self, "model_dir_is_temp", False):
+            shutil.rmtree(self.model_dir, ignore_errors=True)
+
     def _manifest(self) -> dict[str, Any]:
         run = self._run
         if run is not None and self._run_schedule is not None:
@@ -136,7 +149,6 @@ class PersistentModel(TorchModel):
             model.calibration = model._calibration_of(manifest)
         model.provenance = manifest.get("provenance", {})
         model._lost_schedule = "learning_rate" not in training | kwargs
-        model.model.eval()
         return model
 
     @classmethod

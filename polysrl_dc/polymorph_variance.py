@@ -81,7 +81,7 @@ def doped(
     n, device = len(fractions), fractions.device
 
     def random(*shape: int) -> Tensor:
-        return torch.rand(*shape, generator=generator, device=device)
+        return torch.rand(*shape, generator=generator, device=device, dtype=fractions.dtype)
 
     def element_of(rows: Tensor) -> Tensor:
         return (random(*rows.shape) * (rows > 0)).argmax(1)

@@ -165,7 +165,8 @@ class PredictingModel(PersistentModel):
         noise = None
         if n_samples:
             generator = torch.Generator().manual_seed(0)
-            noise = torch.randn(n_samples, self.config.n_features, generator=generator)
+            shape = (n_samples, self.config.n_features)
+            noise = torch.randn(shape, generator=generator, dtype=torch.float32)
             noise = noise.to(self.device)
         mean, std = self._mean_and_std(dataset, noise)
         return mean, calibration.apply(std) if calibration else std

@@ -6,6 +6,7 @@ and position are all that a checkpoint holds.
 """
 
 import logging
+import math
 import operator
 from collections.abc import Callable, Iterator, Sequence
 from typing import Any
@@ -13,18 +14,25 @@ from typing import Any
 import numpy as np
 import torch
 from deepchem.data import Dataset
-from deepchem.models.optimizers import LearningRateSchedule
+from deepchem.models.optimizers import (
+    LearningRateSchedule,
+    LinearCosineDecay,
+    PolynomialDecay,
+)
 from torch import Tensor, nn
 from torch.nn.parallel import DistributedDataParallel
 
 from polysrl_dc.batches import LabeledData, PolymorphData
 from polysrl_dc.callbacks import StopTraining
 from polysrl_dc.distributed import process_count
+from polysrl_dc.featurizers import check_lengths
 from polysrl_dc.layers import FeatureNorm
 from polysrl_dc.persistence import load_schedule
 from polysrl_dc.prediction import PredictingModel
 
 logger = logging.getLogger(__name__)
+
+_FAR = 10  # standard deviations, or times as large or small
 
 
 class TrainableModel(PredictingModel):
@@ -60,9 +68,7 @@ class TrainableModel(PredictingModel):
             fused=True,
         )
         self._initial_rates = [group["lr"] for group in self._pytorch_optimizer.param_groups]
-        self._lr_schedule = (
-            rate._create_pytorch_schedule(self._pytorch_optimizer) if scheduled else None
-        )
+        self._lr_schedule = _deepchem_schedule(rate, self._pytorch_optimizer) if scheduled else None
 
     def fit(
         self,
@@ -74,15 +80,15 @@ class TrainableModel(PredictingModel):
         restore: bool = False,
         variables: None = None,
         loss: None = None,
-        callbacks: Callable | Sequence[Callable] = (),
+        callbacks: Callable | Sequence[Callable] | None = (),
         all_losses: list[float] | None = None,
     ) -> float:
         """Train; the parameters are those of ``TorchModel.fit``.
 
-        Labels are normalized inside the model by the statistics of the first dataset it is
-        fitted to. Labels of weight 0 are missing ones. What :meth:`calibrate` has found is
-        forgotten. After ``torch.distributed`` has been initialized, pretraining shares every batch
-        between the processes.
+        Labels are normalized inside the model by the statistics of the first dataset it learns
+        from; later ones in other units are warned of. Labels of weight 0 are missing ones. What
+        :meth:`calibrate` has found is forgotten. After ``torch.distributed`` has been initialized,
+        pretraining shares every batch between the processes.
 
         Parameters
         ----------
@@ -126,6 +132,7 @@ class TrainableModel(PredictingModel):
         """
         if variables is not None or loss is not None:
             raise ValueError("variables and loss must be None: see freeze_encoder and task")
+        check_lengths(dataset)
         nb_epoch, deterministic = operator.index(nb_epoch), bool(deterministic)
         if nb_epoch < 0:
             raise ValueError(f"nb_epoch is {nb_epoch}: must not be negative")
@@ -137,10 +144,34 @@ class TrainableModel(PredictingModel):
         if self._lost_schedule:
             rate = self.optimizer.learning_rate
             logger.warning("the learning rate is %g: no file keeps the schedule it had", rate)
-        data = self._training_data(dataset)
-        run = self._begin(data, nb_epoch, deterministic, restore)
+        if callbacks is None or isinstance(callbacks, Sequence):
+            callbacks = list(callbacks or ())
+        else:
+            callbacks = [callbacks]
+        keeping = max_checkpoints_to_keep, checkpoint_interval
+        labelled = self.settings["task"] != "pretraining"
+        unfitted, step = labelled and not self.model.fitted, self._global_step
+        try:
+            data = self._training_data(dataset)
+            run = self._begin(data, nb_epoch, deterministic, restore)
+            return self._train(data, run, deterministic, callbacks, all_losses, *keeping)
+        finally:
+            self.model.eval()  # so that no prediction has to switch it while others run
+            if unfitted and self._global_step == step:
+                self.model.fitted.fill_(False)
+
+    def _train(
+        self,
+        data: LabeledData | PolymorphData,
+        run: dict[str, Any],
+        deterministic: bool,
+        callbacks: list[Callable],
+        all_losses: list[float] | None,
+        max_checkpoints_to_keep: int,
+        checkpoint_interval: int,
+    ) -> float:
+        """The steps of a call of ``fit``; the mean loss of its last logging interval."""
         schedule = self._schedule_of(run)
-        callbacks = list(callbacks) if isinstance(callbacks, Sequence) else [callbacks]
         network, optimizer = self.model, self._pytorch_optimizer
         shared = self._shared(network)
         generator = torch.Generator(self.device)
@@ -213,12 +244,26 @@ class TrainableModel(PredictingModel):
                 network.label_mean.copy_(mean)
                 network.label_std.copy_(std)
             network.fitted.fill_(True)
+        elif not network.classification:
+            self._compare_labels(*data.label_statistics())
         data = data.to(self.device)
         if network.frozen:
             network.eval()
             with torch.no_grad():
                 data = data.with_embeddings(network.embed(data.inputs))
         return data
+
+    def _compare_labels(self, mean: Tensor, std: Tensor) -> None:
+        """Warn of labels in other units, or of something else, than those learned from first."""
+        first, spread = self.model.label_mean.cpu(), self.model.label_std.cpu()
+        far = (mean - first).abs() > _FAR * spread
+        far |= (std / spread).log().abs() > math.log(_FAR)
+        for task in torch.nonzero(far).ravel().tolist():
+            logger.warning(
+                "labels of task %d have mean %.4g and std %.4g, those it learned from first %.4g "
+                "and %.4g, by which they are normalized: a new model learns them better",
+                *(task, mean[task], std[task], first[task], spread[task]),
+            )
 
     def _begin(
         self, data: LabeledData | PolymorphData, nb_epoch: int, deterministic: bool, restore: bool
@@ -306,6 +351,17 @@ class TrainableModel(PredictingModel):
         if all_losses is not None:
             all_losses.append(average)
         return average
+
+
+def _deepchem_schedule(rate: LearningRateSchedule, optimizer: torch.optim.Optimizer) -> Any:
+    """A schedule of DeepChem, two of which give PyTorch a rate where it expects a factor."""
+    schedule = rate._create_pytorch_schedule(optimizer)
+    squared = optimizer.param_groups[0]["lr"] < rate.initial_rate / 2
+    if squared and isinstance(rate, PolynomialDecay | LinearCosineDecay):
+        for group in optimizer.param_groups:
+            group["lr"] = group["initial_lr"] = 1.0
+        schedule = rate._create_pytorch_schedule(optimizer)
+    return schedule
 
 
 def _copy(sources: Sequence[Tensor], targets: Sequence[Tensor]) -> None:

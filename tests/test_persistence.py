@@ -1,7 +1,11 @@
 """``PolySRLModel`` on disk and over time: files, checkpoints, callbacks, pretraining."""
 
+import copy
+import gc
 import io
+import pickle
 from dataclasses import replace
+from pathlib import Path
 
 import deepchem as dc
 import numpy as np
@@ -13,6 +17,7 @@ from polysrl_dc.checkpoints import CheckpointError, load_checkpoint, save_checkp
 from polysrl_dc.errors import InvalidInputError
 
 # ---------------------------------------------------------------------- files
+
 
 @pytest.mark.parametrize("kwargs", [{}, {"task": "classification"}, {"freeze_encoder": True}])
 def test_save_and_from_pretrained(kwargs, tmp_path):
@@ -142,6 +147,27 @@ def test_an_interruption_does_not_change_the_learning_rate_of_the_next_fit(tmp_p
     with pytest.raises(KeyboardInterrupt):
         model.fit(data(), nb_epoch=4, callbacks=interrupt)
     assert peak(model) == pytest.approx(peak(make())) == pytest.approx(1e-2, rel=0.2)
+
+
+def test_a_copy_has_a_temporary_folder_of_its_own():
+    model = make()
+    model.fit(data(), nb_epoch=1)
+    trained, place = state(model), Path(model.model_dir)
+    for copied in (copy.deepcopy, lambda given: pickle.loads(pickle.dumps(given))):
+        made = copied(model)
+        assert made.model_dir != model.model_dir and not made.get_checkpoints()
+        made.fit(data(50 * data().y), nb_epoch=1)
+        folder = Path(made.model_dir)
+        del made
+        gc.collect()
+        assert place.is_dir() and not folder.exists()
+    model.restore()
+    assert_same_state(trained, state(model))
+
+
+def test_a_copy_keeps_a_folder_that_was_given(tmp_path):
+    model = make(model_dir=str(tmp_path))
+    assert copy.deepcopy(model).model_dir == str(tmp_path)
 
 
 def test_restoring_without_a_checkpoint_is_refused(tmp_path):

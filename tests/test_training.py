@@ -1,12 +1,13 @@
 """The training loop: exact resume after any interruption, and losses that are not finite."""
 
 import functools
+from concurrent.futures import ThreadPoolExecutor
 
 import deepchem as dc
 import numpy as np
 import pytest
 import torch
-from models import N, assert_same_state, data, make, state
+from models import SIGNAL, N, assert_same_state, data, make, state
 from processes import WHITENED, crystals, outcome, pretraining
 
 from polysrl_dc.batches import LabeledData, PolymorphData
@@ -112,9 +113,7 @@ def test_the_epochs_of_the_capped_run_differ():
 def test_a_run_interrupted_twice_continues_to_the_bit(tmp_path):
     for stop, restore in ((4, False), (9, True)):
         with pytest.raises(Interrupted):
-            trained(
-                "one_cycle", tmp_path, Record(stop), checkpoint_interval=2, restore=restore
-            )
+            trained("one_cycle", tmp_path, Record(stop), checkpoint_interval=2, restore=restore)
     record = Record()
     model = trained("one_cycle", tmp_path, record, checkpoint_interval=2, restore=True)
     assert_equal_end("one_cycle", model, record, 8)
@@ -309,3 +308,110 @@ def test_member_gradients_are_clipped_apart():
         patch.setattr(LabeledData, "loss", scaled)
         model.fit(data(), nb_epoch=1, checkpoint_interval=0, callbacks=Norms())
     np.testing.assert_allclose(norms, model.config.grad_clip, rtol=1e-3)
+
+
+# ------------------------------------------------------------------- several calls, threads
+
+
+def test_predictions_of_several_threads_are_those_of_one():
+    model = make()
+    model.fit(data(), nb_epoch=2, checkpoint_interval=0)
+    assert not model.model.training
+    parts = [data().select(range(i, i + 6)) for i in range(0, N - 6, 3)]
+    alone, before = [model.predict(part) for part in parts], state(model)
+    with ThreadPoolExecutor(4) as pool:
+        together = list(pool.map(model.predict, parts * 20))
+    np.testing.assert_array_equal(together, alone * 20)
+    assert_same_state(before, state(model))
+
+
+def test_models_built_in_several_threads_have_the_weights_of_their_seeds():
+    seeds = [0, 1, 2, 3] * 4
+    alone = [state(make(seed=seed)) for seed in seeds[:4]]
+    with ThreadPoolExecutor(4) as pool:
+        for seed, found in zip(seeds, pool.map(lambda i: state(make(seed=i)), seeds), strict=True):
+            assert_same_state(alone[seed], found)
+
+
+@pytest.mark.parametrize("error", [KeyboardInterrupt, FloatingPointError])
+def test_labels_of_a_call_without_a_step_are_forgotten(error, monkeypatch):
+    model, new = make(), make()
+    with monkeypatch.context() as patch:
+        patch.setattr(LabeledData, "loss", functools.partial(fail, error))
+        with pytest.raises(error):
+            model.fit(data(1000 * SIGNAL + 7), nb_epoch=1)
+    assert not model.model.fitted and not model.model.training
+    with pytest.raises(ValueError, match="not fitted"):
+        model.predict(data())
+    for each in (model, new):
+        each.fit(data(), nb_epoch=1, checkpoint_interval=0)
+    assert_same_state(state(new), state(model))
+
+
+def fail(error, *_):
+    raise error
+
+
+def test_a_failing_call_leaves_a_fitted_model_fitted(monkeypatch):
+    model = make()
+    model.fit(data(), nb_epoch=1, checkpoint_interval=0)
+    before = state(model)
+    monkeypatch.setattr(LabeledData, "loss", functools.partial(fail, Interrupted))
+    with pytest.raises(Interrupted):
+        model.fit(data(), nb_epoch=1)
+    assert model.model.fitted
+    assert_same_state(before, state(model))
+
+
+@pytest.mark.parametrize("labels", [SIGNAL + 50, 100 * SIGNAL, 0.01 * SIGNAL])
+def test_labels_in_other_units_than_the_first_are_warned_of(labels, caplog):
+    model = make()
+    model.fit(data(), nb_epoch=1)
+    model.fit(data(3 * SIGNAL + 2), nb_epoch=1)
+    assert not caplog.messages
+    model.fit(data(labels), nb_epoch=1)
+    (message,) = caplog.messages
+    assert f"std {labels.std():.4g}, those it learned from first 0 and" in message
+
+
+def test_callbacks_may_be_none_and_what_is_no_dataset_is_named():
+    model = make()
+    model.fit(data(), nb_epoch=1, callbacks=None)
+    for call in (model.predict, lambda given: model.fit(given, [1.0])):
+        with pytest.raises(TypeError, match=r"list is no DeepChem dataset; of formulas: dc.data"):
+            call(["NaCl"])
+
+
+@pytest.mark.parametrize("end", [0.0, 1e-3])
+def test_schedules_of_deepchem_have_the_rates_that_they_say(end):
+    rates = []
+    schedule = dc.models.optimizers.PolynomialDecay(1e-2, end, 10)
+    make(learning_rate=schedule).fit(
+        data(), nb_epoch=1, callbacks=lambda m, _: rates.append(m._pytorch_optimizer.param_groups)
+    )
+    steps = len(rates)
+    assert rates[-1][0]["lr"] == pytest.approx(1e-2 - (1e-2 - end) * steps / 10)
+    model = make(learning_rate=dc.models.optimizers.LinearCosineDecay(1e-2, 10))
+    model.fit(data(), nb_epoch=2)
+    assert model._pytorch_optimizer.param_groups[0]["lr"] == pytest.approx(1e-5)
+
+
+def test_the_default_type_of_torch_is_not_that_of_a_model(tmp_path):
+    single = make()
+    single.fit(data(), nb_epoch=1, checkpoint_interval=0)
+    torch.set_default_dtype(torch.float64)
+    try:
+        model = make()
+        model.fit(data(), nb_epoch=1, checkpoint_interval=0)
+        mean, std = model.predict_uncertainty(data(), n_samples=4)
+        model.save(tmp_path)
+        again = dc.models.PolySRLModel.from_pretrained(tmp_path).predict(data())
+        for objective in ("polysrl", "graphcl"):
+            pretraining(objective=objective).fit(crystals(), nb_epoch=1, checkpoint_interval=0)
+    finally:
+        torch.set_default_dtype(torch.float32)
+    assert mean.dtype == std.dtype == np.float32
+    np.testing.assert_array_equal(again, model.predict(data()))
+    assert {tensor.dtype for tensor in state(model).values()} == {
+        tensor.dtype for tensor in state(single).values()
+    }
