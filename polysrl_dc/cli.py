@@ -6,6 +6,7 @@ import sys
 import warnings
 from collections.abc import Sequence
 from functools import partial
+from pathlib import Path
 from typing import Any
 
 import deepchem as dc
@@ -179,7 +180,9 @@ def _formulas(
     """The table of formulas, as given or read, and its dataset; the rows of both correspond."""
     given = getattr(options, "formulas", [])
     if bool(given) == bool(options.input):
-        raise InvalidInputError("give either formulas or --input FILE")
+        raise InvalidInputError(
+            "give either formulas or --input FILE; formulas go before the options"
+        )
     if options.input:
         frame = read_table(options.input, [options.column, *targets])
     else:
@@ -201,10 +204,10 @@ def _labeled(
     """The dataset with labels; rows with a wrong one are refused or skipped."""
     if len(set(options.target)) < len(options.target):
         raise InvalidInputError(f"--target names a column twice: {' '.join(options.target)}")
-    found = {name: numbers(frame[name]) for name in options.target}
+    classes = options.task == "classification"
+    found = {name: numbers(frame[name], classes) for name in options.target}
     wrong = {row: text for _, texts in found.values() for row, text in texts.items()}
-    for row in wrong:
-        text = wrong[row] + "; classes are 0 and 1" * (options.task == "classification")
+    for text in wrong.values():
         if options.on_error == "raise":
             raise InvalidInputError(text)
         print(f"skipped {text}", file=sys.stderr)
@@ -226,6 +229,12 @@ def _structures(paths: Sequence[str], on_error: str) -> dc.data.Dataset:
         dataset = PolymorphDataset(paths[0], on_error=on_error)
         skipped = dataset.skipped
     else:
+        for path in paths:
+            if Path(path).is_dir() or path.lower().endswith(".parquet"):
+                raise InvalidInputError(
+                    f"{path} is one of {len(paths)} sources: give one table or one folder alone, "
+                    "or files of one structure each"
+                )
         structures = {}
         for path in tqdm(paths, unit="file", disable=None):
             try:
@@ -309,9 +318,7 @@ def _print_score(
         print(f"{score.__name__} of {name}: {value}", file=sys.stderr)
 
 
-def _predictions(
-    mean: np.ndarray, std: np.ndarray, targets: Sequence[str] | range
-) -> pd.DataFrame:
+def _predictions(mean: np.ndarray, std: np.ndarray, targets: Sequence[str] | range) -> pd.DataFrame:
     """Columns ``prediction`` and ``std``; of several targets, with their names."""
     return pd.DataFrame(np.hstack([mean, std]), columns=_columns(targets))
 

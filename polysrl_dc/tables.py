@@ -41,8 +41,8 @@ def read_table(path: str, columns: Sequence[str]) -> pd.DataFrame:
     The name of the file tells the format: ``.json`` (records, columns, or matminer's and Matbench's
     split frames), ``.jsonl``, ``.parquet``, ``.tsv``, else CSV; ``.gz`` and the like may follow.
     Columns of a CSV table are text unless all their fields are numbers as Python writes them.
-    Rows are numbered from 0, the first beneath the names. The name of an index becomes that of a
-    column. The path ``-`` means CSV on standard input.
+    Rows are numbered from 0, the first beneath the names. An index that is more than such numbers
+    becomes a column, ``index`` if it has no name. The path ``-`` means CSV on standard input.
 
     Raises
     ------
@@ -63,7 +63,8 @@ def read_table(path: str, columns: Sequence[str]) -> pd.DataFrame:
     except Exception as error:  # three parsers, each of which fails in its own ways
         line = " ".join(str(error).split())
         raise InvalidInputError(f"{path} is no table: {line}{advice}") from error
-    frame = frame.reset_index(drop=frame.index.names == [None])
+    counted = frame.index.names == [None] and list(frame.index) == list(range(len(frame)))
+    frame = frame.reset_index(drop=counted)
     for name in columns:
         if name not in frame:
             given = list(frame.columns)
@@ -89,7 +90,7 @@ def _parsed(kind: str, content: bytes, formulas: str) -> pd.DataFrame:
     if kind == ".json" and content.lstrip().startswith(b"{"):
         given = json.loads(content)
         if given.keys() == {"index", "columns", "data"}:  # as matminer stores a frame
-            return pd.DataFrame(given["data"], columns=given["columns"])
+            return pd.DataFrame(given["data"], given["index"], given["columns"])
     if kind in (".json", ".jsonl"):
         plain: dict[str, Any] = {"dtype": False, "convert_dates": False, "precise_float": True}
         return pd.read_json(BytesIO(content), lines=kind == ".jsonl", **plain)
@@ -98,7 +99,8 @@ def _parsed(kind: str, content: bytes, formulas: str) -> pd.DataFrame:
     separator = "\t" if kind == ".tsv" else ","
     # as text, or 0012 would become 12 and the formula NaN a missing value
     text = {"header": None, "dtype": str, "na_filter": False, "encoding": "utf-8-sig"}
-    rows = pd.read_csv(BytesIO(content), sep=separator, **text)
+    lines = content.strip(b"\r\n")  # what is empty within is a row without a formula
+    rows = pd.read_csv(BytesIO(lines), sep=separator, skip_blank_lines=False, **text)
     names = rows.iloc[0].tolist()
     fields = (rows.iloc[1:, i].reset_index(drop=True) for i in range(len(names)))
     typed = [f if name == formulas else _typed(f) for name, f in zip(names, fields, strict=True)]
@@ -126,8 +128,14 @@ def _separator(kind: str, content: bytes) -> str:
     return f"; its fields are separated by {found[0]}: save it with commas, and decimal points"
 
 
-def numbers(column: pd.Series) -> tuple[np.ndarray, dict[Hashable, str]]:
+def numbers(column: pd.Series, classes: bool = False) -> tuple[np.ndarray, dict[Hashable, str]]:
     """Labels as floats, and what is wrong with those that are none.
+
+    Parameters
+    ----------
+    column : pandas.Series, shape (n,)
+    classes : bool
+        Whether only 0 and 1 are labels.
 
     Returns
     -------
@@ -148,10 +156,11 @@ def numbers(column: pd.Series) -> tuple[np.ndarray, dict[Hashable, str]]:
     if all(isinstance(value, str) and value in _TRUTH for value in given):
         given = given.map(_TRUTH)
     found = pd.to_numeric(given, errors="coerce").astype(float).reindex(column.index)
-    wrong = {}
-    for row in column.index[~missing & ~(found.abs() <= GREATEST_LABEL)]:
+    wrong, right = {}, found.isin([0, 1]) if classes else found.abs() <= GREATEST_LABEL
+    for row in column.index[~missing & ~right]:
         limit = "" if np.isnan(found[row]) else f" of at most {GREATEST_LABEL:g}"
-        wrong[row] = f"row {row}: {column.name} is {str(column[row])!r}, not a number{limit}"
+        kind = "a class: these are 0 and 1" if classes else f"a number{limit}"
+        wrong[row] = f"row {row}: {column.name} is {str(column[row])!r}, not {kind}"
     return found.mask(found.index.isin(list(wrong))).to_numpy(), wrong
 
 

@@ -29,6 +29,7 @@ from polysrl_dc.cli import main
 from polysrl_dc.datasets import drop_skipped
 from polysrl_dc.errors import InvalidInputError
 from polysrl_dc.graphs import StoichiometryGraph
+from polysrl_dc.tables import read_table
 
 #: What pandas takes for a missing or infinite number before a loader of DeepChem sees it.
 NO_TEXT = {"nan", "na", "n/a", "none", "null", "inf", "infinity", ""}
@@ -278,6 +279,33 @@ def test_formats_are_told_by_the_name_and_written_back(tmp_path, capsys):
     assert "two columns are called 'formula'" in error
     (tmp_path / "t.jsonl").write_text('{"formula": "NaCl"}\n{"formula"\n')
     assert "t.jsonl is no table" in run(["embed", "--input", str(tmp_path / "t.jsonl")], capsys)[2]
+
+
+def test_an_index_that_names_the_rows_is_kept(tmp_path, capsys):
+    frame = pd.DataFrame({"formula": ["NaCl", "KCl"]}, index=["mp-1", "mp-2"])
+    frame.to_parquet(tmp_path / "t.parquet")
+    frame.to_json(tmp_path / "t.json")
+    WRITERS["json.gz"](frame, str(tmp_path / "split.json"))
+    for name in ("t.parquet", "t.json", "split.json"):
+        assert read_table(str(tmp_path / name), ["formula"])["index"].tolist() == ["mp-1", "mp-2"]
+    frame.reset_index(drop=True).to_json(tmp_path / "t.json")
+    assert list(read_table(str(tmp_path / "t.json"), ["formula"])) == ["formula"]
+
+
+@pytest.mark.parametrize("end", ["\n", "\r\n"])
+def test_an_empty_line_is_a_row_without_a_formula(end, tmp_path, capsys, caplog):
+    path = tmp_path / "t.csv"
+    lines = ["", "formula", "NaCl", "", "KCl", "Qq", "", ""]
+    path.write_bytes(end.join(lines).encode())
+    command = ["embed", "--input", str(path)]
+    assert "row 1" in run(command, capsys)[2]
+    assert main([*command, "--on-error", "skip"]) == 0
+    found = capsys.readouterr()
+    assert [line.split(",")[0] for line in found.out.split()] == ["formula", "NaCl", "KCl"]
+    skipped = "".join(caplog.messages)
+    assert "row 1" in skipped and "row 3" in skipped and "row 4" not in skipped
+    path.write_bytes(end.join(["formula,gap", "NaCl,8.5", "", "KCl,8.25", ""]).encode())
+    assert "row 1" in run(command, capsys)[2]
 
 
 def test_advice_on_commas_is_for_csv_only(tmp_path, capsys):

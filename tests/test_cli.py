@@ -306,7 +306,19 @@ def test_a_bad_label_is_named(tmp_path: Path, capsys: pytest.CaptureFixture[str]
     message = error_of([*command, "--target", "gap"], capsys)
     assert "row 1: gap is 'large', not a number" in message
     message = error_of([*command, "--target", "metal", "--task", "classification"], capsys)
-    assert "row 0: metal is 'no', not a number; classes are 0 and 1" in message
+    assert "row 0: metal is 'no', not a class: these are 0 and 1" in message
+    path.write_text("formula,stable\nNaCl,1\nKF,0\nTiO2,True\nMgO,2\nCaO,\nZnO,1.0\n")
+    command = [*command, "--target", "stable", "--task", "classification"]
+    for folds in ([], ["--folds", "2"]):
+        message = error_of([*command, *folds], capsys)
+        assert "row 2: stable is 'True', not a class: these are 0 and 1" in message
+    path.write_text(path.read_text().replace("True", "1"))
+    message = error_of(command, capsys)
+    assert "row 3: stable is '2', not a class: these are 0 and 1" in message
+    assert main([*command, "--on-error", "skip"]) == 0
+    assert "skipped row 3: stable is '2'" in capsys.readouterr().err
+    path.write_text("formula,gap,metal\nNaCl,8.5,no\nKCl,large,no\nTiO2,~3,no\nMgO,7.8,no\n")
+    command = ["train", "--input", str(path), "--epochs", "1", "--output-dir", folder]
     assert main([*command, "--target", "gap", "--on-error", "skip"]) == 0
     skipped = capsys.readouterr().err
     assert "skipped row 1: gap is 'large'" in skipped and "skipped row 2: gap is '~3'" in skipped
@@ -388,6 +400,15 @@ def test_help_shows_examples(capsys: pytest.CaptureFixture[str]) -> None:
     text = capsys.readouterr().out
     for command in ("embed", "predict", "train", "pretrain"):
         assert f"polysrl {command} " in text
+
+
+def test_several_tables_of_structures_are_refused(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    command = ["pretrain", "--output-dir", str(tmp_path / "m")]
+    for paths in (["a.parquet", "b.parquet"], [str(tmp_path), "a.cif"]):
+        message = error_of([*command, *paths], capsys)
+        assert f"{paths[0]} is one of 2 sources: give one table or one folder alone" in message
 
 
 def test_retrieve_ranks_structures(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
