@@ -1,7 +1,6 @@
 """Early stopping on a validation set, and the log of a pretraining run."""
 
 import math
-import resource
 import sys
 import time
 import weakref
@@ -40,9 +39,17 @@ class EarlyStopping(ValidationCallback):
         Steps (batches) between two evaluations.
     patience : int
         Evaluations without a better score after which the training ends.
+    save_on_minimum : bool, optional
+        Whether a lower score is the better one. Default: what the name of the metric says, by
+        scikit-learn's rule (``..._error`` and ``..._loss`` are lower, ``..._score`` higher) and for
+        DeepChem's ``mae_score`` and ``rms_score``, which are errors.
     **kwargs
-        Of ``ValidationCallback``: ``output_file``, ``save_dir``, ``save_on_minimum``,
-        ``transformers``.
+        Of ``ValidationCallback``: ``output_file``, ``save_dir``, ``transformers``.
+
+    Raises
+    ------
+    ValueError
+        The name of the metric does not tell, and ``save_on_minimum`` is not given.
 
     Examples
     --------
@@ -58,12 +65,20 @@ class EarlyStopping(ValidationCallback):
     """
 
     def __init__(
-        self, dataset: Dataset, metric: Metric, interval: int, patience: int, **kwargs: Any
+        self,
+        dataset: Dataset,
+        metric: Metric,
+        interval: int,
+        patience: int,
+        save_on_minimum: bool | None = None,
+        **kwargs: Any,
     ) -> None:
         for name, value in (("interval", interval), ("patience", patience)):
             if value < 1:
                 raise ValueError(f"{name} is {value}: must be at least 1")
-        super().__init__(dataset, interval, [metric], **kwargs)
+        if save_on_minimum is None:
+            save_on_minimum = _is_error(metric)
+        super().__init__(dataset, interval, [metric], save_on_minimum=save_on_minimum, **kwargs)
         self.patience = patience
         self._model: Callable[[], Any] = lambda: None
         self._waited = 0
@@ -92,6 +107,16 @@ class EarlyStopping(ValidationCallback):
         self._waited = 0
         if self._model() is model and self._best_state is not None:
             model.model.load_state_dict(self._best_state)
+
+
+def _is_error(metric: Metric) -> bool:
+    """Whether a lower score is better, by the name of the metric's function."""
+    name = getattr(metric.metric, "__name__", "")
+    if name in ("mae_score", "rms_score") or name.endswith(("_error", "_loss", "_deviance")):
+        return True
+    if name.endswith(("_score", "_accuracy", "_auc")):
+        return False
+    raise ValueError(f"is a lower {name or metric.name} better? save_on_minimum must say it")
 
 
 class PretrainingLog:
@@ -125,9 +150,7 @@ class PretrainingLog:
     [1, 2]
     """
 
-    def __init__(
-        self, path: str | Path, held_out: PolymorphDataset, batch_size: int = 256
-    ) -> None:
+    def __init__(self, path: str | Path, held_out: PolymorphDataset, batch_size: int = 256) -> None:
         self.path, self.held_out, self.batch_size = Path(path), held_out, batch_size
         self._key = f"sums of {self.path.name}"  # in the plan of the run
         self._writer: Any = None
@@ -241,8 +264,12 @@ def pretraining_diagnostics(
 
 
 def _peak_memory(device: torch.device) -> float:
-    """Peak memory in MiB: of the GPU, or resident of this process."""
+    """Peak memory in MiB: of the GPU, or resident of this process; NaN where none tells."""
     if device.type == "cuda":
         return torch.cuda.max_memory_allocated(device) / 2**20
+    try:
+        import resource
+    except ImportError:  # Windows
+        return math.nan
     unit = 2**20 if sys.platform == "darwin" else 2**10
     return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / unit

@@ -366,7 +366,7 @@ class StoichiometrySplitter(Splitter):
         k : int
         directories : list of str, optional
             2 k folders for the parts of a DiskDataset.
-        seed : int, optional
+        seed : int, default: another one with every call
         """
         if kwargs:
             raise TypeError(f"unknown arguments {sorted(kwargs)}")
@@ -377,7 +377,7 @@ class StoichiometrySplitter(Splitter):
             raise ValueError(f"{len(directories)} directories for {2 * k} parts")
         folders: Iterator[str | None] = iter(directories) if directories else repeat(None)
         # large groups first, each to the smallest fold; those of a size in random order
-        order = np.random.default_rng(seed or 0).permutation(groups.max() + 1)
+        order = np.random.default_rng(seed).permutation(groups.max() + 1)
         folds = GroupKFold(k).split(groups, groups=order[groups])
         return [
             (dataset.select(train, next(folders)), dataset.select(test, next(folders)))

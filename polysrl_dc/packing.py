@@ -13,6 +13,7 @@ import shutil
 import threading
 from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import ProcessPoolExecutor
+from concurrent.futures.process import BrokenProcessPool
 from contextlib import contextmanager
 from dataclasses import asdict
 from pathlib import Path
@@ -320,12 +321,20 @@ def _text(values: list[str]) -> np.ndarray:
 
 
 def _map(function: Callable, arguments: list[Any], processes: int | None) -> Iterator[Any]:
-    processes = min(processes or len(os.sched_getaffinity(0)), len(arguments))
+    cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count()
+    processes = min(processes or cores or 1, len(arguments))
     if processes <= 1:
         yield from map(function, arguments)
         return
-    with ProcessPoolExecutor(processes, initializer=_end_with_parent) as pool:
-        yield from pool.map(function, arguments)
+    try:
+        with ProcessPoolExecutor(processes, initializer=_end_with_parent) as pool:
+            yield from pool.map(function, arguments)
+    except BrokenProcessPool as error:
+        raise RuntimeError(
+            "a process that packs structures has died: for want of memory, or because it started "
+            'the script anew, which lacks `if __name__ == "__main__":`; with processes=1 there is '
+            "no other process"
+        ) from error
 
 
 def _end_with_parent() -> None:

@@ -13,6 +13,7 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+import pandas as pd
 import pyarrow as pa
 import pyarrow.compute as pc
 import pyarrow.parquet as pq
@@ -263,7 +264,9 @@ def open_source(source: Any) -> tuple[list[Any], Callable[[], list[Part]]]:
         for structure in structures:
             described = structure.as_dict() if isinstance(structure, Structure) else str(structure)
             digest.update(json.dumps(described, sort_keys=True, default=str).encode())
-        names = [str(i) for i in range(len(structures))]
+        index = source.index if isinstance(source, pd.Series) else range(len(structures))
+        names = [str(name) for name in index]
+        digest.update(json.dumps(names).encode())
         return [digest.hexdigest()], partial(_structure_parts, structures, names)
     if str(source) == "aflow":
         # The AFLOW Library of Crystallographic Prototypes (Mehl et al. 2017) packaged in pymatgen,

@@ -458,6 +458,30 @@ def test_early_stopping_ends_the_fit_and_restores_the_best(tmp_path):
         polysrl_dc.EarlyStopping(valid, MAE, interval=1, patience=0)
 
 
+def test_early_stopping_keeps_the_highest_score_where_higher_is_better():
+    accuracy = dc.metrics.Metric(dc.metrics.accuracy_score)
+    error = dc.metrics.Metric(dc.metrics.mean_squared_error)
+    r2 = dc.metrics.Metric(dc.metrics.pearson_r2_score)
+    for metric, lower in ((accuracy, False), (r2, False), (error, True), (MAE, True)):
+        stop = polysrl_dc.EarlyStopping(data(), metric, interval=1, patience=1)
+        assert stop.save_on_minimum is lower
+    own = dc.metrics.Metric(lambda truth, found: 0.0, name="own", mode="regression")
+    with pytest.raises(ValueError, match="save_on_minimum must say it"):
+        polysrl_dc.EarlyStopping(data(), own, interval=1, patience=1)
+    stop = polysrl_dc.EarlyStopping(data(), own, interval=1, patience=1, save_on_minimum=False)
+    assert stop.save_on_minimum is False
+
+    log = io.StringIO()
+    stop = polysrl_dc.EarlyStopping(data(), r2, interval=5, patience=3, output_file=log)
+    model = make()
+    model.fit(data(), nb_epoch=30, checkpoint_interval=0, callbacks=stop)
+    scores = [float(line.split("=")[1]) for line in log.getvalue().splitlines()]
+    assert stop.get_best_score() == pytest.approx(max(scores), rel=1e-4)
+    assert max(scores) > scores[0] and len(scores) > 5
+    found = model.evaluate(data(), [r2])["pearson_r2_score"]
+    assert found == pytest.approx(max(scores), rel=1e-4)
+
+
 def stopper(valid, **kwargs):
     return polysrl_dc.EarlyStopping(valid, MAE, interval=1, output_file=io.StringIO(), **kwargs)
 

@@ -1,5 +1,6 @@
 """The cache of structures: every source, bad input, damage, killed and simultaneous builds."""
 
+import functools
 import json
 import multiprocessing
 import os
@@ -9,6 +10,7 @@ from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
+import pandas as pd
 import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
@@ -326,6 +328,19 @@ def test_all_bad_is_an_error_and_a_part_of_bad_rows_is_none(tmp_path, small_part
     dataset = open_dataset(path, tmp_path, on_error="skip")
     assert len(dataset.skipped) == 4 and len(dataset) == N - 4
     assert dataset.graph(0).stoichiometry.formula == "CaO"
+
+
+def test_structures_of_a_series_are_named_by_its_index(tmp_path):
+    names = [f"mp-{i}" for i in range(3)]
+    made = pd.Series(structures()[:3], index=names)
+    assert open_dataset(made, tmp_path).ids.tolist() == names
+    assert open_dataset(list(made), tmp_path).ids.tolist() == ["0", "1", "2"]
+
+
+def test_a_worker_that_dies_is_told_from_bad_input(tmp_path, small_parts, monkeypatch):
+    monkeypatch.setattr(packing, "_end_with_parent", functools.partial(os._exit, 1))
+    with pytest.raises(RuntimeError, match=r"__main__.*processes=1"):
+        build(structures(), tmp_path, processes=2)
 
 
 def test_a_bad_structure_of_a_list(tmp_path):
