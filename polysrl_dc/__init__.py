@@ -8,8 +8,8 @@ Importing the package puts its classes where DeepChem users look for them:
 from polysrl_dc import _deepchem, datasets
 from polysrl_dc.callbacks import EarlyStopping
 from polysrl_dc.config import PolySRLConfig
-from polysrl_dc.cross_validation import cross_val_predict
-from polysrl_dc.datasets import PolymorphDataset, StoichiometrySplitter
+from polysrl_dc.cross_validation import StoichiometrySplitter, cross_val_predict
+from polysrl_dc.datasets import PolymorphDataset
 from polysrl_dc.domain import Domain
 from polysrl_dc.errors import InvalidInputError
 from polysrl_dc.featurizers import StoichiometryGraphFeaturizer, StructureGraphFeaturizer

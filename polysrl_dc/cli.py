@@ -15,8 +15,8 @@ import pandas as pd
 from tqdm import tqdm
 
 from polysrl_dc.checkpoints import DEFAULT_ENCODER
-from polysrl_dc.cross_validation import cross_val_predict
-from polysrl_dc.datasets import PolymorphDataset, StoichiometrySplitter, drop_skipped
+from polysrl_dc.cross_validation import StoichiometrySplitter, cross_val_predict, row_groups
+from polysrl_dc.datasets import PolymorphDataset, drop_skipped
 from polysrl_dc.domain import Domain, OutsideDomainWarning
 from polysrl_dc.errors import InvalidInputError
 from polysrl_dc.featurizers import StoichiometryGraphFeaturizer, StructureGraphFeaturizer
@@ -75,23 +75,27 @@ def embed(options: argparse.Namespace) -> None:
 
 def train(options: argparse.Namespace) -> None:
     """Formulas and labels -> a model folder, and its score on formulas it has not learned from."""
-    frame, dataset = _formulas(options, options.target)
+    for name in ("predictions", "group"):
+        if getattr(options, name) and not (options.folds or options.hold_out):
+            raise InvalidInputError(f"--{name} needs --folds or --hold-out")
+    frame, dataset = _formulas(options, options.target, [options.group] if options.group else [])
     held_out, predicted = None, None
     if options.predictions:
-        if not (options.folds or options.hold_out):
-            raise InvalidInputError("--predictions needs --folds or --hold-out")
         check_names(frame, _columns(options.target))
+    groups = None if options.group is None else _group_labels(frame[options.group])
     if options.folds:
-        n_formulas = len({graph.formula for graph in dataset.X})
-        if not 2 <= options.folds <= n_formulas:
+        n_groups = row_groups(dataset, groups).max() + 1
+        if not 2 <= options.folds <= n_groups:
+            what = "formulas" if groups is None else f"groups by {options.group!r} and formula"
             raise InvalidInputError(
-                f"--folds {options.folds}: must be from 2 to {n_formulas}, the different formulas"
+                f"--folds {options.folds}: must be from 2 to {n_groups}, the different {what}"
             )
         held_out = dataset
         each = partial(_trained, options)
-        predicted = cross_val_predict(each, dataset, options.folds, seed=options.seed)
+        chosen = {"seed": options.seed, "groups": groups}
+        predicted = cross_val_predict(each, dataset, options.folds, **chosen)
     elif options.hold_out:
-        dataset, held_out = StoichiometrySplitter().train_test_split(
+        dataset, held_out = StoichiometrySplitter(groups).train_test_split(
             dataset, frac_train=1 - options.hold_out, seed=options.seed
         )
         if not (len(dataset) and len(held_out)):
@@ -175,7 +179,7 @@ def pretrain(options: argparse.Namespace) -> None:
 
 
 def _formulas(
-    options: argparse.Namespace, targets: Sequence[str] = ()
+    options: argparse.Namespace, targets: Sequence[str] = (), others: Sequence[str] = ()
 ) -> tuple[pd.DataFrame, dc.data.Dataset]:
     """The table of formulas, as given or read, and its dataset; the rows of both correspond."""
     given = getattr(options, "formulas", [])
@@ -184,7 +188,7 @@ def _formulas(
             "give either formulas or --input FILE; formulas go before the options"
         )
     if options.input:
-        frame = read_table(options.input, [options.column, *targets])
+        frame = read_table(options.input, [options.column, *targets, *others])
     else:
         frame = pd.DataFrame({options.column: given})
     graphs = StoichiometryGraphFeaturizer(options.on_error).featurize(frame[options.column])
@@ -196,6 +200,14 @@ def _formulas(
     if len(dataset) == 0:
         raise InvalidInputError("no usable formula is left")
     return frame.copy(), dataset
+
+
+def _group_labels(column: pd.Series) -> list[Any]:
+    """The fields of a column, none of which may be empty."""
+    for row, value in column.items():
+        if pd.isna(value) or value == "":
+            raise InvalidInputError(f"row {row}: {column.name} is empty; --group needs all of them")
+    return column.tolist()
 
 
 def _labeled(

@@ -1,12 +1,150 @@
-"""Predictions of rows that were not learned from, as ``sklearn.model_selection`` makes them."""
+"""Splits that keep what belongs together on one side, and predictions of rows held out by them."""
 
-from collections.abc import Callable
+from collections.abc import Callable, Hashable, Iterator, Sequence
+from itertools import repeat
+from typing import Any
 
 import numpy as np
+import pandas as pd
 from deepchem.data import Dataset, NumpyDataset
+from deepchem.splits import Splitter
+from scipy.sparse import coo_array
+from scipy.sparse.csgraph import connected_components
+from sklearn.model_selection import GroupKFold
 
-from polysrl_dc.datasets import StoichiometrySplitter
+from polysrl_dc.datasets import PolymorphDataset
+from polysrl_dc.errors import InvalidInputError
+from polysrl_dc.featurizers import check_lengths
+from polysrl_dc.graphs import StoichiometryGraph, StructureGraph
 from polysrl_dc.model import PolySRLModel
+
+
+class StoichiometrySplitter(Splitter):
+    """Split so that no reduced formula stands on both sides.
+
+    Works on datasets whose X holds the graphs of this package. Sizes follow the fractions as far
+    as whole groups allow; the split depends on the seed only.
+
+    Parameters
+    ----------
+    groups : sequence, shape (n,), optional
+        A label of each row of the datasets to be split, such as the publication it comes from, that
+        does not stand on both sides either. What is measured on random rows tells little of new
+        publications: their compounds are less like the known ones.
+
+    Examples
+    --------
+    >>> import deepchem as dc, polysrl_dc
+    >>> graphs = dc.feat.StoichiometryGraphFeaturizer()(["NaCl", "Na2Cl2", "MgO", "CaO", "KCl"])
+    >>> splitter = dc.splits.StoichiometrySplitter()
+    >>> [len(fold) for _, fold in splitter.k_fold_split(dc.data.NumpyDataset(graphs), 2)]
+    [3, 2]
+    >>> splitter = dc.splits.StoichiometrySplitter(["a", "b", "b", "c", "c"])
+    >>> [len(fold) for _, fold in splitter.k_fold_split(dc.data.NumpyDataset(graphs), 2)]
+    [3, 2]
+    """
+
+    def __init__(self, groups: Sequence[Hashable] | None = None) -> None:
+        self.groups = groups
+
+    def split(
+        self,
+        dataset: Dataset,
+        frac_train: float = 0.8,
+        frac_valid: float = 0.1,
+        frac_test: float = 0.1,
+        seed: int | None = None,
+        log_every_n: int | None = None,
+    ) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
+        """Row numbers of the three parts; groups are shuffled and cut where the rows add up."""
+        fractions = np.array([frac_train, frac_valid, frac_test])
+        if (fractions < 0).any() or not np.isclose(fractions.sum(), 1):
+            raise ValueError(f"fractions {fractions.tolist()} must not be negative and add up to 1")
+        groups = row_groups(dataset, self.groups)
+        shuffled = np.random.default_rng(seed).permutation(groups.max() + 1)
+        sizes = np.bincount(groups)[shuffled]
+        middle = (np.cumsum(sizes) - sizes / 2) / len(groups)
+        part = np.searchsorted(np.cumsum(fractions)[:2], middle, side="right")
+        part_of_group = np.empty_like(part)
+        part_of_group[shuffled] = part
+        train, valid, test = (np.flatnonzero(part_of_group[groups] == i) for i in range(3))
+        return train, valid, test
+
+    def k_fold_split(
+        self,
+        dataset: Dataset,
+        k: int,
+        directories: list[str] | None = None,
+        seed: int | None = None,
+        **kwargs: Any,
+    ) -> list[tuple[Dataset, Dataset]]:
+        """``k`` pairs of training and test dataset; every row is tested once.
+
+        Parameters
+        ----------
+        dataset : dc.data.Dataset
+        k : int
+        directories : list of str, optional
+            2 k folders for the parts of a DiskDataset.
+        seed : int, default: another one with every call
+        """
+        if kwargs:
+            raise TypeError(f"unknown arguments {sorted(kwargs)}")
+        groups = row_groups(dataset, self.groups)
+        if not 2 <= k <= groups.max() + 1:
+            what = "formulas" if self.groups is None else "groups"
+            raise ValueError(f"k is {k}: must be between 2 and the {groups.max() + 1} {what}")
+        if directories is not None and len(directories) != 2 * k:
+            raise ValueError(f"{len(directories)} directories for {2 * k} parts")
+        folders: Iterator[str | None] = iter(directories) if directories else repeat(None)
+        # large groups first, each to the smallest fold; those of a size in random order
+        order = np.random.default_rng(seed).permutation(groups.max() + 1)
+        folds = GroupKFold(k).split(groups, groups=order[groups])
+        return [
+            (dataset.select(train, next(folders)), dataset.select(test, next(folders)))
+            for train, test in folds
+        ]
+
+
+def row_groups(dataset: Dataset, labels: Sequence[Hashable] | None = None) -> np.ndarray:
+    """Numbers of what belongs together, (n,) int64 from 0.
+
+    Rows belong together if they have the same reduced formula or, where there are any, the same
+    label, or if further rows link them so.
+
+    Raises
+    ------
+    InvalidInputError
+        A row is no graph or has no label, naming row and id.
+    ValueError
+        There are more labels than rows, or less.
+    """
+    formulas = _formula_groups(dataset)
+    if labels is None:
+        return formulas
+    column = pd.Series(list(labels), dtype=object)
+    if len(column) != len(formulas):
+        raise ValueError(f"{len(column)} groups for {len(formulas)} rows")
+    for row in np.flatnonzero(column.isna() | (column == "")):
+        raise InvalidInputError(f"row {row} (id {dataset.ids[row]}) has no group")
+    numbers = formulas.max() + 1 + pd.factorize(column)[0]
+    links = (np.ones(len(column)), (formulas, numbers))
+    size = numbers.max() + 1
+    return connected_components(coo_array(links, shape=(size, size)), directed=False)[1][formulas]
+
+
+def _formula_groups(dataset: Dataset) -> np.ndarray:
+    check_lengths(dataset)
+    if isinstance(dataset, PolymorphDataset):
+        return np.unique(dataset.groups, return_inverse=True)[1]
+    formulas = []
+    for row, graph in enumerate(dataset.X):
+        if isinstance(graph, StructureGraph):
+            graph = graph.stoichiometry
+        if not isinstance(graph, StoichiometryGraph):
+            raise InvalidInputError(f"row {row} (id {dataset.ids[row]}) is not a graph")
+        formulas.append(graph.formula)
+    return np.unique(formulas, return_inverse=True)[1]
 
 
 def cross_val_predict(
@@ -15,6 +153,7 @@ def cross_val_predict(
     n_folds: int = 5,
     n_samples: int = 64,
     seed: int = 0,
+    groups: Sequence[Hashable] | None = None,
 ) -> tuple[np.ndarray, np.ndarray]:
     """Predict each row by a model that has not learned from its formula.
 
@@ -33,6 +172,8 @@ def cross_val_predict(
         As in :meth:`PolySRLModel.predict_uncertainty`; classifiers take none.
     seed : int
         Of the parts.
+    groups : sequence, shape (n,), optional
+        As in :class:`StoichiometrySplitter`: what stays in one part besides equal formulas.
 
     Returns
     -------
@@ -42,7 +183,7 @@ def cross_val_predict(
     Raises
     ------
     ValueError
-        ``n_folds`` is less than 2 or greater than the number of formulas.
+        ``n_folds`` is less than 2 or greater than the number of formulas, or of groups.
 
     Examples
     --------
@@ -61,7 +202,7 @@ def cross_val_predict(
     """
     rows = NumpyDataset(dataset.X, ids=np.arange(len(dataset)))
     order, predicted = [], []
-    for pair in StoichiometrySplitter().k_fold_split(rows, n_folds, seed=seed):
+    for pair in StoichiometrySplitter(groups).k_fold_split(rows, n_folds, seed=seed):
         learned, held_out = (part.ids.astype(int) for part in pair)
         model = train(dataset.select(learned))
         samples = 0 if model.settings["task"] == "classification" else n_samples

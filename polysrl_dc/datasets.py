@@ -1,17 +1,14 @@
-"""Polymorphic structures as a DeepChem dataset, the formula-grouped splitter, skipped rows."""
+"""Polymorphic structures as a DeepChem dataset, and rows that a featurizer has skipped."""
 
 import hashlib
 from collections.abc import Iterator, Sequence
-from itertools import repeat
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import torch
 from deepchem.data import Dataset
-from deepchem.splits import Splitter
 from pymatgen.core import Structure
-from sklearn.model_selection import GroupKFold
 from torch import Tensor
 
 from polysrl_dc.elements import N_ELEMENTS
@@ -310,91 +307,3 @@ def drop_skipped(dataset: Dataset) -> Dataset:
         if isinstance(graph, StoichiometryGraph | StructureGraph)
     ]
     return dataset.select(kept)
-
-
-class StoichiometrySplitter(Splitter):
-    """Split so that no reduced formula stands on both sides.
-
-    Works on datasets whose X holds the graphs of this package. Sizes follow the fractions as far
-    as whole groups allow; the split depends on the seed only.
-
-    Examples
-    --------
-    >>> import deepchem as dc, polysrl_dc
-    >>> graphs = dc.feat.StoichiometryGraphFeaturizer()(["NaCl", "Na2Cl2", "MgO", "CaO", "KCl"])
-    >>> splitter = dc.splits.StoichiometrySplitter()
-    >>> [len(fold) for _, fold in splitter.k_fold_split(dc.data.NumpyDataset(graphs), 2)]
-    [3, 2]
-    """
-
-    def split(
-        self,
-        dataset: Dataset,
-        frac_train: float = 0.8,
-        frac_valid: float = 0.1,
-        frac_test: float = 0.1,
-        seed: int | None = None,
-        log_every_n: int | None = None,
-    ) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
-        """Row numbers of the three parts; groups are shuffled and cut where the rows add up."""
-        fractions = np.array([frac_train, frac_valid, frac_test])
-        if (fractions < 0).any() or not np.isclose(fractions.sum(), 1):
-            raise ValueError(f"fractions {fractions.tolist()} must not be negative and add up to 1")
-        groups = _groups(dataset)
-        shuffled = np.random.default_rng(seed).permutation(groups.max() + 1)
-        sizes = np.bincount(groups)[shuffled]
-        middle = (np.cumsum(sizes) - sizes / 2) / len(groups)
-        part = np.searchsorted(np.cumsum(fractions)[:2], middle, side="right")
-        part_of_group = np.empty_like(part)
-        part_of_group[shuffled] = part
-        train, valid, test = (np.flatnonzero(part_of_group[groups] == i) for i in range(3))
-        return train, valid, test
-
-    def k_fold_split(
-        self,
-        dataset: Dataset,
-        k: int,
-        directories: list[str] | None = None,
-        seed: int | None = None,
-        **kwargs: Any,
-    ) -> list[tuple[Dataset, Dataset]]:
-        """``k`` pairs of training and test dataset; every row is tested once.
-
-        Parameters
-        ----------
-        dataset : dc.data.Dataset
-        k : int
-        directories : list of str, optional
-            2 k folders for the parts of a DiskDataset.
-        seed : int, default: another one with every call
-        """
-        if kwargs:
-            raise TypeError(f"unknown arguments {sorted(kwargs)}")
-        groups = _groups(dataset)
-        if not 2 <= k <= groups.max() + 1:
-            raise ValueError(f"k is {k}: must be between 2 and the {groups.max() + 1} formulas")
-        if directories is not None and len(directories) != 2 * k:
-            raise ValueError(f"{len(directories)} directories for {2 * k} parts")
-        folders: Iterator[str | None] = iter(directories) if directories else repeat(None)
-        # large groups first, each to the smallest fold; those of a size in random order
-        order = np.random.default_rng(seed).permutation(groups.max() + 1)
-        folds = GroupKFold(k).split(groups, groups=order[groups])
-        return [
-            (dataset.select(train, next(folders)), dataset.select(test, next(folders)))
-            for train, test in folds
-        ]
-
-
-def _groups(dataset: Dataset) -> np.ndarray:
-    """Group number of the reduced formula of each row."""
-    check_lengths(dataset)
-    if isinstance(dataset, PolymorphDataset):
-        return np.unique(dataset.groups, return_inverse=True)[1]
-    formulas = []
-    for row, graph in enumerate(dataset.X):
-        if isinstance(graph, StructureGraph):
-            graph = graph.stoichiometry
-        if not isinstance(graph, StoichiometryGraph):
-            raise InvalidInputError(f"row {row} (id {dataset.ids[row]}) is not a graph")
-        formulas.append(graph.formula)
-    return np.unique(formulas, return_inverse=True)[1]

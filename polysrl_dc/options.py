@@ -138,6 +138,11 @@ def parser(commands: Sequence[Command]) -> argparse.ArgumentParser:
         help="score and calibrate by cross-validation in so many parts, and train on all rows",
     )
     sub.add_argument(
+        "--group",
+        metavar="COLUMN",
+        help="rows with the same field here, e.g. a DOI, stay in one part of either",
+    )
+    sub.add_argument(
         "--predictions", type=_output, help="table of the rows scored on, with prediction and std"
     )
     add_training(sub, 100, 32)

@@ -5,6 +5,7 @@ import subprocess
 import sys
 from io import StringIO
 from pathlib import Path
+from typing import Any
 
 import deepchem as dc
 import numpy as np
@@ -17,6 +18,7 @@ from polysrl_dc import (
     PolySRLModel,
     StoichiometryGraphFeaturizer,
     StoichiometrySplitter,
+    cli,
     cross_val_predict,
 )
 from polysrl_dc.checkpoints import load_checkpoint
@@ -322,6 +324,35 @@ def test_a_bad_label_is_named(tmp_path: Path, capsys: pytest.CaptureFixture[str]
     assert main([*command, "--target", "gap", "--on-error", "skip"]) == 0
     skipped = capsys.readouterr().err
     assert "skipped row 1: gap is 'large'" in skipped and "skipped row 2: gap is '~3'" in skipped
+
+
+def test_rows_of_a_group_are_scored_together(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    path, folder = tmp_path / "t.csv", str(tmp_path / "model")
+    sources = [f"doi {i % 5}" for i in range(len(FORMULAS))]
+    frame = pd.DataFrame({"formula": FORMULAS, "gap": range(len(FORMULAS)), "doi": sources})
+    frame.to_csv(path, index=False)
+    command = ["train", "--input", str(path), "--target", "gap", "--epochs", "1"]
+    command += ["--output-dir", folder, "--group", "doi"]
+    learned, kind = [], cli._trained
+
+    def trained(options: Any, dataset: Any) -> Any:
+        learned.append({sources[row] for row in dataset.ids.astype(int)})
+        return kind(options, dataset)
+
+    monkeypatch.setattr(cli, "_trained", trained)
+    assert main([*command, "--folds", "5"]) == 0
+    assert sorted(map(len, learned)) == [4] * 5 + [5]
+    learned.clear()
+    assert main([*command, "--hold-out", "0.4"]) == 0
+    assert len(learned[0]) == 3
+    assert "--group needs --folds or --hold-out" in error_of(command, capsys)
+    message = error_of([*command, "--folds", "6"], capsys)
+    assert "--folds 6: must be from 2 to 5, the different groups by 'doi' and formula" in message
+    assert "no column 'source'" in error_of([*command[:-1], "source", "--folds", "5"], capsys)
+    frame.assign(doi=["", *sources[1:]]).to_csv(path, index=False)
+    assert "row 0: doi is empty" in error_of([*command, "--folds", "5"], capsys)
 
 
 def test_a_target_without_held_out_labels_loses_nothing(

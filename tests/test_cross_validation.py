@@ -3,9 +3,10 @@
 import deepchem as dc
 import numpy as np
 import pytest
-from models import FORMULAS, SIGNAL, data, fitted
+from models import FORMULAS, SIGNAL, N, data, fitted
 
-from polysrl_dc import cross_val_predict
+from polysrl_dc import InvalidInputError, cross_val_predict
+from polysrl_dc.cross_validation import row_groups
 
 TWICE = [*FORMULAS, *reversed(FORMULAS)]
 LABELS = np.concatenate([SIGNAL, SIGNAL[::-1] + 0.1])
@@ -45,3 +46,41 @@ def test_more_parts_than_formulas_or_one_alone_are_refused(n_folds):
     message = f"k is {n_folds}: must be between 2 and the {len(FORMULAS)} formulas"
     with pytest.raises(ValueError, match=message):
         cross_val_predict(lambda _: pytest.fail("trained"), data(), n_folds)
+
+
+def test_groups_stay_in_one_part():
+    sources = [f"doi {row % 7}" for row in range(len(TWICE))]
+    dataset = dc.data.NumpyDataset(data(formulas=TWICE, y=LABELS).X, LABELS, ids=sources)
+    made = []
+
+    def train(part):
+        made.append(set(part.ids))
+        return fitted(dataset=part, nb_epoch=1)
+
+    with pytest.raises(ValueError, match="the 1 groups"):
+        cross_val_predict(train, dataset, 2, groups=["doi"] * len(TWICE))
+    once = dataset.select(range(len(FORMULAS)))
+    cross_val_predict(train, once, n_folds=3, groups=sources[: len(once)])
+    held_out = [set(sources) - learned for learned in made]
+    assert sorted(name for part in held_out for name in part) == sorted(set(sources))
+
+
+def test_rows_belong_together_by_formula_or_label_or_through_others():
+    graphs = data(formulas=["NaCl", "KCl", "Na2Cl2", "MgO", "CaO"], y=np.zeros(5))
+    assert row_groups(graphs).tolist() == row_groups(graphs, [1, 2, 3, 4, 5]).tolist()
+    linked = row_groups(graphs, ["a", "b", "b", "c", "d"])
+    assert linked[0] == linked[1] == linked[2] and len(set(linked)) == 3
+    splitter = dc.splits.StoichiometrySplitter(["a", "b", "b", "c", "d"])
+    for train, test in splitter.k_fold_split(graphs, 3, seed=0):
+        assert len(train) + len(test) == 5 and len(test) in (1, 3)
+    for seed in range(9):
+        parts = [set(part) for part in splitter.split(graphs, 0.6, 0.2, 0.2, seed=seed)]
+        assert sum(bool(part & {0, 1, 2}) for part in parts) == 1
+
+
+@pytest.mark.parametrize("missing", [None, "", float("nan")])
+def test_bad_groups_are_named(missing):
+    with pytest.raises(InvalidInputError, match=r"row 2 \(id 2\) has no group"):
+        row_groups(data(), [0, 1, missing, *range(3, N)])
+    with pytest.raises(ValueError, match=f"2 groups for {N} rows"):
+        dc.splits.StoichiometrySplitter([0, 1]).k_fold_split(data(), 2)

@@ -1,0 +1,112 @@
+"""Whether the error and the intervals that cross-validation promises hold for new publications.
+
+    python benchmarks/publications.py --data-dir DATA
+
+The targets whose rows name their publication (ESTM), five folds none of which shares one with its
+training rows. On the training rows a model is fitted (``polysrl-mp``, frozen, 100 epochs) and its
+standard deviation is calibrated by cross-validation, once in parts that share no formula
+(``polysrl train --folds 5``) and once in parts that share no publication either (``--group``).
+What both say of the test rows stands beside what happened. Writes ``publications.csv``.
+"""
+
+from __future__ import annotations
+
+import argparse
+from collections.abc import Callable
+from pathlib import Path
+
+import numpy as np
+import pandas as pd
+import torch
+from folds import output_folder
+from graph_data import Dataset, dataset_of
+from protocols import NORMAL_95
+from sklearn.metrics import mean_absolute_error
+from targets import Target, wetlab_targets
+from tasks import DataNotFoundError, find_data_dir
+from tqdm import tqdm
+
+from polysrl_dc import PolySRLModel, cross_val_predict
+from polysrl_dc.checkpoints import write_atomic
+
+COLUMNS = ["target", "parts", "fold", "expected_mae", "mae", "in_95", "half_width"]
+Fit = Callable[[Dataset], PolySRLModel]
+
+
+def fitted(dataset: Dataset) -> PolySRLModel:
+    """A head on the frozen shipped encoder."""
+    model = PolySRLModel(freeze_encoder=True)
+    model.fit(dataset, nb_epoch=100, checkpoint_interval=0)
+    return model
+
+
+def score_fold(
+    target: Target, train: np.ndarray, test: np.ndarray, fit: Fit = fitted
+) -> list[dict[str, float | str]]:
+    """What two kinds of cross-validation promise of a fold, and what is true.
+
+    Returns
+    -------
+    list of dict
+        Of each kind: ``expected_mae`` of the cross-validation and ``mae`` on the test rows, the
+        share of these inside the 95 % intervals, and the mean half width of the intervals; in
+        reported units.
+    """
+    learned, asked = dataset_of(target, train), dataset_of(target, test)
+    model, found = fit(learned), list[dict[str, float | str]]()
+    assert target.publications is not None
+    parts = {"formula": None, "publication": target.publications[train]}
+    for name, groups in parts.items():
+        predicted = cross_val_predict(fit, learned, 5, groups=groups)
+        model.calibrate(learned, predicted=predicted)
+        mean, std = (values[:, 0] for values in model.predict_uncertainty(asked))
+        errors, half = np.abs(mean - target.values[test]), NORMAL_95 * std
+        expected = mean_absolute_error(target.values[train], predicted[0][:, 0])
+        found.append(
+            {
+                "parts": name,
+                "expected_mae": float(expected) * target.scale,
+                "mae": float(errors.mean()) * target.scale,
+                "in_95": float((errors <= half).mean()),
+                "half_width": float(half.mean()) * target.scale,
+            }
+        )
+    return found
+
+
+def main(argv: list[str] | None = None) -> None:
+    """Measure and print."""
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    add = parser.add_argument
+    add("--data-dir", help="layout of the shared data; or POLYSRL_DATA")
+    add("--output-dir", type=Path, default=Path("benchmarks"))
+    add("--threads", type=int, default=1)
+    arguments = parser.parse_args(argv)
+    try:
+        found = wetlab_targets(find_data_dir(arguments.data_dir))
+    except DataNotFoundError as error:
+        parser.error(str(error))
+    torch.set_num_threads(arguments.threads)
+    folds = [
+        (target, fold, split)
+        for target in found
+        if target.publications is not None
+        for fold, split in enumerate(target.splits(target.publications))
+    ]
+    with output_folder(arguments.output_dir):
+        rows = [
+            {"target": target.name, "fold": fold, **row}
+            for target, fold, split in tqdm(folds, unit="fold")
+            for row in score_fold(target, *split)
+        ]
+        table = pd.DataFrame(rows, columns=COLUMNS)
+        content = table.to_csv(index=False, float_format="%.6g").encode()
+        write_atomic(arguments.output_dir / "publications.csv", content)
+    means = table.groupby(["target", "parts"], sort=False)[COLUMNS[3:]].mean()
+    print(means.round(3).to_markdown())
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,53 @@
+"""What cross-validation promises of new publications."""
+
+from dataclasses import replace
+
+import numpy as np
+import pandas as pd
+import publications
+from models import FORMULAS, N, fitted
+from publications import main, score_fold
+from targets import Target
+
+DOIS = np.array([f"doi {row % 12}" for row in range(N)])
+
+
+def named(name="estm600_seebeck", **kwargs):
+    values = np.sin(np.arange(N))
+    return Target(name, "1", np.array(FORMULAS), values, 10.0, 8, publications=DOIS, **kwargs)
+
+
+def test_parts_and_promises_are_those_of_the_publications():
+    target, learned = named(), []
+    sources = dict(zip(target.compositions, DOIS, strict=True))
+
+    def fit(dataset):
+        learned.append({sources[graph.formula] for graph in dataset.X})
+        return fitted(dataset=dataset, nb_epoch=1)
+
+    train, test = target.splits(DOIS)[0]
+    by_formula, by_publication = score_fold(target, train, test, fit)
+    assert not set(DOIS[train]) & set(DOIS[test])
+    whole, kinds = learned[0], (learned[1:6], learned[6:])
+    assert whole == set(DOIS[train])
+    assert any(part == whole for part in kinds[0]) and all(part < whole for part in kinds[1])
+    assert by_formula["mae"] == by_publication["mae"] and by_formula["parts"] == "formula"
+    for row in (by_formula, by_publication):
+        assert 0 <= row["in_95"] <= 1 and row["expected_mae"] > 0 and row["half_width"] > 0
+
+
+def test_the_command_scores_the_targets_that_name_publications(monkeypatch, tmp_path, capsys):
+    other = replace(named(), name="band_gap", publications=None)
+    monkeypatch.setattr(publications, "wetlab_targets", lambda _: [named(), other])
+    monkeypatch.setattr(
+        publications, "score_fold", lambda target, *split: score_fold(target, *split, quickly)
+    )
+    main(["--output-dir", str(tmp_path)])
+    table = pd.read_csv(tmp_path / "publications.csv")
+    assert len(table) == 10 and set(table["target"]) == {"estm600_seebeck"}
+    assert table["parts"].tolist() == ["formula", "publication"] * 5
+    assert table.notna().all(axis=None) and "publication" in capsys.readouterr().out
+
+
+def quickly(dataset):
+    return fitted(dataset=dataset, nb_epoch=1)
