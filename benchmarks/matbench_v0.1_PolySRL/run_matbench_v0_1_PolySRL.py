@@ -19,6 +19,9 @@ RUNS: list[str] = [
     "--suite matbench --tasks matbench_log_kvrh --protocol finetune --epochs 15 60 "
     "150 --ensemble 4 --learning-rates 0.003 --batch-size 128 --weight-decay 0.3 "
     "--seed 0 --pretrained polysrl-mp",
+    "--suite matbench --tasks matbench_mp_e_form --protocol finetune --epochs 100 "
+    "--ensemble 4 --learning-rates 0.003 --batch-size 512 --weight-decay 0 --seed 0 "
+    "--pretrained polysrl-mp",
     "--suite matbench --tasks matbench_mp_gap --protocol finetune --epochs 100 "
     "--ensemble 4 --learning-rates 0.003 --batch-size 512 --weight-decay 0 --seed 0 "
     "--pretrained polysrl-mp",
