@@ -29,6 +29,8 @@ from typing import Any
 import numpy as np
 import pandas as pd
 import torch
+from command_line import refusing, runner_parser
+from files import write_csv
 from folds import FoldStore, locked, output_folder
 from graph_data import dataset_of
 from intervals import Constant, Intervals, Laplace, Normalized, Scaled, evaluate
@@ -41,7 +43,6 @@ from tasks import find_data_dir, load_task
 from tqdm import tqdm
 
 from polysrl_dc import PolySRLModel
-from polysrl_dc.checkpoints import write_atomic
 
 #: Name -> kind of intervals, and the standard deviation that they are made from.
 METHODS: dict[str, tuple[type[Intervals], str]] = {
@@ -250,7 +251,7 @@ def merge(path: Path, fresh: pd.DataFrame) -> None:
             )
             fresh = pd.concat([earlier[~same], fresh], ignore_index=True)
         table = fresh[COLUMNS].sort_values(COLUMNS[:-1], ignore_index=True)
-        write_atomic(path, table.to_csv(index=False, float_format="%.6g").encode())
+        write_csv(path, table)
 
 
 def means(table: pd.DataFrame) -> pd.DataFrame:
@@ -280,9 +281,7 @@ def findings(wide: pd.DataFrame) -> list[str]:
 
 def main(argv: Sequence[str] | None = None) -> None:
     """Predict what is missing, score and print."""
-    parser = argparse.ArgumentParser(
-        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
-    )
+    parser = runner_parser(__doc__)
     add, default = parser.add_argument, Settings()
     add("--targets", nargs="+", metavar="NAME", help="default: all ten")
     add("--encoder", default=default.encoder, help="name, folder or file")
@@ -293,18 +292,17 @@ def main(argv: Sequence[str] | None = None) -> None:
     add("--peers", nargs="+", choices=PEERS, metavar="PEER", help="score their records instead")
     add("--submission", type=Path, metavar="FOLDER", help="only say what its intervals hold")
     add("--device")
-    add("--data-dir", help="layout of the shared data; or POLYSRL_DATA")
-    add("--output-dir", type=Path, default=Path("benchmarks"))
     add("--threads", type=int, default=1)
     add("--again", action="store_true", help="also what is finished")
     add("--dry-run", action="store_true", help="say what would be done, and stop")
     arguments = parser.parse_args(argv)
-    data_dir = find_data_dir(arguments.data_dir)
-    if arguments.submission:
-        coverage = record_coverage(arguments.submission, data_dir).groupby("task", sort=False)
-        print(coverage.mean().drop(columns="fold").to_markdown(floatfmt=".3f"))
-        return
-    targets = {target.name: target for target in all_targets(data_dir)}
+    with refusing(parser):
+        data_dir = find_data_dir(arguments.data_dir)
+        if arguments.submission:
+            coverage = record_coverage(arguments.submission, data_dir).groupby("task", sort=False)
+            print(coverage.mean().drop(columns="fold").to_markdown(floatfmt=".3f"))
+            return
+        targets = {target.name: target for target in all_targets(data_dir)}
     chosen = arguments.targets or list(targets)
     if unknown := sorted(set(chosen) - set(targets)):
         parser.error(f"unknown targets {unknown}: there are {list(targets)}")

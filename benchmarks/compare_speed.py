@@ -11,30 +11,29 @@ features that are there. Prediction: ``predict`` of graphs (the forest: features
 
 from __future__ import annotations
 
-import argparse
 import statistics
 import time
 from collections import defaultdict
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 from functools import partial
-from pathlib import Path
 from typing import Any
 
 import numpy as np
 import pandas as pd
 import torch
+from command_line import refusing, runner_parser
+from files import write_csv
 from graph_data import Dataset, dataset_of
 from magpie import magpie_features, regressor
 from peers import PEERS, lacking, peer_model
 from targets import Target, wetlab_targets
-from tasks import DataNotFoundError, find_data_dir
+from tasks import find_data_dir
 from torch.optim.optimizer import register_optimizer_step_post_hook
 from tqdm import tqdm
 from transfer import CONFIG
 
 from polysrl_dc import PolySRLModel
-from polysrl_dc.checkpoints import write_atomic
 
 BATCH_SIZE = 128
 WARM_UP = 3
@@ -213,16 +212,10 @@ def measure(
 
 def main(argv: Sequence[str] | None = None) -> int:
     """Measure, write ``compare_speed.csv``, print the table."""
-    parser = argparse.ArgumentParser(
-        prog="compare.py --speed",
-        description=__doc__,
-        formatter_class=argparse.RawDescriptionHelpFormatter,
-    )
+    parser = runner_parser(__doc__, prog="compare.py --speed")
     add = parser.add_argument
     names = tuple(CONTENDERS)
     add("--models", nargs="+", choices=names, default=names, metavar="MODEL", help=", ".join(names))
-    add("--data-dir", help="layout of the shared data; or POLYSRL_DATA")
-    add("--output-dir", type=Path, default=Path("benchmarks"))
     add("--seed", type=int, default=0)
     add("--threads", type=int, help="default: torch's own choice")
     add("--turns", type=int, default=5)
@@ -236,10 +229,8 @@ def main(argv: Sequence[str] | None = None) -> int:
             parser.error(line)
     if arguments.threads is not None:
         torch.set_num_threads(arguments.threads)
-    try:
+    with refusing(parser):
         target = wetlab_targets(find_data_dir(arguments.data_dir))[0]
-    except DataNotFoundError as error:
-        parser.error(str(error))
     batches = len(target.values) // BATCH_SIZE
     if arguments.steps > batches - WARM_UP:
         parser.error(f"--steps is {arguments.steps}: must be at most {batches - WARM_UP}")
@@ -261,7 +252,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         return 0
     table = measure(target, arguments.models, arguments.turns, arguments.steps, arguments.seed)
     path = arguments.output_dir / "compare_speed.csv"
-    write_atomic(path, table.assign(**facts).to_csv(index=False, float_format="%.6g").encode())
+    write_csv(path, table.assign(**facts))
     print(table.to_string(index=False, float_format="{:,.0f}".format))
     rates = table.set_index("model")
     if {"polysrl", REFERENCE} <= set(rates.index):

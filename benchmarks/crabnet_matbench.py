@@ -16,12 +16,13 @@ from pathlib import Path
 import numpy as np
 import pandas as pd
 import torch
+from command_line import refusing, runner_parser
 from folds import FoldStore, in_parallel, output_folder, readable
 from graph_data import graph_dataset
 from peers import lacking, peer_model, peer_settings
 from scores import COLUMNS, leaderboard, merge_scores
 from targets import N_FOLDS
-from tasks import DataNotFoundError, find_data_dir, load_task, task_inputs
+from tasks import find_data_dir, load_task, task_inputs
 from tqdm import tqdm
 
 TASKS = ("matbench_expt_gap", "matbench_dielectric", "matbench_log_gvrh")
@@ -121,24 +122,18 @@ def beside_published(scores: pd.DataFrame) -> pd.DataFrame:
 
 def main(argv: list[str] | None = None) -> None:
     """Run what is missing and print the comparison."""
-    parser = argparse.ArgumentParser(
-        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
-    )
+    parser = runner_parser(__doc__)
     add = parser.add_argument
     short = [name.removeprefix("matbench_") for name in TASKS]
     add("--tasks", nargs="+", choices=short, default=short, metavar="TASK", help=", ".join(short))
     add("--folds", nargs="+", type=int, choices=range(N_FOLDS), default=list(range(N_FOLDS)))
     add("--seed", type=int, default=0)
     add("--jobs", type=int, default=1, help="folds trained at once, a process each")
-    add("--data-dir", help="layout of the shared data; or POLYSRL_DATA")
-    add("--output-dir", type=Path, default=Path("benchmarks"))
     arguments = parser.parse_args(argv)
     if message := lacking("crabnet"):
         parser.error(message)
-    try:
+    with refusing(parser):
         data_dir = find_data_dir(arguments.data_dir)
-    except DataNotFoundError as error:
-        parser.error(str(error))
     records = leaderboard(data_dir).query("algorithm == 'CrabNet' and metric == 'mae'")
     if data_dir is None or records.empty:
         parser.error("no matbench/leaderboard.csv in --data-dir or POLYSRL_DATA")

@@ -9,20 +9,19 @@ over the seeds of its records. Writes ``domain.csv``.
 
 from __future__ import annotations
 
-import argparse
 import warnings
-from pathlib import Path
 
 import numpy as np
 import pandas as pd
 import torch
+from command_line import refusing, runner_parser
+from files import write_csv
 from paper_records import absolute_errors
 from scipy.stats import spearmanr
 from targets import Target, wetlab_targets
-from tasks import find_data_dir, structures_path
+from tasks import required_data_dir, structures_path
 
 from polysrl_dc import Domain, PolymorphDataset, PolySRLModel
-from polysrl_dc.checkpoints import write_atomic
 from polysrl_dc.domain import OutsideDomainWarning
 
 
@@ -74,15 +73,16 @@ def to_training_formulas(model: PolySRLModel, target: Target) -> tuple[np.ndarra
 
 def main(argv: list[str] | None = None) -> None:
     """Measure and print."""
-    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser = runner_parser(__doc__, cache=True)
     add = parser.add_argument
-    add("--data-dir", help="layout of the shared data; or POLYSRL_DATA")
-    add("--cache-dir", help="of packed structures; or POLYSRL_CACHE")
-    add("--output-dir", type=Path, default=Path("benchmarks"), help="with the records")
     add("--threads", type=int, default=1)
     arguments = parser.parse_args(argv)
-    if (data_dir := find_data_dir(arguments.data_dir)) is None:
-        parser.error("no data: pass --data-dir or set POLYSRL_DATA")
+    with refusing(parser):
+        data_dir = required_data_dir(arguments.data_dir)
+        measured = [
+            (target, absolute_errors(target, arguments.output_dir, "polysrl"))
+            for target in wetlab_targets(data_dir)
+        ]
     torch.set_num_threads(arguments.threads)
     warnings.simplefilter("ignore", OutsideDomainWarning)  # they are counted
     model = PolySRLModel.from_pretrained("polysrl-mp")
@@ -90,8 +90,7 @@ def main(argv: list[str] | None = None) -> None:
     structures = PolymorphDataset(path, on_error="skip", cache_dir=arguments.cache_dir)
     pretraining = Domain(model, structures)
     rows = []
-    for target in wetlab_targets(data_dir):
-        errors = absolute_errors(target, arguments.output_dir, "polysrl")
+    for target, errors in measured:
         found = pretraining.query(target.formulas, k=1)
         pairs = {
             "training formulas": to_training_formulas(model, target),
@@ -103,9 +102,7 @@ def main(argv: list[str] | None = None) -> None:
         ]
     table = pd.DataFrame(rows).sort_values("reference", ascending=False, kind="stable")
     print(table.round(3).to_markdown(index=False))
-    write_atomic(
-        arguments.output_dir / "domain.csv", table.to_csv(index=False, float_format="%.4g").encode()
-    )
+    write_csv(arguments.output_dir / "domain.csv", table, digits=4)
 
 
 if __name__ == "__main__":

@@ -9,15 +9,15 @@ is trained. Scores go to ``recipes.csv``, as those of one seed.
 
 from __future__ import annotations
 
-import argparse
 from pathlib import Path
 
 import numpy as np
 import pandas as pd
+from command_line import refusing, runner_parser
 from paper_records import load_record, prediction_scores
 from scores import merge_scores
 from targets import Target, wetlab_targets
-from tasks import DataNotFoundError, find_data_dir
+from tasks import find_data_dir
 
 MODELS = ("rand_init", "polysrl", "roost")
 SEEDS = (0, 1, 2)
@@ -42,23 +42,17 @@ def mean_of_seeds(target: Target, model: str, output_dir: Path) -> np.ndarray:
 
 def main(argv: list[str] | None = None) -> None:
     """Average, score and print."""
-    parser = argparse.ArgumentParser(
-        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
-    )
+    parser = runner_parser(__doc__)
     add = parser.add_argument
     add("--models", nargs="+", default=MODELS, metavar="MODEL", help="with records of three seeds")
-    add("--data-dir", help="layout of the shared data; or POLYSRL_DATA")
-    add("--output-dir", type=Path, default=Path("benchmarks"), help="with the records")
     arguments = parser.parse_args(argv)
     place, parts = arguments.output_dir, []
-    try:
+    with refusing(parser):
         for target in wetlab_targets(find_data_dir(arguments.data_dir)):
             for model in arguments.models:
                 about = (target.suite, "recipe", f"mean of three seeds, transfer, {model}", 0)
                 predictions = mean_of_seeds(target, model, place)
                 parts.append(prediction_scores(target, predictions, target.splits(), *about))
-    except (DataNotFoundError, FileNotFoundError) as error:
-        parser.error(str(error))
     scores = pd.concat(parts, ignore_index=True)
     merge_scores(place / "recipes.csv", scores)
     errors = scores[scores["metric"] == "mae"].pivot_table("value", "task", "model", sort=False)

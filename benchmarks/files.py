@@ -1,4 +1,4 @@
-"""JSON from elsewhere: read within bounds; and errors in one line."""
+"""JSON from elsewhere, read within bounds; tables, written at once; errors in one line."""
 
 from __future__ import annotations
 
@@ -6,6 +6,9 @@ import json
 from pathlib import Path
 from typing import Any
 
+import pandas as pd
+
+from polysrl_dc.checkpoints import write_atomic
 from polysrl_dc.errors import InvalidInputError
 from polysrl_dc.sources import unpacked
 
@@ -37,3 +40,18 @@ def printable(text: str) -> str:
     """A text in one line of at most 300 letters that a terminal can show."""
     line = " ".join(text.split())[:300]
     return "".join(letter if letter.isprintable() else "?" for letter in line)
+
+
+def write_csv(path: str | Path, table: pd.DataFrame, digits: int | None = 6) -> None:
+    """Write the columns of a table at once: whoever reads the file finds the old one or this.
+
+    Parameters
+    ----------
+    path : path
+    table : pandas.DataFrame
+        Its index is not written.
+    digits : int, optional
+        Significant digits of its floats; default: six. None: all.
+    """
+    form = None if digits is None else f"%.{digits}g"
+    write_atomic(Path(path), table.to_csv(index=False, float_format=form).encode())

@@ -8,13 +8,12 @@ whose manifest says how; ``uncertainty.py --encoder FOLDER`` judges it.
 
 from __future__ import annotations
 
-import argparse
 from inspect import signature
-from pathlib import Path
 
 import torch
+from command_line import refusing, runner_parser
 from pretrain import split
-from tasks import DataNotFoundError, structures_path
+from tasks import structures_path
 
 from polysrl_dc import PolymorphDataset, PolySRLModel
 from polysrl_dc.checkpoints import checkpoint_path, load_checkpoint
@@ -29,13 +28,10 @@ SETTINGS = {
 
 def main(argv: list[str] | None = None) -> None:
     """Fit and save."""
-    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser = runner_parser(__doc__, cache=True, output_dir=None)
     add = parser.add_argument
     add("encoder", help="saved pretraining model: a name, folder or file")
     add("--structures", help="as for pretrain.py; default: DATA/mp")
-    add("--data-dir", help="layout of the shared data; or POLYSRL_DATA")
-    add("--cache-dir", help="of packed structures; or POLYSRL_CACHE")
-    add("--output-dir", type=Path, required=True)
     add("--hold-out", type=int, default=2000, help="stoichiometries left out, as in pretraining")
     add("--max-structures", type=int, help="random sample of the structures")
     add("--threads", type=int, default=1)
@@ -43,10 +39,8 @@ def main(argv: list[str] | None = None) -> None:
         add(f"--{name.replace('_', '-')}", type=type(default), default=default)
     add("--dry-run", action="store_true", help="say what would be done, and stop")
     arguments = parser.parse_args(argv)
-    try:
+    with refusing(parser):
         path = structures_path(arguments.structures, arguments.data_dir)
-    except DataNotFoundError as error:
-        parser.error(str(error))
     torch.set_num_threads(arguments.threads)
     dataset = PolymorphDataset(
         path,

@@ -9,20 +9,20 @@ are those of the representation protocol, means over the seeds of its records. W
 
 from __future__ import annotations
 
-import argparse
 from pathlib import Path
 
 import numpy as np
 import pandas as pd
+from command_line import refusing, runner_parser
+from files import write_csv
 from folds import group_key
 from labels import MP_PROPERTIES
 from paper_records import absolute_errors
 from scipy.stats import ttest_ind
 from targets import matbench_target, wetlab_targets
-from tasks import find_data_dir, structures_path
+from tasks import required_data_dir, structures_path
 
 from polysrl_dc import PolymorphDataset
-from polysrl_dc.checkpoints import write_atomic
 
 START = "rand_init"
 
@@ -76,26 +76,21 @@ def seen_by(data_dir: Path, cache_dir: str | None) -> dict[str, set[str]]:
 
 def main(argv: list[str] | None = None) -> None:
     """Measure and print."""
-    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    add = parser.add_argument
-    add("--data-dir", help="layout of the shared data; or POLYSRL_DATA")
-    add("--cache-dir", help="of packed structures; or POLYSRL_CACHE")
-    add("--output-dir", type=Path, default=Path("benchmarks"), help="with the records")
+    parser = runner_parser(__doc__, cache=True)
     arguments = parser.parse_args(argv)
-    if (data_dir := find_data_dir(arguments.data_dir)) is None:
-        parser.error("no data: pass --data-dir or set POLYSRL_DATA")
-    seen, place = seen_by(data_dir, arguments.cache_dir), arguments.output_dir
-    rows = []
-    for target in wetlab_targets(data_dir):
-        start = absolute_errors(target, place, START)
-        for model, formulas in seen.items():
-            known = np.array([formula in formulas for formula in target.compositions])
-            found = gain(absolute_errors(target, place, model), start, known)
-            rows.append({"target": target.name, "model": model, **found})
+    place, rows = arguments.output_dir, []
+    with refusing(parser):
+        data_dir = required_data_dir(arguments.data_dir)
+        seen = seen_by(data_dir, arguments.cache_dir)
+        for target in wetlab_targets(data_dir):
+            start = absolute_errors(target, place, START)
+            for model, formulas in seen.items():
+                known = np.array([formula in formulas for formula in target.compositions])
+                found = gain(absolute_errors(target, place, model), start, known)
+                rows.append({"target": target.name, "model": model, **found})
     table = pd.DataFrame(rows)
     print(table.round(3).to_markdown(index=False))
-    content = table.to_csv(index=False, float_format="%.4g").encode()
-    write_atomic(place / "known.csv", content)
+    write_csv(place / "known.csv", table, digits=4)
 
 
 if __name__ == "__main__":

@@ -20,6 +20,7 @@ import numpy as np
 import pandas as pd
 import torch
 import transfer
+from command_line import refusing, runner_parser
 from folds import FoldStore, in_parallel, output_folder
 from magpie import BASELINES, predict_baseline
 from paired import comparison
@@ -29,7 +30,7 @@ from peers import PEERS, lacking, peer_settings, predict_peer_fold
 from representation import EPOCHS, on_same_formulas, predict_targets, representation_digest
 from scores import drop_scores, merge_scores, read_scores
 from targets import N_FOLDS, Splits, Target
-from tasks import DataNotFoundError, find_data_dir
+from tasks import find_data_dir
 from tqdm import tqdm
 
 from polysrl_dc.checkpoints import checkpoint_path
@@ -279,10 +280,7 @@ def arguments_of(
     argv: list[str] | None, suite: str, targets_of: TargetsOf, description: str
 ) -> argparse.Namespace:
     """Parse the command line; what cannot be run ends it with one line."""
-    parser = argparse.ArgumentParser(
-        description=f"{description}\n{__doc__}",
-        formatter_class=argparse.RawDescriptionHelpFormatter,
-    )
+    parser = runner_parser(f"{description}\n{__doc__}")
     add = parser.add_argument
     known = (*MODELS, *BASELINES)
     every = (*known, *PEERS)
@@ -295,8 +293,6 @@ def arguments_of(
     add("--name", help="label of --encoder in the column model; default: name of its folder")
     add("--config", default="default", choices=("paper", "default"), help="of random weights")
     add("--baseline", default="rand_init", help="model to compare with, fold by fold")
-    add("--data-dir", help="layout of the shared data; or POLYSRL_DATA")
-    add("--output-dir", type=Path, default=Path("benchmarks"))
     add("--seed", type=int, default=0, help="first seed")
     add("--seeds", type=int, default=1, help="number of seeds")
     add("--jobs", type=int, default=1, help="folds trained at once in transfer, a process each")
@@ -314,11 +310,9 @@ def arguments_of(
         arguments.models = {
             model: encoder_of(model) if model in MODELS else None for model in arguments.models
         }
-    try:
+    with refusing(parser):
         arguments.data_dir = find_data_dir(arguments.data_dir)
         targets = {target.name: target for target in targets_of(arguments.data_dir)}
-    except DataNotFoundError as error:
-        parser.error(str(error))
     for model, encoder in arguments.models.items():
         if model in PEERS and (line := lacking(model)):
             parser.error(line)

@@ -22,10 +22,11 @@ from typing import Any
 import numpy as np
 import pandas as pd
 import torch
+from command_line import runner_parser
 from folds import output_folder
 from graph_data import Dataset
 from labels import EXCLUDED, MP_PROPERTIES, labelled_formulas, mp_property_dataset
-from tasks import DataNotFoundError, find_data_dir, structures_path
+from tasks import required_data_dir, structures_path
 from tqdm import tqdm
 
 from polysrl_dc import PolymorphDataset, PolySRLConfig, PolySRLModel
@@ -53,15 +54,10 @@ LEAST = {
 
 def arguments_of(argv: list[str] | None = None) -> argparse.Namespace:
     """Parse the command line."""
-    parser = argparse.ArgumentParser(
-        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
-    )
+    parser = runner_parser(__doc__, cache=True, output_dir=Path("runs/polysrl"))
     add = parser.add_argument
     add("--objective", choices=(*OBJECTIVES, *MP_PROPERTIES), default="polysrl")
     add("--structures", help="Parquet file or folder, CIF folder, aflow; default: DATA/mp")
-    add("--data-dir", help="layout of the shared data; or POLYSRL_DATA")
-    add("--output-dir", type=Path, default=Path("runs/polysrl"))
-    add("--cache-dir", help="of packed structures; or POLYSRL_CACHE")
     add("--config", choices=("default", "paper"), default="default")
     change = "FIELD=VALUE of the configuration, changed"
     add("--set", nargs="*", action="extend", default=[], metavar="FIELD=VALUE", help=change)
@@ -156,7 +152,6 @@ def run(arguments: argparse.Namespace) -> None:
     """The run that the arguments describe."""
     first = not torch.distributed.is_initialized() or torch.distributed.get_rank() == 0
     config = config_of(arguments)
-    data_dir = find_data_dir(arguments.data_dir)
     training: dict[str, Any] = {
         "config": config,
         "batch_size": arguments.batch_size,
@@ -170,19 +165,15 @@ def run(arguments: argparse.Namespace) -> None:
     callbacks: list[Any] = []
     if arguments.objective in MP_PROPERTIES:
         task = MP_PROPERTIES[arguments.objective]
-        if data_dir is None:
-            raise SystemExit("no data: pass --data-dir or set POLYSRL_DATA")
+        data_dir = required_data_dir(arguments.data_dir)
         train: Dataset = mp_property_dataset(task, data_dir, arguments.exclude)
         model = PolySRLModel("regression", pretrained=None, **training)
         for encoder in model.model.encoders:
             encoder.mean_norm.adaptive = True  # whitened like the encoders it is compared with
         source: dict[str, Any] = {"labels": task}
     else:
-        try:
-            path = structures_path(arguments.structures, data_dir)
-        except DataNotFoundError as error:
-            raise SystemExit(str(error)) from error
-        train, held_out = _structures(arguments, path, data_dir, first)
+        path = structures_path(arguments.structures, arguments.data_dir)
+        train, held_out = _structures(arguments, path, first)
         model = PolySRLModel(
             "pretraining",
             objective=arguments.objective,
@@ -239,7 +230,7 @@ def _save(model: PolySRLModel, arguments: argparse.Namespace, callbacks: list[An
 
 
 def _structures(
-    arguments: argparse.Namespace, path: Any, data_dir: Path | None, first: bool
+    arguments: argparse.Namespace, path: Any, first: bool
 ) -> tuple[PolymorphDataset, PolymorphDataset]:
     """The training part and the part for diagnostics; packed by the first process."""
     if not first:
@@ -259,9 +250,8 @@ def _structures(
         print(f"{len(dataset.skipped)} structures skipped, the first: {dataset.skipped[0]}")
     exclude: set[str] = set()
     if arguments.exclude:
-        if data_dir is None:
-            raise SystemExit("--exclude reads the labelled data: pass --data-dir")
-        exclude = labelled_formulas(data_dir, arguments.exclude)
+        folder = required_data_dir(arguments.data_dir, "labelled data, which --exclude reads")
+        exclude = labelled_formulas(folder, arguments.exclude)
     return split(dataset, arguments.hold_out, exclude, arguments.seed)
 
 

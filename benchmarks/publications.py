@@ -11,23 +11,22 @@ What both say of the test rows stands beside what happened. Writes ``publication
 
 from __future__ import annotations
 
-import argparse
 from collections.abc import Callable
-from pathlib import Path
 
 import numpy as np
 import pandas as pd
 import torch
+from command_line import refusing, runner_parser
+from files import write_csv
 from folds import output_folder
 from graph_data import Dataset, dataset_of
 from protocols import NORMAL_95
 from sklearn.metrics import mean_absolute_error
 from targets import Target, wetlab_targets
-from tasks import DataNotFoundError, find_data_dir
+from tasks import find_data_dir
 from tqdm import tqdm
 
 from polysrl_dc import PolySRLModel, cross_val_predict
-from polysrl_dc.checkpoints import write_atomic
 
 COLUMNS = ["target", "parts", "fold", "expected_mae", "mae", "in_95", "half_width"]
 Fit = Callable[[Dataset], PolySRLModel]
@@ -76,18 +75,12 @@ def score_fold(
 
 def main(argv: list[str] | None = None) -> None:
     """Measure and print."""
-    parser = argparse.ArgumentParser(
-        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
-    )
+    parser = runner_parser(__doc__)
     add = parser.add_argument
-    add("--data-dir", help="layout of the shared data; or POLYSRL_DATA")
-    add("--output-dir", type=Path, default=Path("benchmarks"))
     add("--threads", type=int, default=1)
     arguments = parser.parse_args(argv)
-    try:
+    with refusing(parser):
         found = wetlab_targets(find_data_dir(arguments.data_dir))
-    except DataNotFoundError as error:
-        parser.error(str(error))
     torch.set_num_threads(arguments.threads)
     folds = [
         (target, fold, split)
@@ -102,8 +95,7 @@ def main(argv: list[str] | None = None) -> None:
             for row in score_fold(target, *split)
         ]
         table = pd.DataFrame(rows, columns=COLUMNS)
-        content = table.to_csv(index=False, float_format="%.6g").encode()
-        write_atomic(arguments.output_dir / "publications.csv", content)
+        write_csv(arguments.output_dir / "publications.csv", table)
     means = table.groupby(["target", "parts"], sort=False)[COLUMNS[3:]].mean()
     print(means.round(3).to_markdown())
 

@@ -15,13 +15,13 @@ from __future__ import annotations
 
 import argparse
 from dataclasses import astuple, dataclass, field
-from pathlib import Path
 from typing import Any
 
 import numpy as np
 import pandas as pd
 import torch
 from calibration import merge, score_own
+from command_line import refusing, runner_parser
 from folds import output_folder, split_validation
 from graph_data import Dataset, dataset_of
 from paper_protocol import train_folds
@@ -29,7 +29,7 @@ from paper_records import prediction_scores
 from representation import representation_digest
 from scores import merge_scores
 from targets import N_FOLDS, Target, wetlab_targets
-from tasks import DataNotFoundError, find_data_dir
+from tasks import find_data_dir
 
 from polysrl_dc import PolySRLModel, cross_val_predict
 from polysrl_dc.checkpoints import DEFAULT_ENCODER
@@ -112,24 +112,18 @@ def predict_fold(
 
 def main(argv: list[str] | None = None) -> None:
     """Train what is missing, score and print."""
-    parser = argparse.ArgumentParser(
-        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
-    )
+    parser = runner_parser(__doc__)
     add = parser.add_argument
     add("--recipes", nargs="+", choices=RECIPES, default=list(RECIPES), metavar="RECIPE")
     add("--targets", nargs="+", metavar="TARGET", help="names; default: all")
     add("--seeds", type=int, default=1, help="number of seeds")
     add("--jobs", type=int, default=1, help="folds trained at once, a process each")
-    add("--data-dir", help="layout of the shared data; or POLYSRL_DATA")
-    add("--output-dir", type=Path, default=Path("benchmarks"))
     add("--dry-run", action="store_true", help="show what would run; train and write nothing")
     arguments = parser.parse_args(argv)
     if min(arguments.seeds, arguments.jobs) < 1:
         parser.error("--seeds and --jobs must be at least 1")
-    try:
+    with refusing(parser):
         found = wetlab_targets(find_data_dir(arguments.data_dir))
-    except DataNotFoundError as error:
-        parser.error(str(error))
     targets = {target.name: target for target in found}
     if unknown := sorted(set(arguments.targets or ()) - set(targets)):
         parser.error(f"no target is named {unknown[0]!r}; the targets are: {', '.join(targets)}")

@@ -9,19 +9,18 @@ polymorphs is among the k likeliest candidates. Scores go to ``<output-dir>/retr
 
 from __future__ import annotations
 
-import argparse
 import time
-from pathlib import Path
 
 import numpy as np
 import pandas as pd
 import torch
+from command_line import refusing, runner_parser
+from files import write_csv
 from graph_data import graph_dataset
 from pretrain import split
-from tasks import DataNotFoundError, structures_path
+from tasks import structures_path
 
 from polysrl_dc import PolymorphDataset, PolySRLModel
-from polysrl_dc.checkpoints import write_atomic
 
 RANKS = (1, 10, 100)
 
@@ -49,12 +48,9 @@ def recall(indices: np.ndarray, groups: np.ndarray, wanted: np.ndarray) -> dict[
 
 def main(argv: list[str] | None = None) -> None:
     """Measure and print."""
-    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser = runner_parser(__doc__, cache=True)
     add = parser.add_argument
-    add("--data-dir", help="layout of the shared data; or POLYSRL_DATA")
     add("--structures", help="as for pretrain.py; default: DATA/mp")
-    add("--cache-dir", help="of packed structures; or POLYSRL_CACHE")
-    add("--output-dir", type=Path, default=Path("benchmarks"))
     add("--encoder", default="polysrl-mp", help="saved pretraining model")
     add("--candidates", type=int, default=10_000)
     add("--hold-out", type=int, default=2000, help="as in the pretraining")
@@ -62,10 +58,8 @@ def main(argv: list[str] | None = None) -> None:
     add("--threads", type=int, default=1)
     add("--dry-run", action="store_true", help="say what would be done, and stop")
     arguments = parser.parse_args(argv)
-    try:
+    with refusing(parser):
         path = structures_path(arguments.structures, arguments.data_dir)
-    except DataNotFoundError as error:
-        parser.error(str(error))
     torch.set_num_threads(arguments.threads)
     dataset = PolymorphDataset(path, on_error="skip", cache_dir=arguments.cache_dir)
     rest, held_out = split(dataset, arguments.hold_out, set(), arguments.seed)
@@ -92,8 +86,7 @@ def main(argv: list[str] | None = None) -> None:
     ).rename_axis("k")
     print(table.round(3).to_markdown())
     print(f"{seconds:.0f} s, structures embedded included")
-    path = arguments.output_dir / "retrieval.csv"
-    write_atomic(path, table.to_csv(float_format="%.6g").encode())
+    write_csv(arguments.output_dir / "retrieval.csv", table.reset_index())
 
 
 if __name__ == "__main__":

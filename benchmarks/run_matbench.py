@@ -20,6 +20,7 @@ from typing import Any
 
 import paper_protocol
 import submission
+from command_line import runner_parser
 from folds import FoldStore, in_parallel, output_folder
 from labels import has_learned
 from matbench.task import MatbenchTask
@@ -56,10 +57,8 @@ Learner = Callable[..., tuple[Any, Any, dict[str, Any]]]
 
 def parse_arguments(argv: list[str] | None = None) -> argparse.Namespace:
     """Command line; unknown tasks, folds and settings end it with one line."""
-    parser = argparse.ArgumentParser(
-        description=__doc__,
-        epilog=_told_defaults(),
-        formatter_class=argparse.RawDescriptionHelpFormatter,
+    parser = runner_parser(
+        __doc__, "folder with matbench/*.csv.gz; or POLYSRL_DATA", epilog=_told_defaults()
     )
     add = parser.add_argument
     add("--suite", choices=("matbench", "embedded"), default="matbench")
@@ -74,8 +73,6 @@ def parse_arguments(argv: list[str] | None = None) -> argparse.Namespace:
     add("--learning-rates", nargs="+", type=_positive(float), help="grid, chosen by validation")
     add("--batch-size", type=_positive(int))
     add("--weight-decay", type=float)
-    add("--data-dir", help="folder with matbench/*.csv.gz (default: POLYSRL_DATA)")
-    add("--output-dir", type=Path, default=Path("benchmarks"))
     add("--seed", type=int, default=0)
     add("--device", help="cpu, cuda, ... (default: the model's own choice)")
     add("--threads", type=_positive(int), default=1, help="threads of one process")

@@ -7,13 +7,12 @@ from typing import Any
 
 import numpy as np
 import pandas as pd
+from files import write_csv
 from folds import locked
 from matbench.constants import REG_KEY
 from matbench.task import MatbenchTask
 from sklearn.metrics import roc_auc_score
 from tasks import find_data_dir
-
-from polysrl_dc.checkpoints import write_atomic
 
 COLUMNS = ["suite", "task", "protocol", "model", "seed", "fold", "metric", "value"]
 KEYS = ["suite", "task", "protocol", "model", "seed"]
@@ -73,7 +72,7 @@ def merge_scores(path: Path, fresh: pd.DataFrame) -> pd.DataFrame:
             )
             table = pd.concat([earlier[~same], fresh], ignore_index=True)
         table = table.sort_values(COLUMNS[:-1], ignore_index=True)
-        write_atomic(Path(path), table.to_csv(index=False).encode())
+        write_csv(path, table, digits=None)
     return table
 
 
@@ -84,7 +83,7 @@ def drop_scores(path: Path, task: str, protocol: str, model: str, seed: int) -> 
             table = read_scores(path)
             run = pd.Series({"task": task, "protocol": protocol, "model": model, "seed": seed})
             other = (table[run.index] != run).any(axis=1)
-            write_atomic(Path(path), table[other].to_csv(index=False).encode())
+            write_csv(path, table[other], digits=None)
 
 
 def read_scores(path: Path) -> pd.DataFrame:

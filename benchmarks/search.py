@@ -19,16 +19,17 @@ import numpy as np
 import pandas as pd
 import pretrain
 import torch
+from command_line import refusing, runner_parser
+from files import write_csv
 from folds import output_folder
 from paper_models import encoder_embeddings
 from paper_records import prediction_scores
 from representation import predict_targets
 from sklearn.model_selection import KFold
 from targets import Splits, Target, wetlab_targets
-from tasks import find_data_dir
+from tasks import required_data_dir
 
 from polysrl_dc import PolySRLModel, StoichiometryGraphFeaturizer
-from polysrl_dc.checkpoints import write_atomic
 from polysrl_dc.graphs import StoichiometryBatch
 
 BUDGET = ["--max-structures", "76800", "--max-sites", "60", "--epochs", "2", "--hold-out", "2000"]
@@ -101,7 +102,7 @@ def run_missing(path: Path, arguments: argparse.Namespace) -> None:
         if name not in set(results["row"]):
             print(f"{name}: {' '.join(ROWS[name]) or 'nothing changed'}", flush=True)
             results = pd.concat([results, run_row(name, arguments)], ignore_index=True)
-            write_atomic(path, results.to_csv(index=False, float_format="%.6g").encode())
+            write_csv(path, results)
         for weights in folder_of(name, arguments).glob("*.safetensors"):
             weights.unlink()
 
@@ -189,21 +190,17 @@ def table(results: pd.DataFrame) -> pd.DataFrame:
 
 def main(argv: list[str] | None = None) -> None:
     """Run the rows that are missing and print the table."""
-    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser = runner_parser(__doc__, cache=True)
     add = parser.add_argument
     add("--rows", nargs="+", choices=list(ROWS), default=list(ROWS), metavar="ROW")
-    add("--data-dir", help="layout of the shared data; or POLYSRL_DATA")
-    add("--output-dir", type=Path, default=Path("benchmarks"))
-    add("--cache-dir", help="of packed structures; or POLYSRL_CACHE")
     add("--seed", type=int, default=0, help="of pretraining")
     add("--seeds", type=int, default=1, help="of the protocol")
     add("--threads", type=int, default=1)
     add("--compile", action="store_true")
     add("--dry-run", action="store_true", help="list the rows; run nothing")
     arguments = parser.parse_args(argv)
-    arguments.data_dir = find_data_dir(arguments.data_dir)
-    if arguments.data_dir is None:
-        parser.error("no data: pass --data-dir or set POLYSRL_DATA")
+    with refusing(parser):
+        arguments.data_dir = required_data_dir(arguments.data_dir)
     path = arguments.output_dir / "pretraining_search.csv"
     if arguments.dry_run:
         done = set(finished_rows(path)["row"])

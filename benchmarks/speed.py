@@ -9,7 +9,6 @@ take turns, so that whatever else the machine does slows both. Numbers are media
 
 from __future__ import annotations
 
-import argparse
 import copy
 import gc
 import multiprocessing
@@ -30,10 +29,12 @@ import pandas as pd
 import pyarrow.parquet as pq
 import reference
 import torch
+from command_line import refusing, runner_parser
+from files import write_csv
 from graph_data import NumpyDataset
 from pymatgen.analysis.prototypes import AFLOW_PROTOTYPE_LIBRARY
 from pymatgen.core import Composition, Lattice, Structure
-from tasks import DataNotFoundError, find_data_dir
+from tasks import find_data_dir
 from torch import Tensor, nn
 from torch_geometric.data import Batch
 from tqdm import tqdm
@@ -45,7 +46,6 @@ from polysrl_dc import (
     StructureGraphFeaturizer,
     losses,
 )
-from polysrl_dc.checkpoints import write_atomic
 from polysrl_dc.datasets import PolymorphDataset
 from polysrl_dc.graphs import StoichiometryBatch, StructureBatch
 from polysrl_dc.objectives import PretrainingNetwork
@@ -409,10 +409,10 @@ def _allocated(device: torch.device, entry: str) -> int:
 
 def main(argv: list[str] | None = None) -> int:
     """Measure, write ``speed.csv``, print the table."""
-    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser = runner_parser(
+        __doc__, "layout of the shared data; or POLYSRL_DATA; else AFLOW prototypes"
+    )
     add = parser.add_argument
-    add("--data-dir", help="layout of the shared data; or POLYSRL_DATA; else AFLOW prototypes")
-    add("--output-dir", type=Path, default=Path("benchmarks"))
     add("--seed", type=int, default=0)
     add("--device", type=torch.device, default=torch.device("cpu"))
     add("--threads", type=int, help="default: torch's own choice")
@@ -427,10 +427,8 @@ def main(argv: list[str] | None = None) -> int:
         parser.error("--batches, --structures and --max-sites must be positive")
     if arguments.threads is not None:
         torch.set_num_threads(arguments.threads)
-    try:
+    with refusing(parser):
         data_dir = find_data_dir(arguments.data_dir)
-    except DataNotFoundError as error:
-        parser.error(str(error))
     sample = load_sample(data_dir, arguments.structures, arguments.max_sites, arguments.seed)
     if not 2 <= arguments.batch_size <= len(sample.structures):
         parser.error(f"--batch-size must be between 2 and {len(sample.structures)} structures")
@@ -457,7 +455,7 @@ def main(argv: list[str] | None = None) -> int:
         sample, settings, arguments.batches, arguments.batch_size, fuse=arguments.compile
     )
     path = arguments.output_dir / "speed.csv"
-    write_atomic(path, table.assign(**facts).to_csv(index=False, float_format="%.6g").encode())
+    write_csv(path, table.assign(**facts))
     print(table.to_string(index=False, float_format="{:,.1f}".format))
     print(f"ratio: how many times faster, or smaller, ours is; written to {path}")
     return 0

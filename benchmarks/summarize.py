@@ -8,14 +8,13 @@ what is missing, or was run with fewer than three seeds or five folds, is named 
 
 from __future__ import annotations
 
-import argparse
 import sys
 from collections.abc import Sequence
-from pathlib import Path
 
 import numpy as np
 import pandas as pd
 from claims import CLAIMS, MATBENCH, NOT_JUDGED, PROPERTIES, RULES, SHORT, WETLAB, ZT, verdict
+from command_line import runner_parser
 from crabnet_matbench import beside_published
 from labels import MP_PROPERTIES
 from paired import read_paper
@@ -431,12 +430,8 @@ def _listed(values: pd.Series) -> str:
 
 def main(argv: Sequence[str] | None = None) -> int:
     """Run the command; 2 if a file cannot be read as scores."""
-    parser = argparse.ArgumentParser(
-        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
-    )
+    parser = runner_parser(__doc__, "the paper's tables are in ../paper beside it; or POLYSRL_DATA")
     add = parser.add_argument
-    add("--data-dir", help="the paper's tables are in ../paper beside it; or POLYSRL_DATA")
-    add("--output-dir", type=Path, default=Path("benchmarks"), help="folder of the scores")
     add("--baseline", default="rand_init", help="model of the paired differences")
     add("--dry-run", action="store_true", help="print the tally; write nothing")
     arguments = parser.parse_args(argv)

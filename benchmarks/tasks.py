@@ -195,6 +195,19 @@ def find_data_dir(data_dir: str | Path | None = None) -> Path | None:
     return path
 
 
+def required_data_dir(data_dir: str | Path | None = None, needed: str = "data") -> Path:
+    """The data folder as :func:`find_data_dir` finds it; the error says what is needed from it.
+
+    Raises
+    ------
+    DataNotFoundError
+        None was named, or it does not exist.
+    """
+    if (folder := find_data_dir(data_dir)) is None:
+        raise DataNotFoundError(f"no {needed}: pass --data-dir or set POLYSRL_DATA")
+    return folder
+
+
 def structures_path(
     structures: str | Path | None = None, data_dir: str | Path | None = None
 ) -> str | Path:
@@ -207,9 +220,7 @@ def structures_path(
     """
     if structures:
         return structures
-    if (folder := find_data_dir(data_dir)) is None:
-        raise DataNotFoundError("no structures: pass --structures, --data-dir or set POLYSRL_DATA")
-    return folder / "mp" / "structures.parquet"
+    return required_data_dir(data_dir, "structures") / "mp" / "structures.parquet"
 
 
 def load_task(name: str, data_dir: str | Path | None = None) -> MatbenchTask:

@@ -25,6 +25,8 @@ from typing import Any
 
 import numpy as np
 import pandas as pd
+from command_line import refusing, runner_parser
+from files import write_csv
 from magpie import BASELINES
 from numpy.typing import ArrayLike
 from paired import published
@@ -34,7 +36,7 @@ from paper_records import load_record, prediction_scores
 from scores import COLUMNS
 from sklearn.metrics import precision_recall_fscore_support
 from targets import Target, estm_rows
-from tasks import DataNotFoundError, find_data_dir
+from tasks import find_data_dir
 from thermoelectrics_figures import scatter_figure, screening_figure
 
 from polysrl_dc.checkpoints import write_atomic
@@ -294,9 +296,8 @@ def labelled(runs: Sequence[Run]) -> dict[str, np.ndarray]:
 def write_all(output_dir: Path, runs: Sequence[Run], scores: pd.DataFrame) -> None:
     """Write both tables and the figures, each at once."""
     outliers = pd.concat([run.outliers() for run in runs])
-    write_atomic(output_dir / "thermoelectrics.csv", scores.to_csv(index=False).encode())
-    content = outliers.to_csv(index=False, float_format="%.5g").encode()
-    write_atomic(output_dir / "thermoelectrics_outliers.csv", content)
+    write_csv(output_dir / "thermoelectrics.csv", scores, digits=None)
+    write_csv(output_dir / "thermoelectrics_outliers.csv", outliers, digits=5)
     figures = {}
     for protocol in dict.fromkeys(run.protocol for run in runs):
         ours = [run for run in runs if run.protocol == protocol]
@@ -319,27 +320,21 @@ def write_all(output_dir: Path, runs: Sequence[Run], scores: pd.DataFrame) -> No
 
 def arguments_of(argv: list[str] | None = None) -> argparse.Namespace:
     """Parse the command line; missing data ends it with one line."""
-    parser = argparse.ArgumentParser(
-        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
-    )
+    parser = runner_parser(__doc__)
     add, known = parser.add_argument, (*MODELS, *BASELINES)
     add("--models", nargs="+", default=known, metavar="MODEL", help=", ".join(known))
     add("--protocols", nargs="+", choices=PROTOCOLS, default=PROTOCOLS)
-    add("--data-dir", help="layout of the shared data; or POLYSRL_DATA")
-    add("--output-dir", type=Path, default=Path("benchmarks"), help="folder of the records")
     add("--seed", type=int, default=0, help="first seed")
     add("--seeds", type=int, default=3, help="number of seeds")
     add("--dry-run", action="store_true", help="show what there is; write nothing")
     arguments = parser.parse_args(argv)
     if arguments.seeds < 1:
         parser.error("--seeds must be at least 1")
-    try:
+    with refusing(parser):
         arguments.data_dir = find_data_dir(arguments.data_dir)
         arguments.sets = [
             Measured(kelvin, estm_rows(arguments.data_dir, kelvin)) for kelvin in THRESHOLDS
         ]
-    except DataNotFoundError as error:
-        parser.error(str(error))
     return arguments
 
 

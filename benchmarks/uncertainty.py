@@ -10,12 +10,13 @@ gaps (10a), each with the statistic of its trend. Writes ``uncertainty.csv``,
 
 from __future__ import annotations
 
-import argparse
 from pathlib import Path
 
 import numpy as np
 import pandas as pd
 import torch
+from command_line import refusing, runner_parser
+from files import write_csv
 from graph_data import graph_dataset
 from paper_records import load_record
 from polymorphs import (
@@ -28,11 +29,10 @@ from polymorphs import (
 from pretrain import split
 from scipy.stats import mannwhitneyu, spearmanr
 from targets import Target, wetlab_targets
-from tasks import find_data_dir, structures_path
+from tasks import required_data_dir, structures_path
 from uncertainty_figures import count_figure, group_figure, save
 
 from polysrl_dc import PolymorphDataset, PolySRLModel
-from polysrl_dc.checkpoints import write_atomic
 from polysrl_dc.stoichiometry import parse_formula
 
 #: Formulas that Section 5.3 and Appendix F.6 of the paper discuss.
@@ -185,21 +185,18 @@ def error_groups(sigma: np.ndarray, errors: np.ndarray) -> dict[str, np.ndarray]
 
 def main(argv: list[str] | None = None) -> None:
     """Measure, draw and print."""
-    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser = runner_parser(__doc__, cache=True)
     add = parser.add_argument
     kinds = "saved pretraining models, each with a NAME= for the table; the last is drawn"
     add("--encoders", nargs="+", default=["polysrl-mp"], metavar="ENCODER", help=kinds)
-    add("--data-dir", help="layout of the shared data; or POLYSRL_DATA")
-    add("--cache-dir", help="of packed structures; or POLYSRL_CACHE")
-    add("--output-dir", type=Path, default=Path("benchmarks"))
     add("--hold-out", type=int, default=2000, help="as in the pretraining")
     add("--threads", type=int, default=1)
     arguments = parser.parse_args(argv)
-    if (data_dir := find_data_dir(arguments.data_dir)) is None:
-        parser.error("no data: pass --data-dir or set POLYSRL_DATA")
+    with refusing(parser):
+        data_dir = required_data_dir(arguments.data_dir)
+        targets = {target.name: target for target in wetlab_targets(data_dir)}
     torch.set_num_threads(arguments.threads)
     path = Path(structures_path(None, data_dir))
-    targets = {target.name: target for target in wetlab_targets(data_dir)}
     structures = PolymorphDataset(path, on_error="skip", cache_dir=arguments.cache_dir)
     held_out = np.unique(split(structures, arguments.hold_out, set(), 0)[1].formulas)
     known = pd.Series(structures.formulas)
@@ -217,13 +214,10 @@ def main(argv: list[str] | None = None) -> None:
         found.append(table)
         print(table.round(3).to_markdown(index=False))
     folder = arguments.output_dir
-    text = pd.concat(found).to_csv(index=False, float_format="%.4g")
-    write_atomic(folder / "uncertainty.csv", text.encode())
+    write_csv(folder / "uncertainty.csv", pd.concat(found), digits=4)
     named = cases(model, path, known, list(gap.formulas))
     print(named.round(4).to_markdown(index=False))
-    write_atomic(
-        folder / "uncertainty_cases.csv", named.to_csv(index=False, float_format="%.4g").encode()
-    )
+    write_csv(folder / "uncertainty_cases.csv", named, digits=4)
     counts = np.minimum(structure_counts(gap.formulas, known), MOST)
     sigma = uncertainties(model, list(gap.formulas))
     save(folder, "uncertainty_counts", count_figure(counts, sigma))

@@ -281,6 +281,37 @@ def test_formats_are_told_by_the_name_and_written_back(tmp_path, capsys):
     assert "t.jsonl is no table" in run(["embed", "--input", str(tmp_path / "t.jsonl")], capsys)[2]
 
 
+@pytest.mark.parametrize("ending", ["json", "jsonl"])
+def test_columns_are_written_to_json_to_the_last_digit(ending, tmp_path, capsys):
+    frame = pd.DataFrame({
+        "formula": ["NaCl", "KCl"],
+        "rate": [1.2345678901234567e-14, 123456789.12345678],
+        "number": [2**60 + 1, 3],
+        "known": [True, False],
+        "day": [pd.Timestamp("2026-11-23 05:06:07.123456789"), pd.NaT],
+        "missing": [np.nan, 0.1],
+        "endless": [-np.inf, 0.5],
+        "nested": [[0.1, np.nan], [3.0]],
+        "note": ["ä\n", None],
+    })  # fmt: skip
+    frame.to_parquet(tmp_path / "t.parquet")
+    output = tmp_path / f"out.{ending}"
+    command = ["embed", "--input", str(tmp_path / "t.parquet"), "--output", str(output)]
+    assert run(command, capsys)[0] == 0
+    text = output.read_text()
+    rows = json.loads(text) if ending == "json" else [json.loads(t) for t in text.splitlines()]
+    names = [name for name in frame if name != "nested"]
+    assert [rows[0][name] for name in names] == [
+        *("NaCl", 1.2345678901234567e-14, 2**60 + 1, True, "2026-11-23T05:06:07.123456789"),
+        *(None, "-inf", "ä\n"),
+    ]
+    assert [rows[1][name] for name in names] == [
+        *("KCl", 123456789.12345678, 3, False, None, 0.1, 0.5, None)
+    ]
+    assert rows[0]["nested"] == [0.1, None] and isinstance(rows[0]["embedding_0"], float)
+    assert len(rows) == 2
+
+
 def test_an_index_that_names_the_rows_is_kept(tmp_path, capsys):
     frame = pd.DataFrame({"formula": ["NaCl", "KCl"]}, index=["mp-1", "mp-2"])
     frame.to_parquet(tmp_path / "t.parquet")

@@ -34,7 +34,7 @@ def test_known_rows_are_told_from_others_by_their_composition(
     tmp_path, target, monkeypatch, capsys
 ):
     monkeypatch.setattr(known, "wetlab_targets", lambda _: [target])
-    monkeypatch.setattr(known, "find_data_dir", lambda _: tmp_path)
+    monkeypatch.setenv("POLYSRL_DATA", str(tmp_path))
     seen = {"polysrl": {"Na1Cl1", *target.compositions[:5]}, "graphcl": set()}
     monkeypatch.setattr(known, "seen_by", lambda *_: seen)
     half = np.where(np.arange(10) < 5, 0.1, 0.3)

@@ -165,7 +165,7 @@ def test_no_data_at_all_is_one_line(monkeypatch, tmp_path):
     for objective in ("polysrl", "mp_band_gap"):
         with pytest.raises(SystemExit, match="--data-dir"):
             main(["--objective", objective, "--output-dir", str(tmp_path / "run")])
-    with pytest.raises(SystemExit, match="--exclude reads the labelled data"):
+    with pytest.raises(SystemExit, match="labelled data, which --exclude reads: pass --data-dir"):
         main(["--structures", "aflow", "--exclude", "wetlab", "--output-dir", str(tmp_path)])
 
 

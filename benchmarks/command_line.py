@@ -1,0 +1,66 @@
+"""What the runners' command lines share: options for the data, and how missing data end them.
+
+A runner's ``main`` begins with
+
+    parser = runner_parser(__doc__, cache=True)
+    arguments = parser.parse_args(argv)
+    with refusing(parser):
+        targets = wetlab_targets(required_data_dir(arguments.data_dir))
+"""
+
+from __future__ import annotations
+
+import argparse
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+from files import printable
+
+from polysrl_dc.errors import InvalidInputError
+
+
+def runner_parser(
+    description: str | None,
+    data: str = "layout of the shared data; or POLYSRL_DATA",
+    *,
+    cache: bool = False,
+    output_dir: Path | None = Path("benchmarks"),
+    **settings: Any,
+) -> argparse.ArgumentParser:
+    """A parser with ``--data-dir``, ``--output-dir`` and, if asked for, ``--cache-dir``.
+
+    Parameters
+    ----------
+    description : str, optional
+        Shown by ``--help`` as it is.
+    data : str
+        Help on ``--data-dir``.
+    cache : bool
+        Whether crystal structures are read.
+    output_dir : path, optional
+        Default of ``--output-dir``; None: it must be given.
+    settings
+        Of :class:`argparse.ArgumentParser`.
+    """
+    parser = argparse.ArgumentParser(
+        description=description,
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+        **settings,
+    )
+    parser.add_argument("--data-dir", help=data)
+    if cache:
+        parser.add_argument("--cache-dir", help="of packed structures; or POLYSRL_CACHE")
+    place: dict[str, Any] = {"default": output_dir, "required": output_dir is None}
+    parser.add_argument("--output-dir", type=Path, help="of what is read and written", **place)
+    return parser
+
+
+@contextmanager
+def refusing(parser: argparse.ArgumentParser) -> Iterator[None]:
+    """Data and records that are missing or wrong end the command as a wrong option does."""
+    try:
+        yield
+    except (FileNotFoundError, InvalidInputError) as error:
+        parser.error(printable(str(error)))
