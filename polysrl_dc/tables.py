@@ -23,14 +23,36 @@ _MISSING = (
 _TRUTH = {"True": 1, "TRUE": 1, "true": 1, "False": 0, "FALSE": 0, "false": 0}
 #: How the names of compressed files end, for which another ending tells the format.
 _COMPRESSIONS = (".gz", ".bz2", ".xz", ".lzma")
+
+
+def _plain(value: Any) -> Any:
+    """A field as JSON holds it: to the last digit, which pandas would cut; null where missing."""
+    if isinstance(value, (list, tuple, np.ndarray)):
+        return [_plain(item) for item in value]
+    if isinstance(value, dict):
+        return {str(key): _plain(item) for key, item in value.items()}
+    if value is None or value is pd.NA or value != value:  # not a number, not a time
+        return None
+    if isinstance(value, np.generic):
+        value = value.item()
+    if isinstance(value, (bool, int, str)) or (isinstance(value, float) and np.isfinite(value)):
+        return value
+    return value.isoformat() if hasattr(value, "isoformat") else str(value)
+
+
+def _write_records(frame: pd.DataFrame, path: str, lines: bool = False) -> None:
+    """Rows as JSON, or as JSON Lines."""
+    rows = [json.dumps(_plain(row)) for row in frame.to_dict("records")]
+    text = "\n".join(rows) if lines else "[" + ",\n".join(rows) + "]"
+    Path(path).write_text(f"{text}\n", encoding="utf-8")
+
+
 #: What writes a table, by how the name of its file ends.
 WRITERS: dict[str, Callable[[pd.DataFrame, Any], Any]] = {
     ".csv": lambda frame, path: frame.to_csv(path, index=False),
     ".csv.gz": lambda frame, path: frame.to_csv(path, index=False),
-    ".json": lambda frame, path: frame.to_json(path, orient="records", double_precision=15),
-    ".jsonl": lambda frame, path: frame.to_json(
-        path, orient="records", lines=True, double_precision=15
-    ),
+    ".json": _write_records,
+    ".jsonl": lambda frame, path: _write_records(frame, path, lines=True),
     ".parquet": lambda frame, path: frame.to_parquet(path, index=False),
 }
 
