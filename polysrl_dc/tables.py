@@ -2,7 +2,7 @@
 
 import json
 import sys
-from collections.abc import Callable, Hashable, Sequence
+from collections.abc import Callable, Hashable, Iterator, Sequence
 from io import BytesIO
 from pathlib import Path
 from typing import Any
@@ -109,13 +109,8 @@ def _parsed(kind: str, content: bytes, formulas: str) -> pd.DataFrame:
     """The table in a file of this kind, of which one column has formulas."""
     if kind == ".parquet":
         return pd.read_parquet(BytesIO(content))
-    if kind == ".json" and content.lstrip().startswith(b"{"):
-        given = json.loads(content)
-        if given.keys() == {"index", "columns", "data"}:  # as matminer stores a frame
-            return pd.DataFrame(given["data"], given["index"], given["columns"])
     if kind in (".json", ".jsonl"):
-        plain: dict[str, Any] = {"dtype": False, "convert_dates": False, "precise_float": True}
-        return pd.read_json(BytesIO(content), lines=kind == ".jsonl", **plain)
+        return _from_json(content, lines=kind == ".jsonl")
     if b"\0" in content:  # where pandas would end the field
         raise ValueError("it holds a byte that is zero, no text in UTF-8; save it as UTF-8")
     separator = "\t" if kind == ".tsv" else ","
@@ -127,6 +122,52 @@ def _parsed(kind: str, content: bytes, formulas: str) -> pd.DataFrame:
     fields = (rows.iloc[1:, i].reset_index(drop=True) for i in range(len(names)))
     typed = [f if name == formulas else _typed(f) for name, f in zip(names, fields, strict=True)]
     return pd.concat(typed, axis=1).set_axis(names, axis=1)
+
+
+def _from_json(content: bytes, lines: bool) -> pd.DataFrame:
+    """Fields as they are given, which pandas would turn into floats where some are missing."""
+    given = list(_json_lines(content)) if lines else _json(content)
+    if isinstance(given, dict) and given.keys() == {"index", "columns", "data"}:
+        return pd.DataFrame(given["data"], given["index"], given["columns"], dtype=object)
+    if isinstance(given, dict):
+        if not all(isinstance(column, dict | list) for column in given.values()):
+            raise ValueError("it is an object without columns; rows are objects in a list")
+        columns = {
+            name: pd.Series(column, dtype=object) if isinstance(column, dict) else column
+            for name, column in given.items()
+        }
+        frame = pd.DataFrame(columns, dtype=object)
+        numbered = list(frame.index) == [str(row) for row in range(len(frame))]
+        return frame.reset_index(drop=True) if numbered else frame
+    if not isinstance(given, list):
+        raise ValueError(f"it holds neither rows nor columns, but {given!r}"[:80])
+    for row, record in enumerate(given):
+        if not isinstance(record, dict):
+            raise ValueError(f"row {row} is {record!r}, not an object with named fields")
+    return pd.DataFrame(given, dtype=object)
+
+
+def _json_lines(content: bytes) -> Iterator[Any]:
+    """What each line holds but the empty ones."""
+    for number, line in enumerate(content.splitlines(), start=1):
+        if line.strip():
+            try:
+                yield _json(line)
+            except ValueError as error:
+                raise ValueError(f"line {number}: {error}") from error
+
+
+def _json(content: bytes) -> Any:
+    return json.loads(content, object_pairs_hook=_named_once)
+
+
+def _named_once(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
+    """A JSON object, of whose fields that share a name Python would keep the last."""
+    found = dict(pairs)
+    if len(found) < len(pairs):
+        names = [name for name, _ in pairs]
+        raise ValueError(f"two fields are called {next(n for n in names if names.count(n) > 1)!r}")
+    return found
 
 
 def _typed(fields: pd.Series) -> pd.Series:
@@ -205,7 +246,7 @@ def write_table(given: pd.DataFrame, found: pd.DataFrame, path: str | None) -> N
     Raises
     ------
     InvalidInputError
-        Both have a column of the same name.
+        Both have a column of the same name, or the format cannot hold a column of mixed types.
     """
     check_names(given, list(found))
     frame = pd.concat([given.reset_index(drop=True), found], axis=1)
@@ -214,5 +255,9 @@ def write_table(given: pd.DataFrame, found: pd.DataFrame, path: str | None) -> N
         sys.stdout.flush()
         return
     writer = next(writer for suffix, writer in WRITERS.items() if path.endswith(suffix))
-    writer(frame, path)
+    try:
+        writer(frame, path)
+    except (ValueError, TypeError, OverflowError) as error:  # Parquet: a column has one type
+        line = " ".join(str(error).split())
+        raise InvalidInputError(f"{path} cannot be written: {line}; CSV can") from error
     print(f"{len(frame)} rows written to {path}", file=sys.stderr)

@@ -29,6 +29,7 @@ from polysrl_dc.cli import main
 from polysrl_dc.datasets import drop_skipped
 from polysrl_dc.errors import InvalidInputError
 from polysrl_dc.graphs import StoichiometryGraph
+from polysrl_dc.tables import WRITERS as WRITTEN
 from polysrl_dc.tables import read_table
 
 #: What pandas takes for a missing or infinite number before a loader of DeepChem sees it.
@@ -310,6 +311,60 @@ def test_columns_are_written_to_json_to_the_last_digit(ending, tmp_path, capsys)
     ]
     assert rows[0]["nested"] == [0.1, None] and isinstance(rows[0]["embedding_0"], float)
     assert len(rows) == 2
+
+
+JSON_ROWS = (
+    '{"formula": "NaCl", "n": 9007199254740993, "known": true, "day": "2026-11-23"}',
+    '{"formula": "KCl", "n": null, "known": null, "x": 2.5}',
+)
+
+
+@pytest.mark.parametrize("name", ["rows.json", "columns.json", "split.json", "rows.jsonl"])
+def test_fields_of_json_stay_what_they_are_beside_missing_ones(name, tmp_path):
+    rows = [json.loads(row) for row in JSON_ROWS]
+    columns = ["formula", "n", "known", "day", "x"]
+    data = [[row.get(column) for column in columns] for row in rows]
+    texts = {
+        "rows.json": f"[{','.join(JSON_ROWS)}]",
+        "columns.json": pd.DataFrame(rows, dtype=object).to_json(),
+        "split.json": json.dumps({"index": [0, 1], "columns": columns, "data": data}),
+        "rows.jsonl": f"{JSON_ROWS[0]}\n\n{JSON_ROWS[1]}\n",
+    }
+    (tmp_path / name).write_text(texts[name])
+    frame = read_table(str(tmp_path / name), ["formula"])
+    assert list(frame) == columns
+    WRITTEN[".csv"](frame, tmp_path / "out.csv")
+    lines = (tmp_path / "out.csv").read_text().splitlines()
+    assert lines[1:] == ["NaCl,9007199254740993,True,2026-11-23,", "KCl,,,,2.5"]
+
+
+@pytest.mark.parametrize(
+    ("name", "text", "said"),
+    [
+        ("t.json", '[{"formula": "NaCl", "formula": "KCl"}]', "two fields are called 'formula'"),
+        ("t.json", '[{"formula": "NaCl"}, 3]', "row 1 is 3, not an object"),
+        ("t.json", "3", "neither rows nor columns"),
+        ("t.json", '{"formula": "NaCl"}', "rows are objects in a list"),
+        ("t.json", '{"formula": ["NaCl"], "gap": [1, 2]}', "same length"),
+        ("t.json", "[" * 100_000, "is no table"),
+        ("t.jsonl", '{"formula": "NaCl"}\n\n{"formula": "KCl"', "line 3: "),
+    ],
+)
+def test_json_that_is_no_table_is_refused(name, text, said, tmp_path, capsys):
+    (tmp_path / name).write_text(text)
+    status, out, error = run(["embed", "--input", str(tmp_path / name)], capsys)
+    assert status == 2 and out == "" and said in error
+
+
+@pytest.mark.parametrize("number", ['"x"', "12345678901234567890123"])
+def test_what_a_format_cannot_hold_is_refused(number, tmp_path, capsys):
+    table, output = tmp_path / "t.json", tmp_path / "out.parquet"
+    table.write_text(f'[{{"formula": "NaCl", "n": 1}}, {{"formula": "KCl", "n": {number}}}]')
+    command = ["embed", "--input", str(table), "--output"]
+    status, _, error = run([*command, str(output)], capsys)
+    assert status == 2 and "out.parquet cannot be written" in error and not output.exists()
+    assert run([*command, str(tmp_path / "out.csv")], capsys)[0] == 0
+    assert number.strip('"') in (tmp_path / "out.csv").read_text()
 
 
 def test_an_index_that_names_the_rows_is_kept(tmp_path, capsys):
