@@ -280,12 +280,11 @@ class PredictingModel(PersistentModel):
         Parameters
         ----------
         formulas : dc.data.Dataset of n stoichiometry graphs
-        structures : PolymorphDataset, or dc.data.Dataset of m structure graphs
-            Candidates.
+        structures : PolymorphDataset, or dc.data.Dataset of m structure graphs, the candidates
         k : int
             Candidates to return, at most m.
         n_samples : int
-            J, samples of each Gaussian, from a fixed seed.
+            J, samples of each Gaussian, the same noise for all: none depends on the other rows.
 
         Returns
         -------
@@ -318,13 +317,14 @@ class PredictingModel(PersistentModel):
             raise ValueError(f"k is {k}: must be between 1 and {len(structures)}, the candidates")
         crystals = torch.from_numpy(self.predict_structure_embedding(structures)).to(self.device)
         generator = torch.Generator(self.device).manual_seed(0)
+        noise = torch.randn(n_samples, crystals.shape[1], generator=generator, device=self.device)
         together = max(1, _PAIRS // (n_samples * len(crystals)))
 
         def likeliest(batch: StoichiometryBatch) -> tuple[Tensor, Tensor]:
             found = []
             means, log_sigmas = (part.split(together) for part in network.encoder(batch))
             for mean, log_sigma in zip(means, log_sigmas, strict=True):
-                samples = losses.sample_gaussian(mean, log_sigma, n_samples, generator)
+                samples = mean.unsqueeze(1) + log_sigma.exp().unsqueeze(1) * noise
                 logits = losses.match_logits(samples, crystals, network.c, network.d)
                 found.append(losses.log_match_probability(logits, network.config.match_form))
             return torch.topk(torch.cat(found), k, dim=1)

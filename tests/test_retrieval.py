@@ -53,6 +53,17 @@ def test_the_shipped_encoder_finds_structures_of_real_formulas(prototypes):
     assert hit.any(1).mean() > 0.5 > 3 * 10 / len(prototypes)  # by chance: 10 / n
 
 
+def test_other_rows_do_not_matter(prototypes, monkeypatch):
+    model = PolySRLModel("pretraining", config=CONFIG)
+    candidates = prototypes.select(range(20))
+    indices, probabilities = model.retrieve(formulas_of(prototypes), candidates)
+    last = formulas_of(prototypes.select([len(prototypes) - 1]))
+    monkeypatch.setattr("polysrl_dc.prediction._PAIRS", 1)
+    alone, probability = model.retrieve(last, candidates)
+    np.testing.assert_array_equal(alone[0], indices[-1])
+    np.testing.assert_allclose(probability[0], probabilities[-1], rtol=1e-5)
+
+
 def test_chunks_do_not_matter(prototypes, monkeypatch):
     model = PolySRLModel("pretraining", config=CONFIG)
     whole = model.predict_structure_embedding(prototypes)
@@ -76,5 +87,3 @@ def test_what_cannot_be_asked_is_refused(prototypes):
     for k in (0, len(prototypes) + 1):
         with pytest.raises(ValueError, match=f"k is {k}"):
             model.retrieve(asked, prototypes, k=k)
-
-
