@@ -19,7 +19,7 @@ from polysrl_dc.graphs import StoichiometryBatch, StoichiometryGraph, StructureG
 
 GREATEST_LABEL = 1e18  # squares of labels and errors must stay finite in single precision
 _LEAST_LABEL = 1e-30
-_LEAST_SPREAD = 1e-6  # of the greatest label; single precision has seven digits
+_LEAST_SPREAD = 1e-4  # of the greatest label; single precision keeps a thousandth of it
 _SAME = 1e-12  # of the greatest label: differences of rounding
 
 

@@ -121,7 +121,16 @@ def test_the_unit_of_the_labels_does_not_matter(unit):
     np.testing.assert_allclose(found, unit * expected, rtol=1e-3)
 
 
-@pytest.mark.parametrize("labels", [1e8 + SIGNAL, 300 + 1e-5 * SIGNAL, 1e-31 * SIGNAL])
+def test_a_constant_beside_the_labels_does_not_matter():
+    one, other = fitted(nb_epoch=3), fitted(nb_epoch=3, dataset=data(1e4 + SIGNAL))
+    found = other.predict(data()).astype(float) - 1e4
+    np.testing.assert_allclose(found, one.predict(data()), atol=4e-3)  # the spread is 4
+
+
+LOST = [1e8 + SIGNAL, 1e6 + SIGNAL, 300 + 1e-5 * SIGNAL, 1e-31 * SIGNAL]
+
+
+@pytest.mark.parametrize("labels", LOST)
 def test_labels_that_single_precision_cannot_tell_apart_are_refused(labels):
     with pytest.raises(InvalidInputError, match="labels of task 0 differ by"):
         fitted(dataset=data(labels))
