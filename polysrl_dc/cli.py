@@ -14,7 +14,7 @@ import numpy as np
 import pandas as pd
 from tqdm import tqdm
 
-from polysrl_dc.checkpoints import DEFAULT_ENCODER
+from polysrl_dc.checkpoints import DEFAULT_ENCODER, checkpoint_path
 from polysrl_dc.cross_validation import StoichiometrySplitter, cross_val_predict, row_groups
 from polysrl_dc.datasets import PolymorphDataset, drop_skipped
 from polysrl_dc.domain import Domain, OutsideDomainWarning
@@ -24,7 +24,7 @@ from polysrl_dc.model import PolySRLModel
 from polysrl_dc.options import parser
 from polysrl_dc.recalibration import LEAST
 from polysrl_dc.sources import read_structure
-from polysrl_dc.tables import check_names, numbers, read_table, write_table
+from polysrl_dc.tables import MISSING, check_names, numbers, read_table, write_table
 
 _SHOWN = 10  # skipped structures that are named
 
@@ -50,6 +50,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     commands = (embed, train, predict, retrieve, domain, pretrain)
     options = parser(commands).parse_args(arguments)
     try:
+        _keep_inputs(options)
         options.command(options)
     except KeyboardInterrupt:
         print(f"polysrl {options.name}: interrupted", file=sys.stderr)
@@ -76,9 +77,10 @@ def embed(options: argparse.Namespace) -> None:
 def train(options: argparse.Namespace) -> None:
     """Formulas and labels -> a model folder, and its score on formulas it has not learned from."""
     for name in ("predictions", "group"):
-        if getattr(options, name) and not (options.folds or options.hold_out):
+        if getattr(options, name) is not None and not (options.folds or options.hold_out):
             raise InvalidInputError(f"--{name} needs --folds or --hold-out")
-    frame, dataset = _formulas(options, options.target, [options.group] if options.group else [])
+    named = [] if options.group is None else [options.group]
+    frame, dataset = _formulas(options, options.target, named)
     held_out, predicted = None, None
     if options.predictions:
         check_names(frame, _columns(options.target))
@@ -183,11 +185,11 @@ def _formulas(
 ) -> tuple[pd.DataFrame, dc.data.Dataset]:
     """The table of formulas, as given or read, and its dataset; the rows of both correspond."""
     given = getattr(options, "formulas", [])
-    if bool(given) == bool(options.input):
+    if bool(given) == (options.input is not None):
         raise InvalidInputError(
             "give either formulas or --input FILE; formulas go before the options"
         )
-    if options.input:
+    if options.input is not None:
         frame = read_table(options.input, [options.column, *targets, *others])
     else:
         frame = pd.DataFrame({options.column: given})
@@ -203,11 +205,32 @@ def _formulas(
 
 
 def _group_labels(column: pd.Series) -> list[Any]:
-    """The fields of a column, none of which may be empty."""
+    """The fields of a column, none of which may be missing."""
     for row, value in column.items():
-        if pd.isna(value) or value == "":
-            raise InvalidInputError(f"row {row}: {column.name} is empty; --group needs all of them")
+        if not pd.api.types.is_scalar(value):
+            raise InvalidInputError(f"row {row}: {column.name} is {value!r}, not a name or number")
+        if pd.isna(value) or value in MISSING:
+            raise InvalidInputError(
+                f"row {row}: {column.name} is {value!r}, which means that it is missing; "
+                "--group needs all of them"
+            )
     return column.tolist()
+
+
+def _keep_inputs(options: argparse.Namespace) -> None:
+    """Refuse to write over what is read."""
+    read = [getattr(options, name, None) for name in ("input", "reference")]
+    for name in ("output", "predictions"):
+        path = getattr(options, name, None)
+        for source in read:
+            if path and source and os.path.realpath(path) == os.path.realpath(source):
+                raise InvalidInputError(f"--{name} {path} is the table that is read")
+    for encoder in getattr(options, "pretrained", None) or []:
+        folder = checkpoint_path(encoder).parent
+        if encoder != "none" and os.path.realpath(folder) == os.path.realpath(options.output_dir):
+            raise InvalidInputError(
+                f"--output-dir {options.output_dir} holds the encoder {encoder}"
+            )
 
 
 def _labeled(

@@ -3,6 +3,8 @@
 import argparse
 from collections.abc import Callable, Sequence
 from pathlib import Path
+from tempfile import TemporaryFile
+from typing import Any
 
 from polysrl_dc.checkpoints import DEFAULT_ENCODER, shipped_encoders
 from polysrl_dc.tables import WRITERS
@@ -68,7 +70,7 @@ def parser(commands: Sequence[Command]) -> argparse.ArgumentParser:
         sub.add_argument("--epochs", type=_positive, default=epochs)
         sub.add_argument("--batch-size", type=_positive, default=batch_size)
         sub.add_argument("--learning-rate", type=float, default=1e-3)
-        sub.add_argument("--seed", type=int, default=0)
+        sub.add_argument("--seed", type=_natural, default=0)
         sub.add_argument("--output-dir", type=_folder, required=True, help="of the model")
 
     sub = add("embed", "Write the embedding of each formula and its polymorphism uncertainty.")
@@ -85,7 +87,8 @@ def parser(commands: Sequence[Command]) -> argparse.ArgumentParser:
 
     sub = add("retrieve", "Rank candidate structures by the probability that a formula forms them.")
     add_table(sub)
-    sub.add_argument("--structures", nargs="+", required=True, help=STRUCTURES)
+    several: dict[str, Any] = {"nargs": "+", "action": "extend", "help": STRUCTURES}
+    sub.add_argument("--structures", required=True, **several)
     sub.add_argument("-k", type=_positive, default=10, help="candidates to write for each formula")
     sub.add_argument(
         "--model", default=DEFAULT_ENCODER, help="folder of polysrl pretrain, or shipped encoder"
@@ -95,7 +98,7 @@ def parser(commands: Sequence[Command]) -> argparse.ArgumentParser:
     sub = add("domain", "Say how far each formula is from those of a reference, and from which.")
     add_table(sub)
     known = sub.add_mutually_exclusive_group(required=True)
-    known.add_argument("--structures", nargs="+", help=STRUCTURES)
+    known.add_argument("--structures", **several)
     known.add_argument(
         "--reference", help="instead, a table with the same column of formulas; rows are its names"
     )
@@ -162,10 +165,16 @@ def _output(path: str) -> str:
 
 
 def _folder(path: str) -> str:
+    if not path:
+        raise argparse.ArgumentTypeError("no folder is named")
     there = next(part for part in [Path(path), *Path(path).absolute().parents] if part.exists())
     if not there.is_dir():
         raise argparse.ArgumentTypeError(f"{path}: {there} is a file, no folder")
-    return path
+    try:
+        with TemporaryFile(dir=there):  # what fails now would fail after hours of training
+            return path
+    except OSError as error:
+        raise argparse.ArgumentTypeError(f"{path}: {error}") from error
 
 
 def _fraction(text: str) -> float:
@@ -176,6 +185,12 @@ def _fraction(text: str) -> float:
     if not 0 <= value < 1:
         raise argparse.ArgumentTypeError(f"{text} is not a number from 0 to below 1")
     return value
+
+
+def _natural(text: str) -> int:
+    if not text.isdecimal():
+        raise argparse.ArgumentTypeError(f"{text} is not an integer from 0 on")
+    return int(text)
 
 
 def _positive(text: str) -> int:

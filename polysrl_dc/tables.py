@@ -1,22 +1,28 @@
 """Tables that the command line reads and writes: CSV, JSON, JSON Lines and Parquet."""
 
+import csv
+import gzip
 import json
 import sys
 from collections.abc import Callable, Hashable, Iterator, Sequence
-from io import BytesIO
+from decimal import Decimal
+from io import BytesIO, TextIOWrapper
+from numbers import Real
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import pandas as pd
+import pyarrow.parquet
 
 from polysrl_dc.batches import GREATEST_LABEL
+from polysrl_dc.checkpoints import write_atomic
 from polysrl_dc.errors import InvalidInputError
 from polysrl_dc.sources import unpacked
 
 _LARGEST = 2**30  # bytes of a table, unpacked
 #: What pandas takes for a missing value.
-_MISSING = (
+MISSING = (
     *("", "#N/A", "#N/A N/A", "#NA", "<NA>", "N/A", "n/a", "NA", "NULL", "null", "None"),
     *("NaN", "nan", "-NaN", "-nan", "1.#IND", "-1.#IND", "1.#QNAN", "-1.#QNAN"),
 )
@@ -40,20 +46,43 @@ def _plain(value: Any) -> Any:
     return value.isoformat() if hasattr(value, "isoformat") else str(value)
 
 
-def _write_records(frame: pd.DataFrame, path: str, lines: bool = False) -> None:
-    """Rows as JSON, or as JSON Lines."""
-    rows = [json.dumps(_plain(row)) for row in frame.to_dict("records")]
-    text = "\n".join(rows) if lines else "[" + ",\n".join(rows) + "]"
-    Path(path).write_text(f"{text}\n", encoding="utf-8")
+def _as_text(value: Any) -> Any:
+    """A list or an object as JSON, of which pandas would write a part; another field as it is."""
+    nested = isinstance(value, (list, tuple, dict, np.ndarray))
+    return json.dumps(_plain(value)) if nested else value
 
 
-#: What writes a table, by how the name of its file ends.
-WRITERS: dict[str, Callable[[pd.DataFrame, Any], Any]] = {
-    ".csv": lambda frame, path: frame.to_csv(path, index=False),
-    ".csv.gz": lambda frame, path: frame.to_csv(path, index=False),
-    ".json": _write_records,
-    ".jsonl": lambda frame, path: _write_records(frame, path, lines=True),
-    ".parquet": lambda frame, path: frame.to_parquet(path, index=False),
+def _to_csv(frame: pd.DataFrame) -> bytes:
+    frame = frame.copy()
+    for place, kind in enumerate(frame.dtypes):
+        if kind.kind == "O":
+            texts = [_as_text(value) for value in frame.iloc[:, place]]
+            frame.isetitem(place, pd.Series(texts, frame.index, dtype=object))
+    return frame.to_csv(index=False).encode()
+
+
+def _to_json(frame: pd.DataFrame) -> bytes:
+    return b"[" + b",\n".join(_records(frame)) + b"]\n"
+
+
+def _to_json_lines(frame: pd.DataFrame) -> bytes:
+    return b"".join(row + b"\n" for row in _records(frame))
+
+
+def _records(frame: pd.DataFrame) -> list[bytes]:
+    if not frame.columns.is_unique:
+        twice = frame.columns[frame.columns.duplicated()][0]
+        raise ValueError(f"two columns are called {twice!r}")
+    return [json.dumps(_plain(row)).encode() for row in frame.to_dict("records")]
+
+
+#: The content of a table's file, by how its name ends.
+WRITERS: dict[str, Callable[[pd.DataFrame], bytes]] = {
+    ".csv": _to_csv,
+    ".csv.gz": lambda frame: gzip.compress(_to_csv(frame)),
+    ".json": _to_json,
+    ".jsonl": _to_json_lines,
+    ".parquet": lambda frame: frame.to_parquet(index=False),
 }
 
 
@@ -80,13 +109,13 @@ def read_table(path: str, columns: Sequence[str]) -> pd.DataFrame:
     try:
         frame = _parsed(kind, content, columns[0])
         for name in frame.columns[frame.columns.duplicated()]:
-            if name:
+            if name != "":
                 raise ValueError(f"two columns are called {name!r}")
+        counted = frame.index.names == [None] and list(frame.index) == list(range(len(frame)))
+        frame = frame.reset_index(drop=counted)
     except Exception as error:  # three parsers, each of which fails in its own ways
         line = " ".join(str(error).split())
         raise InvalidInputError(f"{path} is no table: {line}{advice}") from error
-    counted = frame.index.names == [None] and list(frame.index) == list(range(len(frame)))
-    frame = frame.reset_index(drop=counted)
     for name in columns:
         if name not in frame:
             given = list(frame.columns)
@@ -108,20 +137,35 @@ def _standard_input() -> bytes:
 def _parsed(kind: str, content: bytes, formulas: str) -> pd.DataFrame:
     """The table in a file of this kind, of which one column has formulas."""
     if kind == ".parquet":
-        return pd.read_parquet(BytesIO(content))
+        whole = pyarrow.parquet.read_table(BytesIO(content))
+        return whole.to_pandas(integer_object_nulls=True)  # else floats, where some are missing
     if kind in (".json", ".jsonl"):
         return _from_json(content, lines=kind == ".jsonl")
-    if b"\0" in content:  # where pandas would end the field
+    if b"\0" in content:  # where other programs would end the field
         raise ValueError("it holds a byte that is zero, no text in UTF-8; save it as UTF-8")
-    separator = "\t" if kind == ".tsv" else ","
-    # as text, or 0012 would become 12 and the formula NaN a missing value
-    text = {"header": None, "dtype": str, "na_filter": False, "encoding": "utf-8-sig"}
-    lines = content.strip(b"\r\n")  # what is empty within is a row without a formula
-    rows = pd.read_csv(BytesIO(lines), sep=separator, skip_blank_lines=False, **text)
-    names = rows.iloc[0].tolist()
-    fields = (rows.iloc[1:, i].reset_index(drop=True) for i in range(len(names)))
-    typed = [f if name == formulas else _typed(f) for name, f in zip(names, fields, strict=True)]
-    return pd.concat(typed, axis=1).set_axis(names, axis=1)
+    names, *rows = _csv_rows(content, "\t" if kind == ".tsv" else ",")
+    for row, given in enumerate(rows):
+        if len(given) != len(names):
+            raise ValueError(f"row {row} has {len(given)} fields, but there are {len(names)} names")
+    columns = (pd.Series(fields, dtype=object) for fields in zip(*rows, strict=True))
+    typed = [f if name == formulas else _typed(f) for name, f in zip(names, columns, strict=False)]
+    return pd.concat(typed, axis=1).set_axis(names, axis=1) if rows else pd.DataFrame([], [], names)
+
+
+def _csv_rows(content: bytes, separator: str) -> list[list[str]]:
+    """The fields of all lines as text, or 0012 would become 12 and the formula NaN be missing.
+
+    An empty line beneath the names, but not at the end, is a row of empty fields.
+    """
+    lines = TextIOWrapper(BytesIO(content.strip(b"\r\n")), encoding="utf-8-sig", newline="")
+    limit = csv.field_size_limit(_LARGEST)
+    try:
+        rows = list(csv.reader(lines, delimiter=separator, strict=True))
+    except csv.Error as error:
+        raise ValueError(f"{error}; a quoted field ends where its quotes do") from error
+    finally:
+        csv.field_size_limit(limit)
+    return [row or [""] * len(rows[0]) for row in rows]
 
 
 def _from_json(content: bytes, lines: bool) -> pd.DataFrame:
@@ -132,19 +176,27 @@ def _from_json(content: bytes, lines: bool) -> pd.DataFrame:
     if isinstance(given, dict):
         if not all(isinstance(column, dict | list) for column in given.values()):
             raise ValueError("it is an object without columns; rows are objects in a list")
-        columns = {
-            name: pd.Series(column, dtype=object) if isinstance(column, dict) else column
-            for name, column in given.items()
-        }
-        frame = pd.DataFrame(columns, dtype=object)
-        numbered = list(frame.index) == [str(row) for row in range(len(frame))]
-        return frame.reset_index(drop=True) if numbered else frame
+        if all(isinstance(column, dict) for column in given.values()):
+            return _of_columns(given)
+        return pd.DataFrame(given, dtype=object)
     if not isinstance(given, list):
         raise ValueError(f"it holds neither rows nor columns, but {given!r}"[:80])
     for row, record in enumerate(given):
         if not isinstance(record, dict):
             raise ValueError(f"row {row} is {record!r}, not an object with named fields")
     return pd.DataFrame(given, dtype=object)
+
+
+def _of_columns(columns: dict[str, dict[str, Any]]) -> pd.DataFrame:
+    """A row for each key of the columns, counted ones in their order and without their numbers."""
+    keys = list(dict.fromkeys(key for column in columns.values() for key in column))
+    if sorted(keys) == sorted(str(row) for row in range(len(keys))):
+        keys.sort(key=int)
+    rows = [
+        {name: column[key] for name, column in columns.items() if key in column} for key in keys
+    ]
+    index = range(len(keys)) if keys == [str(row) for row in range(len(keys))] else keys
+    return pd.DataFrame(rows, index, list(columns), dtype=object)
 
 
 def _json_lines(content: bytes) -> Iterator[Any]:
@@ -214,17 +266,28 @@ def numbers(column: pd.Series, classes: bool = False) -> tuple[np.ndarray, dict[
     ([8.5, nan, nan], {2: "row 2: gap is 'large', not a number"})
     """
     given = column.astype(object)  # a date is no number
-    missing = given.isna() | given.map(lambda value: isinstance(value, str) and value in _MISSING)
+    missing = given.isna() | given.map(lambda value: isinstance(value, str) and value in MISSING)
     given = given[~missing]
     if all(isinstance(value, str) and value in _TRUTH for value in given):
         given = given.map(_TRUTH)
-    found = pd.to_numeric(given, errors="coerce").astype(float).reindex(column.index)
+    found = given.map(_number).astype(float).reindex(column.index)
     wrong, right = {}, found.isin([0, 1]) if classes else found.abs() <= GREATEST_LABEL
     for row in column.index[~missing & ~right]:
         limit = "" if np.isnan(found[row]) else f" of at most {GREATEST_LABEL:g}"
         kind = "a class: these are 0 and 1" if classes else f"a number{limit}"
         wrong[row] = f"row {row}: {column.name} is {str(column[row])!r}, not {kind}"
     return found.mask(found.index.isin(list(wrong))).to_numpy(), wrong
+
+
+def _number(value: Any) -> float:
+    """To the last digit; NaN for what is none, such as 1_000, dates and digits of other scripts."""
+    text = value if isinstance(value, str) else ""
+    if "_" in text or not text.isascii() or not isinstance(value, (str, Real, Decimal, np.bool_)):
+        return np.nan
+    try:
+        return float(value)
+    except (TypeError, ValueError, OverflowError):
+        return np.nan
 
 
 def check_names(given: pd.DataFrame, found: Sequence[str]) -> None:
@@ -251,13 +314,13 @@ def write_table(given: pd.DataFrame, found: pd.DataFrame, path: str | None) -> N
     check_names(given, list(found))
     frame = pd.concat([given.reset_index(drop=True), found], axis=1)
     if path is None:
-        WRITERS[".csv"](frame, sys.stdout)
+        sys.stdout.writelines(_to_csv(frame).decode().splitlines(keepends=True))
         sys.stdout.flush()
         return
-    writer = next(writer for suffix, writer in WRITERS.items() if path.endswith(suffix))
     try:
-        writer(frame, path)
+        content = next(write for end, write in WRITERS.items() if path.endswith(end))(frame)
     except (ValueError, TypeError, OverflowError) as error:  # Parquet: a column has one type
         line = " ".join(str(error).split())
         raise InvalidInputError(f"{path} cannot be written: {line}; CSV can") from error
+    write_atomic(path, content)
     print(f"{len(frame)} rows written to {path}", file=sys.stderr)

@@ -7,6 +7,7 @@ that is read for another row, would shift the others.
 import csv
 import gzip
 import json
+from decimal import Decimal
 from io import BytesIO
 from itertools import count
 from pathlib import Path
@@ -15,6 +16,8 @@ from types import SimpleNamespace
 import deepchem as dc
 import numpy as np
 import pandas as pd
+import pyarrow as pa
+import pyarrow.parquet as pq
 import pytest
 from drawing import draw
 from formulas import bad_formulas, written
@@ -30,7 +33,7 @@ from polysrl_dc.datasets import drop_skipped
 from polysrl_dc.errors import InvalidInputError
 from polysrl_dc.graphs import StoichiometryGraph
 from polysrl_dc.tables import WRITERS as WRITTEN
-from polysrl_dc.tables import read_table
+from polysrl_dc.tables import numbers, read_table
 
 #: What pandas takes for a missing or infinite number before a loader of DeepChem sees it.
 NO_TEXT = {"nan", "na", "n/a", "none", "null", "inf", "infinity", ""}
@@ -196,7 +199,7 @@ def test_tables_with_fields_too_many_or_names_taken(tmp_path, capsys):
     path = tmp_path / "t.csv"
     path.write_text("formula,gap\nKCl,NaCl,2\nLiF,NaF,3\n")
     status, _, error = run(["embed", "--input", str(path)], capsys)
-    assert status == 2 and "Expected 2 fields in line 2, saw 3" in error
+    assert status == 2 and "row 0 has 3 fields, but there are 2 names" in error
     for column in ("polymorphism", "embedding_7"):
         path.write_text(f"formula,{column}\nNaCl,2\n")
         status, out, error = run(["embed", "--input", str(path)], capsys)
@@ -313,6 +316,75 @@ def test_columns_are_written_to_json_to_the_last_digit(ending, tmp_path, capsys)
     assert len(rows) == 2
 
 
+@pytest.mark.parametrize(
+    ("text", "said"),
+    [
+        ('formula,note\nNaCl,"5 inch\nKCl,x\nMgO,7" tube\nCaO,z\n', "expected after '\"'"),
+        ('formula,note\nNaCl,"x"y\n', "expected after '\"'"),
+        ('formula,note\nNaCl,"5\nKCl,x\n', "unexpected end of data"),
+        ("formula,x,gap\nNaCl,1,2\n\nKCl,8.5\n", "row 2 has 2 fields, but there are 3 names"),
+    ],
+)
+def test_rows_of_csv_are_neither_joined_nor_filled(text, said, tmp_path, capsys):
+    (tmp_path / "t.csv").write_text(text)
+    status, out, error = run(["embed", "--input", str(tmp_path / "t.csv")], capsys)
+    assert status == 2 and out == "" and said in error
+
+
+def test_quoted_fields_of_csv_are_kept(tmp_path):
+    text = 'formula,note\r\nNaCl,"a ""b""\n, c"\r\nKCl, "d"\r\n\r\n"LiF",5" tube\r\n\r\n'
+    (tmp_path / "t.csv").write_bytes(text.encode())
+    frame = read_table(str(tmp_path / "t.csv"), ["formula"])
+    assert frame["formula"].tolist() == ["NaCl", "KCl", "", "LiF"]
+    assert frame["note"].tolist() == ['a "b"\n, c', ' "d"', "", '5" tube']
+
+
+@pytest.mark.parametrize("ending", [".csv", ".json", ".parquet"])
+def test_integers_of_parquet_stay_integers_beside_missing_ones(ending, tmp_path):
+    table = pa.table({
+        "formula": ["NaCl", "KCl"],
+        "n": pa.array([2**53 + 1, None], pa.int64()),
+        "small": pa.array([255, None], pa.uint8()),
+        "several": pa.array([[2**53 + 1, None], None], pa.list_(pa.int64())),
+    })  # fmt: skip
+    pq.write_table(table, tmp_path / "t.parquet")
+    content = WRITTEN[ending](read_table(str(tmp_path / "t.parquet"), ["formula"]))
+    if ending == ".parquet":
+        found = pq.read_table(BytesIO(content))
+        assert found.to_pylist() == table.to_pylist()
+    elif ending == ".json":
+        assert json.loads(content) == table.to_pylist()
+    else:
+        lines = content.decode().splitlines()
+        assert lines[1:] == ['NaCl,9007199254740993,255,"[9007199254740993, null]"', "KCl,,,"]
+
+
+def test_lists_are_written_whole_to_csv(encoder, tmp_path):
+    given = {"formula": ["NaCl"], "spectrum": [np.arange(2000) / 3], "tag": [{"a": [0.1]}]}
+    pd.DataFrame(given).to_parquet(tmp_path / "t.parquet")
+    output = tmp_path / "out.csv"
+    assert main(["embed", "--input", str(tmp_path / "t.parquet"), "--output", str(output)]) == 0
+    found = pd.read_csv(output).loc[0]
+    assert json.loads(found["spectrum"]) == (np.arange(2000) / 3).tolist()
+    assert json.loads(found["tag"]) == {"a": [0.1]}
+
+
+def test_columns_without_a_name(tmp_path, capsys):
+    (tmp_path / "t.csv").write_text("formula,,\nNaCl,a,b\n")
+    command = ["embed", "--input", str(tmp_path / "t.csv")]
+    assert run(command, capsys)[1].splitlines()[1].startswith("NaCl,a,b,")
+    status, _, error = run([*command, "--output", str(tmp_path / "out.json")], capsys)
+    assert status == 2 and "two columns are called ''" in error
+    assert not (tmp_path / "out.json").exists()
+
+
+def test_labels_are_read_to_the_last_digit():
+    given = ["0.30000000000000004", 10**400, "1_0", "\uff11", np.float32(0.1), Decimal("0.1"), [1]]
+    values, wrong = numbers(pd.Series(given, name="gap", dtype=object))
+    assert values[[0, 4, 5]].tolist() == [0.30000000000000004, float(np.float32(0.1)), 0.1]
+    assert sorted(wrong) == [1, 2, 3, 6] and "not a number" in wrong[1]
+
+
 JSON_ROWS = (
     '{"formula": "NaCl", "n": 9007199254740993, "known": true, "day": "2026-11-23"}',
     '{"formula": "KCl", "n": null, "known": null, "x": 2.5}',
@@ -333,8 +405,7 @@ def test_fields_of_json_stay_what_they_are_beside_missing_ones(name, tmp_path):
     (tmp_path / name).write_text(texts[name])
     frame = read_table(str(tmp_path / name), ["formula"])
     assert list(frame) == columns
-    WRITTEN[".csv"](frame, tmp_path / "out.csv")
-    lines = (tmp_path / "out.csv").read_text().splitlines()
+    lines = WRITTEN[".csv"](frame).decode().splitlines()
     assert lines[1:] == ["NaCl,9007199254740993,True,2026-11-23,", "KCl,,,,2.5"]
 
 
@@ -374,6 +445,14 @@ def test_an_index_that_names_the_rows_is_kept(tmp_path, capsys):
     WRITERS["json.gz"](frame, str(tmp_path / "split.json"))
     for name in ("t.parquet", "t.json", "split.json"):
         assert read_table(str(tmp_path / name), ["formula"])["index"].tolist() == ["mp-1", "mp-2"]
+    columns = {"formula": {str(i): "NaCl" for i in range(12)}, "gap": {"11": 1, "2": 2}}
+    (tmp_path / "t.json").write_text(json.dumps(columns))
+    found = read_table(str(tmp_path / "t.json"), ["formula"])
+    assert list(found) == ["formula", "gap"] and found["gap"].dropna().to_dict() == {2: 2, 11: 1}
+    index = pd.Index([7], name="gap")
+    pd.DataFrame({"formula": ["NaCl"], "gap": [1]}, index).to_parquet(tmp_path / "named.parquet")
+    message = run(["embed", "--input", str(tmp_path / "named.parquet")], capsys)[2]
+    assert "named.parquet is no table: cannot insert gap" in message
     frame.reset_index(drop=True).to_json(tmp_path / "t.json")
     assert list(read_table(str(tmp_path / "t.json"), ["formula"])) == ["formula"]
 

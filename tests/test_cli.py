@@ -352,7 +352,64 @@ def test_rows_of_a_group_are_scored_together(
     assert "--folds 6: must be from 2 to 5, the different groups by 'doi' and formula" in message
     assert "no column 'source'" in error_of([*command[:-1], "source", "--folds", "5"], capsys)
     frame.assign(doi=["", *sources[1:]]).to_csv(path, index=False)
-    assert "row 0: doi is empty" in error_of([*command, "--folds", "5"], capsys)
+    folds = [*command, "--folds", "5"]
+    assert "row 0: doi is '', which means that it is missing" in error_of(folds, capsys)
+    assert "no column ''" in error_of([*command[:-1], "", "--folds", "5"], capsys)
+    frame.assign(doi=["a", "NA", *sources[2:]]).to_csv(path, index=False)
+    assert "row 1: doi is 'NA', which means that it is missing" in error_of(folds, capsys)
+    for wrong in ({"by": 1}, ["a", "b"]):
+        table = tmp_path / "t.json"
+        frame.assign(doi=[wrong, *sources[1:]]).to_json(table, orient="records")
+        message = error_of([*folds, "--input", str(table)], capsys)
+        assert f"row 0: doi is {wrong}, not a name or number" in message
+
+
+@pytest.mark.parametrize(
+    ("name", "options", "part"),
+    [
+        ("embed", ["--output"], "--output {table} is the table that is read"),
+        ("domain", ["--reference", "{table}", "--output"], "--output {table} is the table"),
+        (
+            "train",
+            ["--target", "gap", "--hold-out", "0.5", "--predictions"],
+            "--predictions {table}",
+        ),
+    ],
+)
+def test_what_is_read_is_not_written_over(
+    name: str,
+    options: list[str],
+    part: str,
+    table: Path,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    given = table.read_bytes()
+    command = [name, "--input", str(table), "--column", "name"]
+    command += [option.format(table=table) for option in options]
+    if name == "train":
+        command[1:1] = ["--output-dir", "model"]
+    assert part.format(table=table) in error_of([*command, str(table)], capsys)
+    assert "is the table that is read" in error_of([*command, table.name], capsys)
+    assert table.read_bytes() == given and not Path("model").exists()
+
+
+def test_the_folder_of_a_model_is_tried_before_training(
+    table: Path, trained: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    command = ["train", "--input", str(table), "--column", "name", "--target", "gap"]
+    weights = (trained / "model.safetensors").read_bytes()
+    for folder, part in (
+        ("", "no folder is named"),
+        (f"{trained}/.", "holds the encoder"),
+        *([("/proc/model", "/proc/model: ")] if Path("/proc").is_dir() else []),
+    ):
+        chosen = [*command, "--pretrained", str(trained), "--output-dir", folder]
+        assert part in error_of(chosen, capsys)
+    assert (trained / "model.safetensors").read_bytes() == weights
+    assert "-1 is not an integer from 0 on" in error_of([*command, "--seed", "-1"], capsys)
 
 
 def test_a_target_without_held_out_labels_loses_nothing(
@@ -462,6 +519,12 @@ def test_retrieve_ranks_structures(tmp_path: Path, capsys: pytest.CaptureFixture
     assert set(frame["structure"]) == set(files)
     assert frame["structure_formula"].str.startswith("Na").all()
     assert frame.groupby("formula")["probability"].is_monotonic_decreasing.all()
+    one_by_one = [part for name in files for part in ("--structures", name)]
+    other = f"{tmp_path}/other.csv"
+    assert main(["retrieve", "NaF", *one_by_one, "--output", other]) == 0
+    alone, beside = pd.read_csv(other), frame[frame["formula"] == "NaF"].reset_index()
+    assert alone["structure"].tolist() == beside["structure"].tolist()
+    np.testing.assert_allclose(alone["probability"], beside["probability"], rtol=1e-5)
     assert main(["retrieve", "NaCl", "--structures", *files, "-k", "1"]) == 0
     assert len(capsys.readouterr().out.splitlines()) == 2
     line = error_of(["retrieve", "NaCl", "--structures", f"{tmp_path}/none.parquet"], capsys)
