@@ -302,6 +302,8 @@ def arguments_of(
     arguments.suite = suite
     if min(arguments.seeds, arguments.jobs, arguments.threads) < 1:
         parser.error("--seeds, --jobs and --threads must be at least 1")
+    if arguments.name and not arguments.encoder:
+        parser.error("--name is the label of --encoder, which is not given")
     arguments.seeds = list(range(arguments.seed, arguments.seed + arguments.seeds))
     if arguments.encoder:
         name = arguments.name or Path(arguments.encoder).name

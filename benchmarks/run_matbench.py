@@ -72,7 +72,7 @@ def parse_arguments(argv: list[str] | None = None) -> argparse.Namespace:
     add("--jobs", type=_positive(int), default=1, help="folds trained at once, a process each")
     add("--learning-rates", nargs="+", type=_positive(float), help="grid, chosen by validation")
     add("--batch-size", type=_positive(int))
-    add("--weight-decay", type=float)
+    add("--weight-decay", type=_positive(float, or_zero=True))
     add("--seed", type=int, default=0)
     add("--device", help="cpu, cuda, ... (default: the model's own choice)")
     add("--threads", type=_positive(int), default=1, help="threads of one process")
@@ -90,14 +90,16 @@ def parse_arguments(argv: list[str] | None = None) -> argparse.Namespace:
     return arguments
 
 
-def _positive(kind: type) -> Callable[[str], Any]:
+def _positive(kind: type, or_zero: bool = False) -> Callable[[str], Any]:
+    wanted = "positive or zero" if or_zero else "positive"
+
     def parse(text: str) -> Any:
         value = kind(text)
-        if not 0 < value < float("inf"):
-            raise argparse.ArgumentTypeError(f"{text} is not positive")
+        if not (0 < value < float("inf") or (or_zero and value == 0)):
+            raise argparse.ArgumentTypeError(f"{text} is not {wanted}")
         return value
 
-    parse.__name__ = f"positive {kind.__name__}"
+    parse.__name__ = f"{wanted} {kind.__name__}"
     return parse
 
 

@@ -125,6 +125,11 @@ def test_defaults_and_unknown_names(capsys):
     assert "no task is named 'jdft3d'" in capsys.readouterr().err
     with pytest.raises(SystemExit):
         run_matbench.parse_arguments(["--tasks", "embedded_seebeck"])
+    assert run_matbench.parse_arguments(["--weight-decay", "0"]).weight_decay == 0
+    for decay in ("-1", "nan", "inf"):
+        with pytest.raises(SystemExit):
+            run_matbench.parse_arguments([f"--weight-decay={decay}"])
+        assert f"{decay} is not positive or zero" in capsys.readouterr().err
     with pytest.raises(SystemExit):
         run_matbench.parse_arguments(["--learning-rates", "-1"])
 

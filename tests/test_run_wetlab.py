@@ -164,6 +164,7 @@ def test_bad_arguments_end_with_one_line(quick, capsys):
         (["--models", "rand_init", "--targets", "three"], "no target is named 'three'"),
         (["--encoder", "nowhere"], "nowhere: no encoder"),
         (["--seeds", "0"], "at least 1"),
+        (["--name", "mine"], "--name is the label of --encoder"),
     ):
         with pytest.raises(SystemExit) as ended:
             quick(*arguments)
