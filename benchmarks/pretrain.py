@@ -265,7 +265,12 @@ def _fit(
     restore = bool(model.get_checkpoints())
     if restore:
         model.restore()
-        if model.epochs_trained >= arguments.epochs:  # trained to the end, but not yet saved
+        if not model.interrupted:  # trained to the end, but not yet saved
+            if model.epochs_trained != arguments.epochs:
+                raise InvalidInputError(
+                    f"{arguments.output_dir} holds a run of {model.epochs_trained} epochs, "
+                    f"not {arguments.epochs}"
+                )
             return
     with tqdm(unit="step", desc="pretraining", disable=not first) as bar:
         model.fit(

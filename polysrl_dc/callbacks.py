@@ -3,8 +3,6 @@
 import math
 import sys
 import time
-import weakref
-from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -28,7 +26,8 @@ class StopTraining(Exception):
 class EarlyStopping(ValidationCallback):
     """DeepChem's ``ValidationCallback`` that also ends the training and restores the best weights.
 
-    A score that is NaN is no better one. With another model it starts anew.
+    A score that is NaN is no better one. Every call of ``fit`` starts anew, also one that continues
+    an interrupted call.
 
     Parameters
     ----------
@@ -64,6 +63,8 @@ class EarlyStopping(ValidationCallback):
     True
     """
 
+    _best_score: Any
+
     def __init__(
         self,
         dataset: Dataset,
@@ -80,17 +81,17 @@ class EarlyStopping(ValidationCallback):
             save_on_minimum = _is_error(metric)
         super().__init__(dataset, interval, [metric], save_on_minimum=save_on_minimum, **kwargs)
         self.patience = patience
-        self._model: Callable[[], Any] = lambda: None
         self._waited = 0
         self._best_state: dict[str, Any] | None = None
+
+    def begin(self, model: Any) -> None:
+        """Forget the call of ``fit`` before; called by ``fit`` when it begins."""
+        self._waited, self._best_score, self._best_state = 0, None, None
 
     def __call__(self, model: Any, step: int) -> None:
         """Evaluate every ``interval`` steps; raise :class:`StopTraining` when patience is out."""
         if step % self.interval:
             return
-        if self._model() is not model:
-            self._model = weakref.ref(model)
-            self._waited, self._best_score, self._best_state = 0, None, None
         before = math.inf if self._best_score is None else self._best_score
         self._best_score = before  # NaN is not less
         super().__call__(model, step)
@@ -104,9 +105,9 @@ class EarlyStopping(ValidationCallback):
 
     def finish(self, model: Any) -> None:
         """Put the best weights back; called by ``fit`` when it ends, early or not."""
-        self._waited = 0
-        if self._model() is model and self._best_state is not None:
+        if self._best_state is not None:
             model.model.load_state_dict(self._best_state)
+        self._best_state = None
 
 
 def _is_error(metric: Metric) -> bool:

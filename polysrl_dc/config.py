@@ -12,6 +12,16 @@ _CHOICES = {
     "match_form": ("sigmoid", "hib"),
 }
 _GREATEST = 10_000  # of widths, layers, steps and samples: what is more was not meant
+#: What a number must be -> least and greatest value, and the fields.
+_RANGES = {
+    "finite number above 0": (
+        *(math.ulp(0.0), math.inf),
+        ("gaussian_step", "cutoff", "c_init", "head_scale", "grad_clip"),
+    ),
+    "finite number of at least 0": (0, math.inf, ("message_power", "attention_power", "beta")),
+    "finite number in 0 ... 1": (0, 1, ("whitening",)),
+    "finite number": (-math.inf, math.inf, ("d_init", "log_sigma_shift")),
+}
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -49,7 +59,9 @@ class PolySRLConfig:
         Distance basis: centers 0, step, 2 step, ... in Å, width equal to the step.
     max_neighbors : int
     cutoff : float
-        Neighbors per site at most, and their greatest distance in Å.
+        Neighbors per site at most, and their greatest distance in Å, in the graphs of structures
+        that are pretrained on. ``PackSettings`` and ``StructureGraphFeaturizer`` build these;
+        what was built with other values than those here is refused.
     structure_pooling : {"sum", "mean"}
         Pooling of eq. 1.
     feature_norm : bool
@@ -124,12 +136,15 @@ class PolySRLConfig:
                 raise ValueError(f"{name} is {getattr(self, name)!r}: must be one of {choices}")
         for field in fields(self):
             value = getattr(self, field.name)
-            if field.type is int and not (isinstance(value, int) and 1 <= value <= _GREATEST):
+            if field.type is bool and type(value) is not bool:
+                raise ValueError(f"{field.name} is {value!r}: must be True or False")
+            if field.type is int and not (_is_number(value, int) and 1 <= value <= _GREATEST):
                 raise ValueError(f"{field.name} is {value!r}: no integer in 1 ... {_GREATEST}")
-            if field.type is float and not (
-                isinstance(value, int | float) and -math.inf < value < math.inf
-            ):
-                raise ValueError(f"{field.name} is {value!r}: no finite number")
+        for what, (least, greatest, names) in _RANGES.items():
+            for name in names:
+                value = getattr(self, name)
+                if not (_is_number(value, int | float) and least <= value <= greatest):
+                    raise ValueError(f"{name} is {value!r}: no {what}")
 
     @classmethod
     def named(cls, name: str) -> "PolySRLConfig":
@@ -163,6 +178,10 @@ class PolySRLConfig:
                 f"and has unknown {sorted(values.keys() - known)}"
             )
         return cls(**values)
+
+
+def _is_number(value: Any, kind: Any) -> bool:
+    return isinstance(value, kind) and not isinstance(value, bool) and abs(value) < math.inf
 
 
 _PAPER = PolySRLConfig()

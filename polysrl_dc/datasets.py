@@ -69,6 +69,8 @@ class PolymorphDataset(Dataset):
     """
 
     _rows: np.ndarray
+    #: Whether a featurizer has made the graphs, whose settings are not known then.
+    _featurized = False
 
     def __init__(
         self,
@@ -122,6 +124,7 @@ class PolymorphDataset(Dataset):
         arrays["groups"] = np.unique(arrays["formulas"], return_inverse=True)[1]
         dataset = object.__new__(cls)
         dataset._open(arrays, settings, [])
+        dataset._featurized = True
         return dataset
 
     def _open(
@@ -133,8 +136,44 @@ class PolymorphDataset(Dataset):
         self._rows = np.arange(len(arrays["ids"]))
 
     def fingerprint(self) -> str:
-        """Hash of the ids of the rows in their order: what a checkpoint remembers of its data."""
-        return hashlib.sha256(b"\n".join(self._arrays["ids"][self._rows].tolist())).hexdigest()
+        """Hash of ids, formulas and sizes of the rows: what a checkpoint remembers of its data."""
+        digest = hashlib.sha256()
+        for name in ("ids", "formulas"):
+            digest.update(b"\n".join(self._arrays[name][self._rows].tolist()))
+        for what in ("site", "pair", "node", "edge"):
+            digest.update(self._arrays[f"{what}_counts"][self._rows].tobytes())
+        return digest.hexdigest()
+
+    def checked(self, config: Any) -> "PolymorphDataset":
+        """Itself, if ``max_neighbors`` and ``cutoff`` are those of the configuration; else refused.
+
+        Graphs that a featurizer has made tell only whether they exceed them.
+
+        Parameters
+        ----------
+        config : PolySRLConfig
+
+        Raises
+        ------
+        InvalidInputError
+            Naming the limit and both values.
+        """
+        limits = {"max_neighbors": config.max_neighbors, "cutoff": config.cutoff}
+        built = {name: getattr(self._settings, name) for name in limits}
+        if self._featurized:
+            most = int(self._arrays["degrees"].max(initial=0))
+            farthest = round(float(self._arrays["distances"].max(initial=0)), 4)
+            built = {
+                "max_neighbors": max(most, config.max_neighbors),
+                "cutoff": max(farthest, config.cutoff),
+            }
+        for name, value in limits.items():
+            if built[name] != value:
+                raise InvalidInputError(
+                    f"{name} of the structures is {built[name]}, of the configuration {value}: set "
+                    "both alike, the first in PackSettings or StructureGraphFeaturizer"
+                )
+        return self
 
     def __len__(self) -> int:
         return len(self._rows)
@@ -303,7 +342,8 @@ def drop_skipped(dataset: Dataset) -> Dataset:
     """
     check_lengths(dataset)
     kept = [
-        row for row, graph in enumerate(dataset.X)
+        row
+        for row, graph in enumerate(dataset.X)
         if isinstance(graph, StoichiometryGraph | StructureGraph)
     ]
     return dataset.select(kept)

@@ -68,6 +68,8 @@ class PersistentModel(TorchModel):
     #: Of the standard deviations, if it has been done for these weights.
     calibration: Calibration | None
     _epoch: int
+    #: Steps of the training before it was read from a file.
+    _steps_before: int = 0
     _lr_schedule: torch.optim.lr_scheduler.LRScheduler | None
     #: The call of ``fit`` that is under way: its plan, and its learning rate schedule.
     _run: dict[str, Any] | None
@@ -91,7 +93,7 @@ class PersistentModel(TorchModel):
     def _manifest(self) -> dict[str, Any]:
         run = self._run
         if run is not None and self._run_schedule is not None:
-            run = {**run, "schedule": self._run_schedule.state_dict()}
+            run = {**run, "schedule_state": self._run_schedule.state_dict()}
         return {
             "config": self.config.to_dict(),
             "settings": self.settings,
@@ -107,13 +109,18 @@ class PersistentModel(TorchModel):
     def save(self, path: str | Path | None = None) -> None:
         """Write ``model.safetensors`` into the folder ``path`` (default: ``model_dir``)."""
         self._ensure_built()
-        folder = Path(path or self.model_dir)
+        if path == "":
+            raise ValueError("path is empty: it names no folder")
+        folder = Path(self.model_dir if path is None else path)
         folder.mkdir(parents=True, exist_ok=True)
         save_tensors(folder / MODEL_FILE, self.model.state_dict(), self._manifest())
 
     @classmethod
     def from_pretrained(cls, path: str | Path, **kwargs: Any) -> "PersistentModel":
         """Read a model written by :meth:`save`, or a shipped encoder.
+
+        A further :meth:`fit` counts its steps and epochs on, and so meets the rows in other orders
+        than before; the state of the optimizer is in checkpoints only (:meth:`restore`).
 
         Parameters
         ----------
@@ -147,6 +154,7 @@ class PersistentModel(TorchModel):
         with content_of(file):
             load_into(model.model, tensors)
             model.calibration = model._calibration_of(manifest)
+            model._steps_before, model._epoch = _position_of(manifest)
         model.provenance = manifest.get("provenance", {})
         model._lost_schedule = "learning_rate" not in training | kwargs
         return model
@@ -273,9 +281,7 @@ class PersistentModel(TorchModel):
             calibration = self._calibration_of(manifest)
             if len(tensors) != len(weights) + len(optimizer):
                 raise CheckpointError("it holds more than a model and its optimizer")
-            step, epoch, run = (manifest[name] for name in ("step", "epoch", "run"))
-            if not (isinstance(step, int) and isinstance(epoch, int) and min(step, epoch) >= 0):
-                raise CheckpointError(f"step {step!r}, epoch {epoch!r}")
+            (step, epoch), run = _position_of(manifest), manifest["run"]
             check_tensors(type(self.model).__name__, self.model.state_dict(), weights)
             unflatten_optimizer(self._pytorch_optimizer, optimizer)
             load_into(self.model, weights)
@@ -290,6 +296,14 @@ def _settings_of(manifest: dict[str, Any]) -> dict[str, Any]:
     settings = manifest["settings"]
     n_encoders = 1 if settings["freeze_encoder"] else settings["n_ensemble"]
     return {"n_encoders": n_encoders, **settings}
+
+
+def _position_of(manifest: dict[str, Any]) -> tuple[int, int]:
+    """Steps and epochs of the training so far."""
+    step, epoch = manifest["step"], manifest["epoch"]
+    if not (isinstance(step, int) and isinstance(epoch, int) and min(step, epoch) >= 0):
+        raise CheckpointError(f"step {step!r}, epoch {epoch!r}")
+    return step, epoch
 
 
 def load_schedule(schedule: torch.optim.lr_scheduler.LRScheduler, state: dict[str, Any]) -> None:

@@ -264,8 +264,8 @@ class PredictingModel(PersistentModel):
         structures : PolymorphDataset, or dc.data.Dataset of structure graphs
         """
         network = self._matching_network()
-        rows, parts = PolymorphData.from_dataset(structures, least=1).dataset, []
-        starts = tqdm(range(0, len(rows), _STRUCTURES), disable=len(rows) <= _STRUCTURES)
+        rows = PolymorphData.from_dataset(structures, least=1).dataset.checked(self.config)
+        starts, parts = tqdm(range(0, len(rows), _STRUCTURES), disable=len(rows) <= _STRUCTURES), []
         with self._evaluating():
             for start in starts:
                 chosen = np.arange(start, min(start + _STRUCTURES, len(rows)))

@@ -25,6 +25,7 @@ from torch.nn.parallel import DistributedDataParallel
 from polysrl_dc.batches import LabeledData, PolymorphData
 from polysrl_dc.callbacks import StopTraining
 from polysrl_dc.distributed import process_count
+from polysrl_dc.errors import InvalidInputError
 from polysrl_dc.featurizers import check_lengths
 from polysrl_dc.layers import FeatureNorm
 from polysrl_dc.persistence import load_schedule
@@ -42,11 +43,16 @@ class TrainableModel(PredictingModel):
 
     @property
     def epochs_trained(self) -> int:
-        """Epochs that calls of :meth:`fit` have completed, checkpoints included."""
+        """Epochs that calls of :meth:`fit` have completed, also before the model was read."""
         return self._epoch
 
+    @property
+    def interrupted(self) -> bool:
+        """Whether a call of :meth:`fit` has begun, here or in the checkpoint, and not ended."""
+        return self._run is not None
+
     def get_global_step(self) -> int:
-        """Steps of training so far, checkpoints included."""
+        """Steps of training so far, also before the model was read."""
         self._ensure_built()
         return super().get_global_step()
 
@@ -54,7 +60,7 @@ class TrainableModel(PredictingModel):
         if getattr(self, "_built", False):
             return
         self._built = True
-        self._global_step = 0
+        self._global_step = self._steps_before
         parameters = [p for p in self.model.parameters() if p.requires_grad]
         rate = self.optimizer.learning_rate
         scheduled = isinstance(rate, LearningRateSchedule)
@@ -109,8 +115,8 @@ class TrainableModel(PredictingModel):
             Not supported: ``freeze_encoder`` chooses what is trained, ``task`` the loss.
         callbacks : callable or list of them
             Called as ``f(model, step)`` after each step, e.g. ``dc.models.ValidationCallback``.
-            Methods they may have: ``end_step(model, loss, n_rows)``, ``end_epoch(model)`` and
-            ``finish(model)``; see :mod:`polysrl_dc.callbacks`.
+            Methods they may have: ``begin(model)``, ``end_step(model, loss, n_rows)``,
+            ``end_epoch(model)`` and ``finish(model)``; see :mod:`polysrl_dc.callbacks`.
         all_losses : list, optional
             Receives the mean loss every ``log_frequency`` steps.
 
@@ -122,13 +128,15 @@ class TrainableModel(PredictingModel):
         Raises
         ------
         InvalidInputError
-            A row that is no graph, a label that is NaN or infinite, naming row and id.
+            A row that is no graph, a label that is NaN or infinite, naming row and id; structures
+            that were built with other limits than the configuration has; or ``restore`` finds a
+            call of ``fit`` that was interrupted, with another number of epochs, other data, another
+            order of batches, learning rate, schedule, weight decay or ``autocast``.
         FloatingPointError
             A loss or gradient is not finite; weights, running statistics and checkpoints stay as
             before that step.
         ValueError
-            ``nb_epoch`` is negative, or ``restore`` finds a call of ``fit`` that was interrupted,
-            with another number of epochs, other data or another order of batches.
+            ``nb_epoch`` is negative.
         """
         if variables is not None or loss is not None:
             raise ValueError("variables and loss must be None: see freeze_encoder and task")
@@ -182,6 +190,7 @@ class TrainableModel(PredictingModel):
         running = [buffer for module in adapting for buffer in module.buffers()]
         before = [buffer.clone() for buffer in running]
         self.calibration = None  # of other weights
+        _call(callbacks, "begin", self)
         try:
             for rows, last in self._batches(data, run, deterministic):
                 _copy(running, before)  # a thousandth of a step
@@ -231,11 +240,13 @@ class TrainableModel(PredictingModel):
     def _training_data(self, dataset: Dataset) -> LabeledData | PolymorphData:
         """All graphs as tensors, labels checked; the first call sets the label statistics."""
         if self.settings["task"] == "pretraining":
-            return PolymorphData.from_dataset(
+            polymorphs = PolymorphData.from_dataset(
                 dataset,
                 polymorphs_per_batch=self.training["polymorphs_per_batch"],
                 max_edges=self.training["max_edges"],
             )
+            polymorphs.dataset.checked(self.config)
+            return polymorphs
         network = self.model
         data = LabeledData.from_dataset(dataset, self.settings["n_tasks"], network.classification)
         if not network.fitted:
@@ -274,14 +285,17 @@ class TrainableModel(PredictingModel):
             "epochs": nb_epoch,
             "deterministic": deterministic,
             "data": data.fingerprint(),
-            **{name: self.training[name] for name in order},
+            **{name: self.training[name] for name in (*order, "weight_decay", "autocast")},
+            "learning_rate": _described(self.optimizer.learning_rate),
+            "schedule": None if self._lr_schedule else self.schedule,
         }
         if restore and self._run is not None:
-            other = [name for name, value in plan.items() if self._run[name] != value]
+            run = self._run
+            other = [name for name, value in plan.items() if run.get(name, math.nan) != value]
             if other:
-                raise ValueError(
+                raise InvalidInputError(
                     f"the checkpoint lies within a call of fit with another {other[0]}: "
-                    f"{self._run[other[0]]}, not {plan[other[0]]}"
+                    f"{run.get(other[0])}, not {plan[other[0]]}"
                 )
             return self._run
         epochs = range(self._epoch, self._epoch + nb_epoch)
@@ -331,8 +345,8 @@ class TrainableModel(PredictingModel):
             pct_start=max(0.1, 2 / run["steps"]),  # the rise takes one step at least
             cycle_momentum=False,
         )
-        if "schedule" in run:
-            load_schedule(schedule, run["schedule"])
+        if "schedule_state" in run:
+            load_schedule(schedule, run["schedule_state"])
         self._run_schedule = schedule
         return schedule
 
@@ -362,6 +376,15 @@ def _deepchem_schedule(rate: LearningRateSchedule, optimizer: torch.optim.Optimi
             group["lr"] = group["initial_lr"] = 1.0
         schedule = rate._create_pytorch_schedule(optimizer)
     return schedule
+
+
+def _described(rate: float | LearningRateSchedule) -> float | str:
+    """A learning rate, or a schedule of DeepChem by its name and constants, to be compared."""
+    if not isinstance(rate, LearningRateSchedule):
+        return rate
+    plain = int | float | str | list | tuple | dict | None
+    values = [f"{k}={v}" for k, v in vars(rate).items() if isinstance(v, plain)]
+    return f"{type(rate).__name__}({', '.join(values)})"
 
 
 def _copy(sources: Sequence[Tensor], targets: Sequence[Tensor]) -> None:

@@ -417,6 +417,20 @@ def test_a_selection_is_a_view_in_the_given_order(polymorphs):
         polymorphs.select([20])
 
 
+def test_a_fingerprint_tells_formulas_and_sizes_apart_beside_equal_ids():
+    def fingerprint(anion="Cl", cells=1, a=5.7, ids=None):
+        made = [
+            Structure(Lattice.cubic(a), [metal, anion], [[0.0] * 3, [0.5] * 3]) * (1, 1, cells)
+            for metal in ("Li", "Na", "K", "Rb")
+        ]
+        graphs = dc.feat.StructureGraphFeaturizer()(made)
+        return polysrl_dc.PolymorphDataset.from_graphs(graphs, ids).fingerprint()
+
+    assert fingerprint() == fingerprint()
+    others = [fingerprint("F"), fingerprint(cells=2), fingerprint(a=8.5), fingerprint(ids="abcd")]
+    assert len({fingerprint(), *others}) == 5
+
+
 def test_splitters_keep_polymorphs_together(polymorphs):
     splitter = dc.splits.StoichiometrySplitter()
     parts = splitter.train_valid_test_split(

@@ -76,7 +76,7 @@ def test_a_row_of_the_search_is_kept_until_it_is_written(tmp_path, monkeypatch, 
     monkeypatch.setattr(search, "START", [])
     command = ["--rows", "default", "--data-dir", str(data_dir), "--output-dir", str(tmp_path)]
     with monkeypatch.context() as patch, pytest.raises(RuntimeError, match="killed"):
-        patch.setattr(search, "write_atomic", killed)
+        patch.setattr(search, "write_csv", killed)
         search.main(command)
     monkeypatch.setattr(pretrain, "_fit", killed)
     for _ in range(2):

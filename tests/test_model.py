@@ -2,7 +2,8 @@
 
 import io
 import json
-from dataclasses import replace
+from contextlib import nullcontext
+from dataclasses import fields, replace
 
 import deepchem as dc
 import numpy as np
@@ -13,6 +14,7 @@ from sklearn.metrics import roc_auc_score
 
 import polysrl_dc
 from polysrl_dc.batches import LabeledData
+from polysrl_dc.config import _RANGES
 from polysrl_dc.errors import InvalidInputError
 from polysrl_dc.graphs import StoichiometryBatch
 
@@ -55,6 +57,29 @@ def test_scalars_of_numpy_are_those_of_python():
     model.fit(data(), nb_epoch=np.int64(2), deterministic=np.bool_(True), checkpoint_interval=3)
     plain.fit(data(), nb_epoch=2, deterministic=True)
     assert_same_state(state(plain), state(model))
+
+
+@pytest.mark.parametrize(
+    ("name", "value"),
+    [
+        *(("grad_clip", -2), ("grad_clip", 0), ("head_scale", 0), ("gaussian_step", 0)),
+        *(("cutoff", -1), ("c_init", 0.0), ("d_init", np.inf), ("beta", -1), ("beta", True)),
+        *(("whitening", 2), ("whitening", -1), ("message_power", -0.5), ("attention_power", -1)),
+        *(("set2set_steps", True), ("set2set_steps", 0), ("n_samples", 10**9)),
+        *(("log_sigma_shift", "0"), ("feature_norm", 1), ("polymorph_sum", "no")),
+    ],
+)
+def test_constants_out_of_their_range_are_refused(name, value):
+    with pytest.raises(ValueError, match=f"{name} is {value!r}: "):
+        replace(PLAIN, **{name: value})
+
+
+def test_every_constant_has_a_range_and_its_bounds_are_legal():
+    named = [name for _, _, names in _RANGES.values() for name in names]
+    assert sorted(named) == sorted(f.name for f in fields(PLAIN) if f.type is float)
+    for name in ("beta", "whitening", "message_power", "attention_power", "log_sigma_shift"):
+        assert getattr(replace(PLAIN, **{name: 0}), name) == 0
+    assert replace(PLAIN, whitening=1, log_sigma_shift=-4, grad_clip=1e-9).whitening == 1
 
 
 @pytest.mark.parametrize("value", [np.inf, -np.inf, np.nan, np.float32(2)])
@@ -121,16 +146,7 @@ def test_the_unit_of_the_labels_does_not_matter(unit):
     np.testing.assert_allclose(found, unit * expected, rtol=1e-3)
 
 
-def test_a_constant_beside_the_labels_does_not_matter():
-    one, other = fitted(nb_epoch=3), fitted(nb_epoch=3, dataset=data(1e4 + SIGNAL))
-    found = other.predict(data()).astype(float) - 1e4
-    np.testing.assert_allclose(found, one.predict(data()), atol=4e-3)  # the spread is 4
-
-
-LOST = [1e8 + SIGNAL, 1e6 + SIGNAL, 300 + 1e-5 * SIGNAL, 1e-31 * SIGNAL]
-
-
-@pytest.mark.parametrize("labels", LOST)
+@pytest.mark.parametrize("labels", [1e8 + SIGNAL, 300 + 1e-5 * SIGNAL, 1e-31 * SIGNAL])
 def test_labels_that_single_precision_cannot_tell_apart_are_refused(labels):
     with pytest.raises(InvalidInputError, match="labels of task 0 differ by"):
         fitted(dataset=data(labels))
@@ -508,13 +524,25 @@ def test_early_stopping_forgets_one_model_when_it_meets_another():
     assert stop.get_best_score() < 2  # not near 100, as of the first
 
 
-def test_early_stopping_waits_anew_in_every_fit():
-    stop, steps = stopper(data(), patience=2), []
-    stop._best_score, model = -1.0, make()  # never reached
-    stop._model = lambda: model
-    for _ in range(2):
-        model.fit(data(), nb_epoch=2, callbacks=[lambda _, step: steps.append(step), stop])
-    assert steps == [1, 2, 3, 4]
+@pytest.mark.parametrize("fails", [False, True])
+def test_early_stopping_starts_anew_in_every_fit(fails, monkeypatch):
+    model, stop, states = make(), stopper(data(), patience=2), {}
+    scores = iter([1.0, 2.0, 2.0, 5.0, 4.0, 6.0, 6.0])
+    monkeypatch.setattr(model, "evaluate", lambda *_: {"mae_score": next(scores)})
+
+    def note(model, step):
+        states[step] = state(model)
+
+    def end(model, step):
+        if fails and step == 3:
+            raise KeyboardInterrupt
+
+    with pytest.raises(KeyboardInterrupt) if fails else nullcontext():
+        model.fit(data(), nb_epoch=2, callbacks=[note, end, stop])
+    next(scores) if fails else assert_same_state(states[1], state(model))
+    model.fit(data(), nb_epoch=2, callbacks=[note, stop])
+    assert list(states) == [1, 2, 3, 4, 5, 6, 7] and stop.get_best_score() == 4.0
+    assert_same_state(states[5], state(model))
 
 
 def test_a_score_that_is_nan_is_no_better_one(monkeypatch):

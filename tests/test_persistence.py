@@ -29,6 +29,8 @@ def test_save_and_from_pretrained(kwargs, tmp_path):
     assert again.config == model.config and again.settings == model.settings
     np.testing.assert_array_equal(model.predict(data()), again.predict(data()))
     again.fit(data(labels), nb_epoch=1)
+    with pytest.raises(ValueError, match="path is empty"):
+        model.save("")
     with pytest.raises(ValueError, match="n_tasks"):
         dc.models.PolySRLModel.from_pretrained(tmp_path, n_tasks=2)
     with pytest.raises(TypeError, match="dropout"):
@@ -60,10 +62,27 @@ def test_provenance_comes_back_with_the_weights(tmp_path):
         assert again.provenance == {"data": "gaps"}
 
 
-def test_steps_are_counted_from_none(tmp_path):
+def test_steps_and_epochs_are_counted_on(tmp_path):
     assert make().get_global_step() == 0
     fitted().save(tmp_path)
-    assert dc.models.PolySRLModel.from_pretrained(tmp_path).get_global_step() == 0
+    for steps, epochs in ((10, 2), (15, 3)):
+        again = dc.models.PolySRLModel.from_pretrained(tmp_path)
+        again.save(tmp_path)
+        _, manifest = load_checkpoint(tmp_path / "model.safetensors")
+        assert (again.get_global_step(), again.epochs_trained) == (steps, epochs)
+        assert (manifest["step"], manifest["epoch"]) == (steps, epochs)
+        again.fit(data(), nb_epoch=1, checkpoint_interval=0)
+        again.save(tmp_path)
+    assert make(pretrained=tmp_path).epochs_trained == 0  # a training of its own
+
+
+@pytest.mark.parametrize("change", [{"step": -1}, {"epoch": "3"}, {"epoch": None}], ids=str)
+def test_steps_and_epochs_that_are_none_are_refused(change, tmp_path):
+    fitted().save(tmp_path)
+    tensors, manifest = load_checkpoint(tmp_path / "model.safetensors")
+    save_checkpoint(tmp_path / "model.safetensors", tensors, manifest | change)
+    with pytest.raises(CheckpointError, match=r"model\.safetensors: step .*, epoch "):
+        dc.models.PolySRLModel.from_pretrained(tmp_path)
 
 
 def test_a_file_of_several_encoders_is_no_start(tmp_path):

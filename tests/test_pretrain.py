@@ -88,6 +88,27 @@ def test_a_run_killed_before_the_model_was_written_is_not_trained_further(tmp_pa
     assert_same_run(tmp_path, finished)
 
 
+@pytest.mark.parametrize("ended", [True, False])
+@pytest.mark.parametrize("epochs", ["2", "4"])
+def test_a_run_is_not_continued_with_another_number_of_epochs(epochs, ended, tmp_path):
+    with pytest.MonkeyPatch.context() as patch:
+        stop = (PolySRLModel, "save") if ended else (PretrainingLog, "_write")
+        count = iter(range(9))
+
+        def interrupt(*_):
+            if ended or next(count):  # at the end of the second epoch
+                raise KeyboardInterrupt
+
+        patch.setattr(*stop, interrupt)
+        with pytest.raises(KeyboardInterrupt):
+            main([*PRETRAIN, "--output-dir", str(tmp_path)])
+    before = files(tmp_path)
+    message = f"3 epochs, not {epochs}" if ended else f"another epochs: 3, not {epochs}"
+    with pytest.raises(SystemExit, match=message):
+        main([*PRETRAIN, "--epochs", epochs, "--output-dir", str(tmp_path)])
+    assert not (tmp_path / MODEL_FILE).exists() and files(tmp_path).items() >= before.items()
+
+
 def test_a_dry_run_shows_the_run_and_writes_nothing(tmp_path, capsys):
     folder = tmp_path / "run"
     main([*PRETRAIN, "--output-dir", str(folder), "--dry-run"])

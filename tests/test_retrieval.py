@@ -9,6 +9,7 @@ import torch
 from crystals import CONFIG
 
 from polysrl_dc import PolymorphDataset, PolySRLModel, StoichiometryGraphFeaturizer
+from polysrl_dc.errors import InvalidInputError
 
 
 @pytest.fixture(scope="module")
@@ -62,6 +63,12 @@ def test_other_rows_do_not_matter(prototypes, monkeypatch):
     alone, probability = model.retrieve(last, candidates)
     np.testing.assert_array_equal(alone[0], indices[-1])
     np.testing.assert_allclose(probability[0], probabilities[-1], rtol=1e-5)
+
+
+def test_structures_of_other_limits_are_refused(prototypes):
+    model = PolySRLModel("pretraining", config=replace(CONFIG, max_neighbors=6))
+    with pytest.raises(InvalidInputError, match=r"max_neighbors .* is 12, .* 6: set"):
+        model.retrieve(formulas_of(prototypes), prototypes)
 
 
 def test_chunks_do_not_matter(prototypes, monkeypatch):

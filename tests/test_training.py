@@ -2,17 +2,22 @@
 
 import functools
 from concurrent.futures import ThreadPoolExecutor
+from dataclasses import replace
 
 import deepchem as dc
 import numpy as np
 import pytest
 import torch
 from models import SIGNAL, N, assert_same_state, data, make, state
-from processes import WHITENED, crystals, outcome, pretraining
+from processes import SMALL, WHITENED, crystals, outcome, pretraining
+from pymatgen.core import Lattice, Structure
 
+from polysrl_dc import PolymorphDataset
 from polysrl_dc.batches import LabeledData, PolymorphData
 from polysrl_dc.callbacks import StopTraining
 from polysrl_dc.checkpoints import load_checkpoint
+from polysrl_dc.errors import InvalidInputError
+from polysrl_dc.sources import PackSettings
 
 
 class Interrupted(Exception):
@@ -140,16 +145,54 @@ def test_another_plan_is_refused_when_an_interrupted_run_is_continued(tmp_path):
         ("deterministic", {"deterministic": True}, {}),
         ("batch_size", {}, {"batch_size": 9}),
         ("seed", {}, {"seed": 1}),
+        ("learning_rate: 0.01, not 0.02", {}, {"learning_rate": 2e-2}),
+        ("learning_rate: 0.01, not Exp", {}, {"learning_rate": exponential()}),
+        ("schedule: one_cycle, not constant", {}, {"schedule": "constant"}),
+        ("weight_decay: 0.0, not 0.1", {}, {"weight_decay": 0.1}),
+        ("autocast: False, not True", {}, {"autocast": True}),
     ):
         model = pretraining(model_dir=str(tmp_path), **kwargs)
         fit = {"dataset": crystals(), "nb_epoch": 3, **fit}
-        with pytest.raises(ValueError, match=f"another {problem}"):
+        with pytest.raises(InvalidInputError, match=f"another {problem}"):
             model.fit(restore=True, **fit)
+    folder = tmp_path / "deepchem"
+    with pytest.raises(Interrupted):
+        trained("exponential", folder, Record(7), checkpoint_interval=2)
+    other = dc.models.optimizers.ExponentialDecay(1e-2, 0.6, 4, staircase=False)
+    with pytest.raises(InvalidInputError, match=r"learning_rate: .*rate=0\.5.*, not .*rate=0\.6"):
+        pretraining(model_dir=str(folder), learning_rate=other).fit(
+            crystals(), nb_epoch=3, restore=True
+        )
     folder = tmp_path / "labels"
     with pytest.raises(Interrupted):
         trained("ensemble", folder, Record(7), checkpoint_interval=2)
     with pytest.raises(ValueError, match="another data"):
         regression(model_dir=str(folder)).fit(data(np.arange(N)), nb_epoch=3, restore=True)
+
+
+@pytest.mark.parametrize(("name", "value"), [("max_neighbors", 5), ("cutoff", 4.0)])
+def test_structures_that_were_built_with_other_limits_are_refused(name, value, tmp_path):
+    other = replace(SMALL, **{name: value})
+    with pytest.raises(
+        InvalidInputError, match=f"{name} of the structures is .*, of the configuration {value}:"
+    ):
+        pretraining(config=other).fit(crystals(), nb_epoch=1)
+    salts = [
+        Structure(Lattice.cubic(a), ["Na", "Cl"], [[0, 0, 0], [0.5, 0.5, 0.5]]) for a in (4, 4.2, 5)
+    ]
+    settings = PackSettings(**{name: value})
+    built = PolymorphDataset(salts, cache_dir=tmp_path, settings=settings, progress=False)
+    pretraining(config=other).fit(built, nb_epoch=1, checkpoint_interval=0)
+    with pytest.raises(InvalidInputError, match=f"{name} of the structures is {value}"):
+        pretraining().fit(built, nb_epoch=1)
+    for limits, fits in (({name: value}, True), ({}, False)):  # all that graphs tell
+        graphs = dc.feat.StructureGraphFeaturizer(**limits)(salts)
+        dataset = dc.data.NumpyDataset(graphs)
+        if fits:
+            pretraining(config=other).fit(dataset, nb_epoch=1, checkpoint_interval=0)
+        else:
+            with pytest.raises(InvalidInputError, match=f"{name} of the structures is"):
+                pretraining(config=other).fit(dataset, nb_epoch=1)
 
 
 @pytest.mark.parametrize("name", ["one_cycle", "exponential", "capped"])
