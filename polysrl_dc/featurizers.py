@@ -1,7 +1,7 @@
 """DeepChem featurizers for both kinds of graphs, and the one policy for bad input."""
 
 import logging
-from collections.abc import Iterable, Mapping, Set
+from collections.abc import Iterable, Mapping, Sequence, Set
 from typing import Any
 
 import numpy as np
@@ -209,14 +209,35 @@ def _as_structure(value: Any) -> IStructure:
             f"{value!r:.80} of type {type(value).__name__} is not a structure: "
             "expected a pymatgen Structure or its dict"
         )
+    return structure_of_dict(value)
+
+
+def structure_of_dict(given: Mapping[str, Any]) -> Structure:
+    """The structure of pymatgen's dict, less what pymatgen would import modules for.
+
+    Raises
+    ------
+    InvalidInputError
+        It is no such dict, or its cell has lengths or angles that are none.
+    """
     try:
         # for the properties of a site pymatgen would import the modules that they name
-        sites = [{k: v for k, v in site.items() if k != "properties"} for site in value["sites"]]
-        structure = Structure.from_dict({"lattice": value["lattice"], "sites": sites})
+        sites = [{k: v for k, v in site.items() if k != "properties"} for site in given["sites"]]
+        if "matrix" not in (lattice := given["lattice"]):
+            check_cell([lattice[name] for name in ("a", "b", "c", "alpha", "beta", "gamma")])
+        structure = Structure.from_dict({"lattice": lattice, "sites": sites})
         np.asarray(structure.frac_coords, dtype=float)  # older pymatgen takes sites of any shape
         return structure
+    except InvalidInputError:
+        raise
     except Exception as error:  # pymatgen fails in any way on what is no such dict
         raise InvalidInputError(f"not the dict of a structure: {error!r:.200}") from error
+
+
+def check_cell(cell: Sequence[float]) -> None:
+    """Refuse what are no three lengths and three angles; their volume is looked at later."""
+    if not (all(0 < value for value in cell) and all(value < 180 for value in cell[3:])):
+        raise InvalidInputError(f"lengths or angles of the cell not above 0 or below 180: {cell}")
 
 
 def check_lengths(dataset: Dataset) -> None:

@@ -56,7 +56,8 @@ def pack(
     source : path, str or sequence of pymatgen Structure
         A Parquet file or a folder of them with the columns ``material_id``, ``cell`` (a, b, c in
         Å, three angles in degrees), ``numbers`` and ``frac_coords`` (flattened); a CIF file or a
-        folder of them; ``"aflow"`` for the prototypes packaged with pymatgen; or structures.
+        folder of them; ``"aflow"`` for the prototypes packaged with pymatgen; or structures. An id
+        names its structure in messages and results; several structures may have the same.
     cache_dir : path, optional
         Default: ``POLYSRL_CACHE``, else ``~/.cache/polysrl_dc``.
     settings : PackSettings, optional
@@ -395,4 +396,4 @@ def _parts_of(folder: Path) -> Path:
 
 def _cache_root(cache_dir: str | Path | None) -> Path:
     chosen = cache_dir or os.environ.get("POLYSRL_CACHE") or Path.home() / ".cache" / "polysrl_dc"
-    return Path(chosen)
+    return Path(chosen).expanduser()

@@ -23,7 +23,12 @@ from pymatgen.core import Composition, Structure
 from pymatgen.io.cif import CifFile, CifParser, str2float
 
 from polysrl_dc.errors import InvalidInputError
-from polysrl_dc.featurizers import StructureGraphFeaturizer, structure_graph
+from polysrl_dc.featurizers import (
+    StructureGraphFeaturizer,
+    check_cell,
+    structure_graph,
+    structure_of_dict,
+)
 from polysrl_dc.graphs import StructureGraph
 
 PARQUET_COLUMNS = ("material_id", "cell", "numbers", "frac_coords")
@@ -40,13 +45,13 @@ Graphs = Iterator[tuple[str, Callable[[], StructureGraph]]]
 
 @dataclass(frozen=True)
 class PackSettings:
-    """What a cache depends on besides its source.
+    """What a cache of structures depends on besides its source.
 
     Attributes
     ----------
     max_neighbors : int
     cutoff : float
-        In Å.
+        In Å. Both as in the configuration of the model that is pretrained on the structures.
     rounds : int
         Blocks of message passing for which equivalent sites are merged.
     resolution : float
@@ -76,29 +81,19 @@ class ParquetRows:
     def graphs(self, settings: PackSettings) -> Graphs:
         table = _read_rows(self.path, self.start, self.stop)
         columns = [_row_arrays(table[name]) for name in PARQUET_COLUMNS[1:]]
-        names = table["material_id"].to_pylist()
-        for name, cell, numbers, coords in zip(names, *columns, strict=True):
-            yield str(name), partial(_graph_of_row, cell, numbers, coords, settings)
-
-
-@dataclass(frozen=True)
-class CifFiles:
-    root: Path
-    names: tuple[str, ...]
-
-    def __len__(self) -> int:
-        return len(self.names)
-
-    def graphs(self, settings: PackSettings) -> Graphs:
-        featurizer = StructureGraphFeaturizer(settings.max_neighbors, settings.cutoff)
-        for name in self.names:
-            yield name, partial(_featurize_file, featurizer, self.root / name)
+        rows = zip(table["material_id"].to_pylist(), *columns, strict=True)
+        for row, (name, cell, numbers, coords) in enumerate(rows, self.start):
+            if _is_id(name):
+                yield str(name), partial(_graph_of_row, cell, numbers, coords, settings)
+            else:
+                yield Path(self.path).name, partial(_refuse_id, name, row)
 
 
 @dataclass(frozen=True)
 class Structures:
     structures: tuple[Any, ...]
     names: tuple[str, ...]
+    read: Callable[[Any], Any] | None  # of files
 
     def __len__(self) -> int:
         return len(self.structures)
@@ -106,19 +101,28 @@ class Structures:
     def graphs(self, settings: PackSettings) -> Graphs:
         featurizer = StructureGraphFeaturizer(settings.max_neighbors, settings.cutoff)
         for name, structure in zip(self.names, self.structures, strict=True):
-            yield name, partial(_featurize, featurizer, structure)
+            yield name, partial(_featurize, featurizer, structure, self.read)
 
 
-def _featurize(featurizer: StructureGraphFeaturizer, structure: Any) -> StructureGraph:
-    return featurizer.featurize(structure)[0]
+def _is_id(name: Any) -> bool:
+    """Whether a name is there and can be kept as bytes, which end at a null character."""
+    return not np.all(pd.isna(name)) and str(name) != "" and "\0" not in str(name)
 
 
-def _featurize_file(featurizer: StructureGraphFeaturizer, path: Path) -> StructureGraph:
-    return _featurize(featurizer, read_structure(path))
+def _refuse_id(name: Any, row: int) -> Any:
+    raise InvalidInputError(f"row {row} has the id {name!r}: empty, or with a null character")
+
+
+def _featurize(
+    featurizer: StructureGraphFeaturizer, structure: Any, read: Callable[[Any], Any] | None
+) -> StructureGraph:
+    return featurizer.featurize(read(structure) if read else structure)[0]
 
 
 def read_structure(path: str | Path) -> Structure:
     """The structure of a file in any format of pymatgen but YAML; nothing in it is executed.
+
+    Of a calculation of several steps, such as ``vasprun.xml``, it is the one that pymatgen takes.
 
     Parameters
     ----------
@@ -128,8 +132,8 @@ def read_structure(path: str | Path) -> Structure:
     Raises
     ------
     InvalidInputError
-        The file cannot be read, holds several structures, or a CIF file whose sites do not add up
-        to its own formula or are more than 10,000.
+        The file cannot be read, is a POSCAR that does not name its elements, or a CIF file of
+        several structures, or whose sites do not add up to its own formula or are more than 10,000.
 
     Examples
     --------
@@ -143,17 +147,17 @@ def read_structure(path: str | Path) -> Structure:
     """
     path = Path(path)
     name = path.name.lower()
+    text = unpacked(path, _LARGEST_FILE).decode(errors="replace")
     try:
-        text = unpacked(path, _LARGEST_FILE).decode(errors="replace")
         if ".cif" in name or ".mcif" in name:
             return _read_cif(text)
         if ".json" in name or ".mson" in name:
-            return _read_json(text)
+            return structure_of_dict(json.loads(text))
         if ".yaml" in name or ".yml" in name:
             raise ValueError("YAML is not read; write CIF or JSON")
-        return Structure.from_file(path)
-    except InvalidInputError:
-        raise
+        with warnings.catch_warnings():  # else they are taken for H, He, Li, ...
+            warnings.filterwarnings("error", "Elements in POSCAR cannot be determined")
+            return Structure.from_file(path)
     except Exception as error:  # a parser of text files fails in any way
         raise InvalidInputError(f"{path.name} cannot be read: {error!r:.300}") from error
 
@@ -183,16 +187,6 @@ def unpacked(path: str | Path, largest: int) -> bytes:
     return content
 
 
-def _read_json(text: str) -> Structure:
-    """A structure from its dict, less what pymatgen would import modules for."""
-    given = json.loads(text)
-    sites = [
-        {key: value for key, value in site.items() if key != "properties"}
-        for site in given["sites"]
-    ]
-    return Structure.from_dict({"lattice": given["lattice"], "sites": sites})
-
-
 def _read_cif(text: str) -> Structure:
     """The one structure of a CIF file; pymatgen leaves out what it does not understand."""
     text = text.encode("ascii", "replace").decode()  # other letters it takes out of numbers
@@ -212,9 +206,9 @@ def _read_cif(text: str) -> Structure:
     rigid = np.isclose(np.abs(np.linalg.det(matrices)), 1, atol=0.01).all()
     if not rigid or not np.isclose(matrices, np.eye(4)).all(axis=(1, 2)).any():
         raise ValueError("its symmetry operations distort the cell or lack the identity")
-    angles = [str2float(block.get(f"_cell_angle_{name}", "90")) for name in _ANGLES]
-    if not all(0 < angle < 180 for angle in angles):
-        raise ValueError(f"the angles of the cell are {angles}")
+    cell = [str2float(block.get(f"_cell_length_{name}", "1")) for name in "abc"]
+    cell += [str2float(block.get(f"_cell_angle_{name}", "90")) for name in _ANGLES]
+    check_cell(cell)
     n_sites = len(symmetries) * len(block["_atom_site_label"])
     if n_sites > _LARGEST_CELL:
         raise ValueError(f"up to {n_sites:,} sites, more than {_LARGEST_CELL:,}")
@@ -240,6 +234,7 @@ def _graph_of_row(
 ) -> StructureGraph:
     if cell.size != 6:
         raise InvalidInputError(f"cell has {cell.size} parameters, not 6")
+    check_cell(cell.tolist())
     if coords.size != 3 * numbers.size:
         raise InvalidInputError(f"{coords.size} fractional coordinates for {numbers.size} sites")
     if not np.isin(numbers, np.arange(256)).all():
@@ -253,7 +248,7 @@ def _graph_of_row(
     )
 
 
-Part = ParquetRows | CifFiles | Structures
+Part = ParquetRows | Structures
 
 
 def open_source(source: Any) -> tuple[list[Any], Callable[[], list[Part]]]:
@@ -265,7 +260,7 @@ def open_source(source: Any) -> tuple[list[Any], Callable[[], list[Part]]]:
             described = structure.as_dict() if isinstance(structure, Structure) else str(structure)
             digest.update(json.dumps(described, sort_keys=True, default=str).encode())
         index = source.index if isinstance(source, pd.Series) else range(len(structures))
-        names = [str(name) for name in index]
+        names = [str(x) if _is_id(x) else _refuse_id(x, row) for row, x in enumerate(index)]
         digest.update(json.dumps(names).encode())
         return [digest.hexdigest()], partial(_structure_parts, structures, names)
     if str(source) == "aflow":
@@ -290,26 +285,20 @@ def open_source(source: Any) -> tuple[list[Any], Callable[[], list[Part]]]:
         return [file_digest(file) for file in tables], partial(_parquet_parts, tables)
     root = path if path.is_dir() else path.parent
     names = [cif.relative_to(root).as_posix() for cif in cifs]
-    return [*map(file_digest, cifs), names], partial(_cif_parts, root, names)
+    return [*map(file_digest, cifs), names], partial(_structure_parts, cifs, names, read_structure)
 
 
-def _structure_parts(structures: list[Any], names: list[str]) -> list[Part]:
-    starts = range(0, len(structures), _SMALL_PART)
-    return [
-        Structures(tuple(structures[i : i + _SMALL_PART]), tuple(names[i : i + _SMALL_PART]))
-        for i in starts
-    ]
+def _structure_parts(
+    structures: list[Any], names: list[str], read: Callable[[Any], Any] | None = None
+) -> list[Part]:
+    parts = [slice(i, i + _SMALL_PART) for i in range(0, len(structures), _SMALL_PART)]
+    return [Structures(tuple(structures[part]), tuple(names[part]), read) for part in parts]
 
 
 def _aflow_parts(path: Path) -> list[Part]:
     entries = loadfn(path)
     names = [entry["tags"]["aflow"] for entry in entries]
     return _structure_parts([entry["snl"].structure for entry in entries], names)
-
-
-def _cif_parts(root: Path, names: list[str]) -> list[Part]:
-    starts = range(0, len(names), _SMALL_PART)
-    return [CifFiles(root, tuple(names[i : i + _SMALL_PART])) for i in starts]
 
 
 def _parquet_parts(paths: list[Path]) -> list[Part]:

@@ -131,6 +131,9 @@ def test_a_file_with_oxidation_states_gives_the_same_graph(tmp_path):
 def bad_structures():
     nan_cell = SALT.as_dict()
     nan_cell["lattice"]["matrix"][0][0] = float("nan")
+    no_matrix = SALT.as_dict()
+    del no_matrix["lattice"]["matrix"]
+    no_matrix["lattice"]["a"] *= -1
     unknown = SALT.as_dict()
     unknown["sites"][0]["species"][0]["element"] = "Q7"
     return {
@@ -141,6 +144,7 @@ def bad_structures():
         ),
         "NaN coordinates": Structure(Lattice.cubic(3), ["Cu"], [[float("nan"), 0.0, 0.0]]),
         "NaN cell": nan_cell,
+        "negative length": no_matrix,
         "dummy species": Structure(Lattice.cubic(3), ["Xx"], [[0, 0, 0]]),
         "unknown species": unknown,
         "no embedding": Structure(Lattice.cubic(3), ["Rf"], [[0, 0, 0]]),

@@ -11,6 +11,7 @@ import inspect
 import io
 import json
 import pickle
+import re
 import zlib
 from pathlib import Path
 
@@ -113,6 +114,36 @@ def test_modules_named_in_a_structure_are_not_imported(tmp_path, sentinel, monke
     (tmp_path / "s.yaml").write_text(f"!!python/object/apply:pathlib.Path.touch ['{sentinel}']")
     with pytest.raises(InvalidInputError, match=r"s\.yaml"):
         read_structure(tmp_path / "s.yaml")
+
+
+def test_a_poscar_without_elements_is_refused(tmp_path):
+    cell = "1.0\n4 0 0\n0 4 0\n0 0 4\n"
+    sites = "1 1\nDirect\n0 0 0\n0.5 0.5 0.5\n"
+    for name, elements in (("POSCAR", ""), ("s.vasp", ""), ("POSCAR_named", "Na Cl\n")):
+        (tmp_path / name).write_text(f"salt\n{cell}{elements}{sites}")
+        if elements:
+            assert read_structure(tmp_path / name).formula == "Na1 Cl1"
+        else:
+            with pytest.raises(InvalidInputError, match=f"{name} .*Elements in POSCAR cannot be"):
+                read_structure(tmp_path / name)
+
+
+@pytest.mark.parametrize("wrong", [{"a": -4.0}, {"beta": 260.0}, {"gamma": -100.0}, {"b": 0.0}])
+def test_a_cell_of_no_lengths_and_angles_is_refused(wrong, tmp_path):
+    content = STRUCTURES[0].as_dict()
+    del content["lattice"]["matrix"]
+    (tmp_path / "s.json").write_text(json.dumps(content))
+    assert read_structure(tmp_path / "s.json").volume == pytest.approx(STRUCTURES[0].volume)
+    content["lattice"].update(wrong)
+    (tmp_path / "s.json").write_text(json.dumps(content))
+    STRUCTURES[0].to(filename=str(tmp_path / "s.cif"))
+    ((name, value),) = wrong.items()
+    cell = f"_cell_{'length' if len(name) == 1 else 'angle'}_{name}"
+    text = re.sub(rf"{cell} .*", f"{cell} {value}", (tmp_path / "s.cif").read_text())
+    (tmp_path / "s.cif").write_text(text)
+    for file in ("s.json", "s.cif"):
+        with pytest.raises(InvalidInputError, match=rf"{file} .*cell not above 0"):
+            read_structure(tmp_path / file)
 
 
 def test_expressions_in_a_cif_file_are_not_evaluated(tmp_path, sentinel):

@@ -275,6 +275,11 @@ def test_where_caches_lie(tmp_path, monkeypatch):
     monkeypatch.setenv("HOME", str(tmp_path))
     assert build(structures()[:1], None).parent == tmp_path / ".cache" / "polysrl_dc"
     assert build(structures()[:1], tmp_path / "given").parent == tmp_path / "given"
+    monkeypatch.chdir(tmp_path)
+    assert build(structures()[:1], "~/cc").parent == tmp_path / "cc"
+    monkeypatch.setenv("POLYSRL_CACHE", "~/named")
+    assert build(structures()[:1], None).parent == tmp_path / "named"
+    assert not (tmp_path / "~").exists()
 
 
 # ------------------------------------------------------------------ bad input
@@ -296,10 +301,16 @@ BAD_ROWS = {
     "no cell": (changed("cell", 3, None), "0 parameters"),
     "short cell": (changed("cell", 3, [4, 4, 4, 90, 90]), "5 parameters"),
     "long cell": (changed("cell", 3, [4, 4, 4, 90, 90, 90, 90]), "7 parameters"),
-    "NaN cell": (changed("cell", 3, [4, 4, NAN, 90, 90, 90]), "not finite"),
-    "flat cell": (changed("cell", 3, [4, 4, 4, 90, 90, 0]), "volume|finite"),
+    "NaN cell": (changed("cell", 3, [4, 4, NAN, 90, 90, 90]), "above 0"),
+    "infinite length": (changed("cell", 3, [4, 4, float("inf"), 90, 90, 90]), "not finite"),
+    "flat cell": (changed("cell", 3, [4, 4, 4, 90, 90, 0]), "below 180"),
     "impossible angles": (changed("cell", 3, [4, 4, 4, 10, 10, 170]), "volume|finite"),
-    "infinite angle": (changed("cell", 3, [4, 4, 4, 90, 90, float("inf")]), "finite"),
+    "infinite angle": (changed("cell", 3, [4, 4, 4, 90, 90, float("inf")]), "below 180"),
+    "negative length": (changed("cell", 3, [-4, 4, 4, 90, 80, 95]), r"not above 0 .*\[-4"),
+    **{
+        f"angle of {angle}": (changed("cell", 3, [4, 4, 4, 90, angle, 95]), "below 180")
+        for angle in (-100, 180, 260, 280)
+    },
 }  # fmt: skip
 
 
@@ -328,6 +339,28 @@ def test_all_bad_is_an_error_and_a_part_of_bad_rows_is_none(tmp_path, small_part
     dataset = open_dataset(path, tmp_path, on_error="skip")
     assert len(dataset.skipped) == 4 and len(dataset) == N - 4
     assert dataset.graph(0).stoichiometry.formula == "CaO"
+
+
+@pytest.mark.parametrize("bad", [None, "", "a\0", NAN], ids=repr)
+def test_an_id_that_is_none_is_refused_by_its_row(bad, tmp_path, small_parts):
+    names = [float(i) for i in range(N)] if bad is NAN else [f"mp-{i}" for i in range(N)]
+    names[7] = bad
+    path = write(tmp_path / "s.parquet", table(material_id=names))
+    with pytest.raises(
+        InvalidInputError, match=r"structure s\.parquet: row 7 has the id .*: empty, or"
+    ):
+        open_dataset(path, tmp_path)
+    dataset = open_dataset(path, tmp_path, on_error="skip")
+    assert dataset.ids.tolist() == [str(name) for i, name in enumerate(names) if i != 7]
+    series = pd.Series(structures(), index=pd.Index(names, dtype=object))
+    with pytest.raises(InvalidInputError, match=r"^row 7 has the id .*: empty, or"):
+        open_dataset(series, tmp_path)
+
+
+def test_structures_may_have_one_id(tmp_path):
+    path = write(tmp_path / "s.parquet", table(material_id=["mp-1"] * N))
+    dataset = open_dataset(path, tmp_path)
+    assert dataset.ids.tolist() == ["mp-1"] * N and dataset.formulas.tolist()[:2] == PAIRS[:2]
 
 
 def test_structures_of_a_series_are_named_by_its_index(tmp_path):
