@@ -131,6 +131,8 @@ class PolySRLModel(TrainableModel):
             raise ValueError(f"batch_size is {batch_size}: must be at least 2")
         if not 0 <= seed < 2**43:  # times a million, it seeds a generator of 64 bits
             raise ValueError(f"seed is {seed}: must be at least 0 and less than 2**43")
+        if not 0 <= weight_decay < float("inf"):
+            raise ValueError(f"weight_decay is {weight_decay}: must be finite and at least 0")
         self.config = PolySRLConfig.named(config) if isinstance(config, str) else config
         self.settings: dict[str, Any] = {
             "task": task,

@@ -33,6 +33,8 @@ from polysrl_dc.graphs import StoichiometryBatch
         {"task": "pretraining", "objective": "none"},
         {"seed": -1},
         {"seed": 2**43},
+        {"weight_decay": -1.0},
+        {"weight_decay": float("nan")},
     ],
     ids=str,
 )
