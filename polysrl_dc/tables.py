@@ -79,7 +79,7 @@ def _records(frame: pd.DataFrame) -> list[bytes]:
 #: The content of a table's file, by how its name ends.
 WRITERS: dict[str, Callable[[pd.DataFrame], bytes]] = {
     ".csv": _to_csv,
-    ".csv.gz": lambda frame: gzip.compress(_to_csv(frame)),
+    ".csv.gz": lambda frame: gzip.compress(_to_csv(frame), mtime=0),
     ".json": _to_json,
     ".jsonl": _to_json_lines,
     ".parquet": lambda frame: frame.to_parquet(index=False),
@@ -165,6 +165,8 @@ def _csv_rows(content: bytes, separator: str) -> list[list[str]]:
         raise ValueError(f"{error}; a quoted field ends where its quotes do") from error
     finally:
         csv.field_size_limit(limit)
+    if not rows:
+        raise ValueError("it is empty")
     return [row or [""] * len(rows[0]) for row in rows]
 
 

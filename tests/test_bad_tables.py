@@ -322,6 +322,7 @@ def test_columns_are_written_to_json_to_the_last_digit(ending, tmp_path, capsys)
         ('formula,note\nNaCl,"5 inch\nKCl,x\nMgO,7" tube\nCaO,z\n', "expected after '\"'"),
         ('formula,note\nNaCl,"x"y\n', "expected after '\"'"),
         ('formula,note\nNaCl,"5\nKCl,x\n', "unexpected end of data"),
+        ("", "t.csv is no table: it is empty"),
         ("formula,x,gap\nNaCl,1,2\n\nKCl,8.5\n", "row 2 has 2 fields, but there are 3 names"),
     ],
 )
