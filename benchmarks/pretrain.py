@@ -51,6 +51,12 @@ LEAST = {
     "threads": 1,
 }
 
+#: Options of the objectives that see structures.
+STRUCTURES_ONLY = (
+    *("structures", "polymorphs_per_batch", "max_edges", "max_sites"),
+    *("max_structures", "hold_out", "compile", "autocast"),
+)
+
 
 def arguments_of(argv: list[str] | None = None) -> argparse.Namespace:
     """Parse the command line."""
@@ -85,6 +91,10 @@ def arguments_of(argv: list[str] | None = None) -> argparse.Namespace:
         value = getattr(arguments, name)
         if value is not None and value < least:
             parser.error(f"--{name.replace('_', '-')} is {value}: must be at least {least}")
+    for name in STRUCTURES_ONLY if arguments.objective in MP_PROPERTIES else ():
+        if getattr(arguments, name) != parser.get_default(name):
+            option = f"--{name.replace('_', '-')}"
+            parser.error(f"{option} has no use for {arguments.objective}, which sees no structure")
     return arguments
 
 
@@ -221,7 +231,8 @@ def run(arguments: argparse.Namespace) -> None:
 
 def _save(model: PolySRLModel, arguments: argparse.Namespace, callbacks: list[Any]) -> None:
     if arguments.final_whitening is not None:
-        model.model.encoder.mean_norm.decorrelate(arguments.final_whitening)
+        for encoder in model.model.encoders:
+            encoder.mean_norm.decorrelate(arguments.final_whitening)
     if callbacks:
         model.provenance["diagnostics"] = pretraining_diagnostics(
             model.model, callbacks[0].held_out, 256, model.device

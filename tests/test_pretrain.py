@@ -181,6 +181,13 @@ def test_missing_data_are_one_line(option, tmp_path):
     assert len(str(stop.value.code).splitlines()) == 1
 
 
+def test_options_that_an_objective_does_not_use_are_refused(capsys):
+    for option in (["--structures", "aflow"], ["--hold-out", "5"], ["--autocast"]):
+        with pytest.raises(SystemExit):
+            main(["--objective", "mp_band_gap", *option])
+        assert f"{option[0]} has no use for mp_band_gap" in capsys.readouterr().err
+
+
 def test_no_data_at_all_is_one_line(monkeypatch, tmp_path):
     monkeypatch.delenv("POLYSRL_DATA", raising=False)
     for objective in ("polysrl", "mp_band_gap"):
@@ -273,11 +280,14 @@ def test_pretraining_on_dft_labels(labels, tmp_path):
     main([
         *("--objective", "mp_formation_energy", "--data-dir", str(labels), "--epochs", "2"),
         *("--set", "n_features=16", "--output-dir", str(folder), "--device", "cpu"),
+        *("--final-whitening", "0"),
     ])  # fmt: skip
     model = PolySRLModel.from_pretrained(folder, device="cpu")
     assert model.settings["task"] == "regression"
     assert model.provenance["objective"] == "mp_formation_energy"
     assert model.provenance["data"]["labels"] == "matbench_mp_e_form"
+    matrix = model.model.encoders[0].mean_norm.decorrelation
+    np.testing.assert_allclose(matrix.numpy(), np.eye(16), atol=1e-5)
     start = PolySRLModel(config=model.config, pretrained=folder, device="cpu")
     dataset = mp_property_dataset("matbench_mp_e_form", labels)
     np.testing.assert_allclose(
