@@ -3,12 +3,14 @@
     python benchmarks/recipes.py --data-dir DATA
 
 Each recipe learns from a whole training fold and chooses nothing on a part of it; it has one
-member, which starts from ``polysrl-mp``, unless its name says otherwise. The first one is what
-``polysrl train`` does. Those with a calibrated standard deviation learn from four fifths and
-calibrate on the rest (``--hold-out 0.2``) or, cross-validated, learn from all rows and calibrate
-by models of four fifths each (``--folds 5``). The folds are those of ``run_wetlab.py``. Scores go
-to ``recipes.csv``, which ``summarize.py`` reads, and for the first seed those of the uncertainty
-that the models predict along to ``calibration.csv``; finished folds are kept.
+member, which starts from ``polysrl-mp``, unless its name says otherwise. The package's own are
+*fine-tuned* (``polysrl train --recipe single``), *fine-tuned, three encoders* and *frozen, 300
+epochs, three encoders* (``--recipe frozen``, what it does below a thousand rows). Those with a
+calibrated standard deviation learn from four fifths and calibrate on the rest (``--hold-out 0.2``)
+or, cross-validated, learn from all rows and calibrate by models of four fifths each (``--folds
+5``). The folds are those of ``run_wetlab.py``. Scores go to ``recipes.csv``, which
+``summarize.py`` reads, and for the first seed those of the uncertainty that the models predict
+along to ``calibration.csv``; finished folds are kept.
 """
 
 from __future__ import annotations
@@ -31,6 +33,7 @@ from scores import merge_scores
 from targets import N_FOLDS, Target, wetlab_targets
 from tasks import find_data_dir
 
+import polysrl_dc
 from polysrl_dc import PolySRLModel, cross_val_predict
 from polysrl_dc.checkpoints import DEFAULT_ENCODER
 
@@ -51,15 +54,13 @@ class Recipe:
 
 #: The smallest rate of the paper's transfer protocol, without the choice among four.
 SLOWLY = {"schedule": "constant", "learning_rate": 1e-4}
-#: A member on each of the encoders that come with the package.
-THREE = {
-    "freeze_encoder": True,
-    "pretrained": [DEFAULT_ENCODER, "formation-energy-mp", "graphcl-mp"],
-}
+#: A member on each of three encoders, which stay as they are.
+THREE = dict(polysrl_dc.RECIPES["frozen"].settings)
 RECIPES = {
     "fine-tuned": Recipe(),
     "fine-tuned, batches of 128": Recipe(settings={"batch_size": 128}),
     "fine-tuned, random start": Recipe(settings={"pretrained": None}),
+    "fine-tuned, three encoders": Recipe(settings={"pretrained": THREE["pretrained"]}),
     "fine-tuned, std calibrated": Recipe(held_out=0.2),
     "fine-tuned, 500 epochs at 1e-4": Recipe(500, SLOWLY),
     "fine-tuned, 500 epochs at 1e-4, random start": Recipe(500, {**SLOWLY, "pretrained": None}),
@@ -70,8 +71,8 @@ RECIPES = {
     "frozen, 300 epochs, three encoders, std calibrated": Recipe(300, THREE, held_out=0.2),
     "frozen, 300 epochs, three encoders, std cross-validated": Recipe(300, THREE, folds=5),
 }
-#: All are compared with these: what ``polysrl train`` does, what README recommends, and what
-#: tells whether the encoder helps where no rate is chosen.
+#: All are compared with these: the simplest, what ``polysrl train`` does with so few rows, and
+#: what tells whether the encoder helps where no rate is chosen.
 FIRST, RECOMMENDED = "fine-tuned", "frozen, 300 epochs, three encoders"
 FIXED_RATE = "fine-tuned, 500 epochs at 1e-4"
 

@@ -20,7 +20,7 @@ from scores import COLUMNS, COMPOSITION_MODELS
 
 FILES = (
     *("wetlab_scores.csv", "thermoelectrics.csv", "paper_scores.csv"),
-    *("recipes.csv", "crabnet_scores.csv", "scores.csv"),
+    *("recipes.csv", "recipe_sizes.csv", "crabnet_scores.csv", "scores.csv"),
 )
 N_SEEDS, N_FOLDS = 3, 5
 LEVEL = 0.05

@@ -19,6 +19,7 @@ from crabnet_matbench import beside_published
 from labels import MP_PROPERTIES
 from paired import read_paper
 from rates import UNIT, chosen_rates, rate_cells
+from recipe_sizes import by_rows
 from recipes import FIRST, FIXED_RATE, RECOMMENDED
 from results import (
     CURVES,
@@ -230,6 +231,27 @@ def recipe_lines(scores: pd.DataFrame, paper: pd.DataFrame) -> list[str]:
     return lines
 
 
+def size_lines(scores: pd.DataFrame) -> list[str]:
+    """The package's ways to train by the number of rows; nothing if they were not run."""
+    table = by_rows(scores)
+    if table.empty:
+        return []
+    rows = []
+    for (task, metric, n_rows), values in table.iterrows():
+        best = values.min() if metric == "mae" else values.max()
+        texts = ["-" if np.isnan(value) else f"{value:.4f}" for value in values]
+        bold = [f"**{text}**" if text == f"{best:.4f}" else text for text in texts]
+        rows.append([_bare(task), METRICS.get(metric, "ROC AUC"), f"{n_rows:,}", *bold])
+    return [
+        "## Not in the paper: ways to train by the number of rows, Matbench",
+        "",
+        "Recipes of `polysrl train` on so many rows of the first training fold, scored on other "
+        "rows of it; one run each.",
+        "",
+        *markdown(["task", "score", "rows", *table.columns], rows),
+    ]
+
+
 def reproduction_lines(scores: pd.DataFrame) -> list[str]:
     """CrabNet beside its own published scores."""
     table = beside_published(scores)
@@ -413,7 +435,7 @@ def page(
         lines += section(cells, paper, table, baseline)
     lines += section(beside, paper, MATBENCH_8, "polysrl")
     lines += official_lines(records, paper) + reproduction_lines(scores)
-    lines += rate_lines(chosen) + recipe_lines(scores, paper)
+    lines += rate_lines(chosen) + recipe_lines(scores, paper) + size_lines(scores)
     lines += curve_lines(cells, baseline)
     for table in ZT_TABLES.values():
         lines += screening_lines(cells, table)

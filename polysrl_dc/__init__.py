@@ -14,23 +14,27 @@ from polysrl_dc.domain import Domain
 from polysrl_dc.errors import InvalidInputError
 from polysrl_dc.featurizers import StoichiometryGraphFeaturizer, StructureGraphFeaturizer
 from polysrl_dc.model import PolySRLModel
+from polysrl_dc.recipes import RECIPES, Recipe, suitable_recipe
 
 dc = _deepchem.deepchem
 __version__ = "0.1.0"
 
 __all__ = [
+    "RECIPES",
     "Domain",
     "EarlyStopping",
     "InvalidInputError",
     "PolySRLConfig",
     "PolySRLModel",
     "PolymorphDataset",
+    "Recipe",
     "StoichiometryGraphFeaturizer",
     "StoichiometrySplitter",
     "StructureGraphFeaturizer",
     "cross_val_predict",
     "datasets",
     "register",
+    "suitable_recipe",
 ]
 
 

@@ -23,6 +23,7 @@ from polysrl_dc.featurizers import StoichiometryGraphFeaturizer, StructureGraphF
 from polysrl_dc.model import PolySRLModel
 from polysrl_dc.options import parser
 from polysrl_dc.recalibration import LEAST
+from polysrl_dc.recipes import RECIPES, suitable_recipe
 from polysrl_dc.sources import read_structure
 from polysrl_dc.tables import MISSING, check_names, numbers, read_table, write_table
 
@@ -81,6 +82,7 @@ def train(options: argparse.Namespace) -> None:
             raise InvalidInputError(f"--{name} needs --folds or --hold-out")
     named = [] if options.group is None else [options.group]
     frame, dataset = _formulas(options, options.target, named)
+    _follow_recipe(options, len(dataset))
     held_out, predicted = None, None
     if options.predictions:
         check_names(frame, _columns(options.target))
@@ -106,8 +108,11 @@ def train(options: argparse.Namespace) -> None:
                 f"{len(held_out)} to score on"
             )
     model = _trained(options, dataset)
-    if held_out is not None and options.task == "regression":
-        _calibrate(model, held_out, predicted, options.target)
+    if options.task == "regression":
+        if held_out is None:
+            print("std is not calibrated and too small: --folds 5 calibrates it", file=sys.stderr)
+        else:
+            _calibrate(model, held_out, predicted, options.target)
     model.save(options.output_dir)
     print(f"model written to {options.output_dir}", file=sys.stderr)
     if held_out is not None:
@@ -291,6 +296,26 @@ def _structures(paths: Sequence[str], on_error: str) -> dc.data.Dataset:
     return dataset
 
 
+def _follow_recipe(options: argparse.Namespace, n_rows: int) -> None:
+    """Set what no option says, by the recipe that is named or suits the number of rows."""
+    name = options.recipe or suitable_recipe(n_rows)
+    told = options.pretrained or options.freeze_encoder or options.ensemble
+    if told and not options.recipe and name != "large":
+        name = "single"
+    recipe = RECIPES[name]
+    for setting, value in {"epochs": recipe.epochs, **recipe.settings}.items():
+        given = getattr(options, setting)
+        if given is None or given is False:
+            setattr(options, setting, value)
+    options.pretrained = list(options.pretrained or [DEFAULT_ENCODER])
+    what = "heads" if options.freeze_encoder else "encoders and heads"
+    print(
+        f"recipe {name}: {what} on {', '.join(options.pretrained)}, {options.epochs} epochs, "
+        f"{options.batch_size} rows a step, learning rate {options.learning_rate:g}",
+        file=sys.stderr,
+    )
+
+
 def _training(options: argparse.Namespace) -> dict[str, Any]:
     return {
         "batch_size": options.batch_size,
@@ -303,9 +328,7 @@ def _trained(options: argparse.Namespace, dataset: dc.data.Dataset) -> PolySRLMo
     model = PolySRLModel(
         options.task,
         len(options.target),
-        pretrained=[
-            None if name == "none" else name for name in options.pretrained or [DEFAULT_ENCODER]
-        ],
+        pretrained=[None if name == "none" else name for name in options.pretrained],
         freeze_encoder=options.freeze_encoder,
         n_ensemble=options.ensemble,
         **_training(options),

@@ -1,16 +1,17 @@
 """The options of the console command ``polysrl``."""
 
 import argparse
+import math
 from collections.abc import Callable, Sequence
 from pathlib import Path
 from tempfile import TemporaryFile
 from typing import Any
 
 from polysrl_dc.checkpoints import DEFAULT_ENCODER, shipped_encoders
+from polysrl_dc.recipes import LEAST_ROWS, RECIPES
 from polysrl_dc.tables import WRITERS
 
 EXAMPLES = """
-examples:
   polysrl embed Fe2O3 TiO2 ZnO
   polysrl embed --input alloys.csv --column composition --output embeddings.parquet
   polysrl train --input gaps.csv --target gap --folds 5 --output-dir gap_model
@@ -37,14 +38,21 @@ def parser(commands: Sequence[Command]) -> argparse.ArgumentParser:
     whole = argparse.ArgumentParser(
         prog="polysrl",
         description="Predict properties of materials from formulas alone.",
-        epilog=EXAMPLES,
+        epilog=f"examples:{EXAMPLES}",
         formatter_class=argparse.RawDescriptionHelpFormatter,
     )
     by_name = {command.__name__: command for command in commands}
     subparsers = whole.add_subparsers(dest="name", required=True, metavar="COMMAND")
 
     def add(name: str, text: str) -> argparse.ArgumentParser:
-        sub = subparsers.add_parser(name, help=text, description=text)
+        examples = [line for line in EXAMPLES.splitlines() if line.split()[1:2] == [name]]
+        sub = subparsers.add_parser(
+            name,
+            help=text,
+            description=text,
+            epilog="\n".join(["examples:", *examples]),
+            formatter_class=argparse.RawDescriptionHelpFormatter,
+        )
         sub.set_defaults(command=by_name[name])
         sub.add_argument(
             "--on-error",
@@ -66,10 +74,12 @@ def parser(commands: Sequence[Command]) -> argparse.ArgumentParser:
             "--output", type=_output, help=f"{', '.join(WRITERS)}; default: CSV on stdout"
         )
 
-    def add_training(sub: argparse.ArgumentParser, epochs: int, batch_size: int) -> None:
-        sub.add_argument("--epochs", type=_positive, default=epochs)
-        sub.add_argument("--batch-size", type=_positive, default=batch_size)
-        sub.add_argument("--learning-rate", type=float, default=1e-3)
+    def add_training(sub: argparse.ArgumentParser, **defaults: Any) -> None:
+        """Without defaults they are those of the recipe."""
+        sub.add_argument("--epochs", type=_positive)
+        sub.add_argument("--batch-size", type=_positive)
+        sub.add_argument("--learning-rate", type=_rate)
+        sub.set_defaults(**defaults)
         sub.add_argument("--seed", type=_natural, default=0)
         sub.add_argument("--output-dir", type=_folder, required=True, help="of the model")
 
@@ -123,6 +133,14 @@ def parser(commands: Sequence[Command]) -> argparse.ArgumentParser:
         default="regression",
         help="classification: labels are 0 and 1, predictions the probability of 1",
     )
+    ways = "; ".join(f"{name}: {recipe.text}" for name, recipe in RECIPES.items())
+    sizes = ", ".join(f"{name} from {least:,}" for name, least in LEAST_ROWS.items())
+    sub.add_argument(
+        "--recipe",
+        choices=RECIPES,
+        help=f"how to train, where the options below do not say it. {ways}. Default: by the number "
+        f"of rows ({sizes} on); single where one of the next three options is given",
+    )
     sub.add_argument(
         "--pretrained",
         nargs="+",
@@ -148,11 +166,11 @@ def parser(commands: Sequence[Command]) -> argparse.ArgumentParser:
     sub.add_argument(
         "--predictions", type=_output, help="table of the rows scored on, with prediction and std"
     )
-    add_training(sub, 100, 32)
+    add_training(sub)
 
     sub = add("pretrain", "Pretrain an encoder on crystal structures.")
     sub.add_argument("structures", nargs="+", help=STRUCTURES)
-    add_training(sub, 20, 256)
+    add_training(sub, epochs=20, batch_size=256, learning_rate=1e-3)
     return whole
 
 
@@ -178,13 +196,24 @@ def _folder(path: str) -> str:
 
 
 def _fraction(text: str) -> float:
-    try:
-        value = float(text)
-    except ValueError:
-        value = -1.0
+    value = _number(text)
     if not 0 <= value < 1:
         raise argparse.ArgumentTypeError(f"{text} is not a number from 0 to below 1")
     return value
+
+
+def _rate(text: str) -> float:
+    value = _number(text)
+    if not 0 < value < math.inf:
+        raise argparse.ArgumentTypeError(f"{text} is not a positive number")
+    return value
+
+
+def _number(text: str) -> float:
+    try:
+        return float(text)
+    except ValueError:
+        return math.nan
 
 
 def _natural(text: str) -> int:

@@ -23,6 +23,7 @@ from polysrl_dc import (
 )
 from polysrl_dc.checkpoints import load_checkpoint
 from polysrl_dc.cli import main
+from polysrl_dc.recipes import LEAST_ROWS
 
 FORMULAS = ["NaCl", "KCl", "LiF", "NaF", "KBr", "MgO", "CaO", "ZnO", "GaN", "AlN", "TiO2", "SiO2"]
 
@@ -113,6 +114,69 @@ def test_train_scores_on_held_out_formulas(
     assert main(["predict", "--model", folder, "NaCl"]) == 0
     header = capsys.readouterr().out.splitlines()[0]
     assert header == "formula,prediction_gap,prediction_oxide,std_gap,std_oxide"
+
+
+def train_command(tmp_path: Path, n_rows: int, *options: str) -> list[str]:
+    """``polysrl train`` on so many formulas, for one epoch."""
+    table = tmp_path / "rows.csv"
+    formulas = [f"Na{i}Cl{j}" for i in range(1, 20) for j in range(1, 20)][:n_rows]
+    pd.DataFrame({"formula": formulas, "gap": np.sin(np.arange(n_rows))}).to_csv(table, index=False)
+    folder = ["--output-dir", str(tmp_path / "model")]
+    return ["train", "--input", str(table), "--target", "gap", *folder, *options]
+
+
+@pytest.mark.parametrize(
+    "options, recipe, encoders, frozen, training",
+    [
+        ([], "frozen", 3, True, (1, 32, 1e-3)),
+        (["--batch-size", "8"], "frozen", 3, True, (1, 8, 1e-3)),
+        (["--recipe", "fine-tuned"], "fine-tuned", 3, False, (1, 32, 1e-3)),
+        (["--recipe", "large"], "large", 1, False, (1, 512, 3e-3)),
+        (["--pretrained", "none"], "single", 1, False, (1, 32, 1e-3)),
+        (["--freeze-encoder"], "single", 1, True, (1, 32, 1e-3)),
+        (["--ensemble", "2"], "single", 2, False, (1, 32, 1e-3)),
+        (["--recipe", "frozen", "--pretrained", "none"], "frozen", 1, True, (1, 32, 1e-3)),
+    ],
+)
+def test_train_follows_a_recipe_where_no_option_says_otherwise(
+    tmp_path: Path,
+    capsys: pytest.CaptureFixture[str],
+    options: list[str],
+    recipe: str,
+    encoders: int,
+    frozen: bool,
+    training: tuple[int, int, float],
+) -> None:
+    assert main(train_command(tmp_path, 12, "--epochs", "1", *options)) == 0
+    epochs, batch_size, rate = training
+    said = capsys.readouterr().err.splitlines()
+    assert said[0].startswith(f"recipe {recipe}: {'heads' if frozen else 'encoders and heads'} on ")
+    assert said[0].endswith(f", {epochs} epochs, {batch_size} rows a step, learning rate {rate:g}")
+    assert "std is not calibrated and too small: --folds 5 calibrates it" in said[1]
+    model = PolySRLModel.from_pretrained(tmp_path / "model")
+    assert (model.settings["n_encoders"], model.settings["freeze_encoder"]) == (encoders, frozen)
+    assert model.epochs_trained == epochs and model.get_global_step() == -(-12 // batch_size)
+
+
+def test_the_recipe_depends_on_the_number_of_rows(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setitem(LEAST_ROWS, "fine-tuned", 12)
+    for n_rows, recipe in ((11, "frozen"), (12, "fine-tuned")):
+        assert main(train_command(tmp_path, n_rows, "--epochs", "1")) == 0
+        assert capsys.readouterr().err.startswith(f"recipe {recipe}: ")
+    # that of all rows, also for the models of a cross-validation, which learn from fewer
+    assert main(train_command(tmp_path, 12, "--epochs", "1", "--folds", "2")) == 0
+    said = capsys.readouterr().err
+    assert said.startswith("recipe fine-tuned: ") and said.count("rows a step") == 1
+
+
+@pytest.mark.parametrize("rate", ["0", "-1e-3", "nan", "inf", "fast"])
+def test_a_learning_rate_is_a_positive_number(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str], rate: str
+) -> None:
+    error = error_of(train_command(tmp_path, 12, f"--learning-rate={rate}"), capsys)
+    assert error.endswith(f"argument --learning-rate: {rate} is not a positive number")
 
 
 def test_held_out_formulas_calibrate_the_std(

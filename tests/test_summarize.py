@@ -9,6 +9,7 @@ from paired import read_paper
 from paper_models import MODELS
 from paper_records import save_predictions
 from rates import chosen_rates
+from recipe_sizes import SUITE, protocol
 from recipes import FIXED_RATE, RECOMMENDED
 from results import (
     ALL,
@@ -97,6 +98,14 @@ def write_scores(folder, factors=FACTORS, seeds=3):
         for fold in range(5)
     ]
     pd.DataFrame(official, columns=COLUMNS).to_csv(folder / "crabnet_scores.csv", index=False)
+    sizes = [
+        (SUITE, task, protocol(rows), recipe, 0, 0, metric, value)
+        for task, metric in (("matbench_expt_gap", "mae"), ("matbench_expt_is_metal", "rocauc"))
+        for rows in (1000, 16000)
+        for recipe, value in (("single", 0.7), ("frozen", 0.6), ("fine-tuned", 0.8))
+        if (rows, recipe) != (16000, "frozen")
+    ]
+    pd.DataFrame(sizes, columns=COLUMNS).to_csv(folder / "recipe_sizes.csv", index=False)
     scores_of(OFFICIAL, {"PolySRL": 0.9}, 1).to_csv(folder / "scores.csv", index=False)
     parts = [scores_of(table, factors, seeds) for table in zt]
     parts += [screening_of(table, factors) for table in zt]
@@ -294,6 +303,18 @@ def test_recipes_are_compared_with_three_of_them_and_other_models(complete):
     recommended, _, fixed = recommended.partition(f"| minus {FIXED_RATE} |")
     assert "| magpie_forest | " in recommended and "| 0 (0) | 9 (9) |" in recommended
     assert "| fine-tuned | **+0.0" in fixed and f"| {RECOMMENDED} | **-0.0" in fixed
+
+
+def test_recipes_stand_beside_one_another_by_the_number_of_rows(complete, folder):
+    title = "Not in the paper: ways to train by the number of rows, Matbench"
+    lines = part_of(complete[1], title).splitlines()
+    assert "| task | score | rows | frozen | fine-tuned | single |" in lines
+    assert "| expt_gap | MAE | 1,000 | **0.6000** | 0.8000 | 0.7000 |" in lines
+    assert "| expt_gap | MAE | 16,000 | - | 0.8000 | **0.7000** |" in lines
+    assert "| expt_is_metal | ROC AUC | 1,000 | 0.6000 | **0.8000** | 0.7000 |" in lines
+    write_scores(folder / "out")
+    (folder / "out" / "recipe_sizes.csv").unlink()
+    assert title not in run(folder)
 
 
 def test_errors_of_peers_are_the_papers_only_where_they_have_not_been_run(folder):

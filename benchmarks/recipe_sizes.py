@@ -1,0 +1,132 @@
+"""Which way to train suits how many rows: the recipes of the package, on parts of Matbench tasks.
+
+    python benchmarks/recipe_sizes.py --data-dir DATA
+    python benchmarks/recipe_sizes.py --tasks mp_gap --rows 4000 16000 --recipes fine-tuned large
+
+Learns from so many rows of the first training fold of a task, drawn one after another from the same
+shuffle, and scores on a validation part of that fold: no test row is read. Writes
+``recipe_sizes.csv``; what is there is not run again.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pandas as pd
+import torch
+from command_line import refusing, runner_parser
+from folds import output_folder, readable, split_validation
+from graph_data import graph_dataset
+from matbench.constants import REG_KEY
+from scores import COLUMNS, KEYS, merge_scores, read_scores
+from sklearn.metrics import mean_absolute_error, roc_auc_score
+from tasks import find_data_dir, load_task, task_inputs
+from tqdm import tqdm
+
+from polysrl_dc import RECIPES, PolySRLModel
+
+SUITE = "matbench_validation"
+SCORES = "recipe_sizes.csv"
+TASKS = ("matbench_expt_gap", "matbench_expt_is_metal", "matbench_log_gvrh", "matbench_mp_gap")
+ROWS = (500, 1000, 2000, 4000, 8000, 16000)
+FOLD = 0
+VALIDATION_ROWS = 2000  # at most
+
+
+def protocol(n_rows: int) -> str:
+    """The column of that name: from how many rows was learned."""
+    return f"{n_rows} rows"
+
+
+def parts(formulas: np.ndarray, rows: tuple[int, ...], seed: int) -> Iterator[np.ndarray]:
+    """Training rows of each size there are enough formulas for, and at last the validation rows."""
+    fraction = min(0.2, VALIDATION_ROWS / len(formulas))
+    rest, valid = split_validation(list(formulas), fraction, seed)
+    order = np.random.default_rng(seed).permutation(rest)
+    yield from (order[:size] for size in rows if size <= len(order))
+    yield valid
+
+
+def score(
+    recipe: str,
+    train: tuple[np.ndarray, np.ndarray],
+    valid: tuple[np.ndarray, np.ndarray],
+    classification: bool,
+    seed: int,
+) -> float:
+    """Mean absolute error, or area under the ROC curve, of a recipe on validation rows."""
+    way = RECIPES[recipe]
+    task = "classification" if classification else "regression"
+    model = PolySRLModel(task, seed=seed, **way.settings)
+    model.fit(graph_dataset(*train), nb_epoch=way.epochs, checkpoint_interval=0)
+    predicted = model.predict_uncertainty(graph_dataset(valid[0]))[0][:, 0]
+    metric = roc_auc_score if classification else mean_absolute_error
+    return float(metric(valid[1], predicted))
+
+
+def by_rows(scores: pd.DataFrame) -> pd.DataFrame:
+    """Scores of the recipes, a row for each task and number of rows.
+
+    Parameters
+    ----------
+    scores : pandas.DataFrame
+        Those of this command, and others, which are left out.
+
+    Returns
+    -------
+    pandas.DataFrame
+        Columns of the recipes, NaN where one was not run; indexed by ``task``, ``metric`` and
+        ``rows``.
+    """
+    own = scores[scores["suite"] == SUITE]
+    rows = own["protocol"].str.removesuffix(" rows").astype(int)
+    table = own.assign(rows=rows).pivot_table("value", ["task", "metric", "rows"], "model")
+    return table[[recipe for recipe in RECIPES if recipe in table]]
+
+
+def main(argv: list[str] | None = None) -> None:
+    """Train what is missing, score and print."""
+    parser = runner_parser(__doc__)
+    add = parser.add_argument
+    add("--tasks", nargs="+", default=TASKS, help="Matbench names, with or without prefix")
+    add("--recipes", nargs="+", choices=RECIPES, default=["frozen", "fine-tuned", "single"])
+    add("--rows", nargs="+", type=int, default=ROWS)
+    add("--seed", type=int, default=0)
+    arguments = parser.parse_args(argv)
+    torch.set_num_threads(1)
+    path: Path = arguments.output_dir / SCORES
+    with refusing(parser):
+        data_dir = find_data_dir(arguments.data_dir)
+        tasks = [load_task(name, data_dir) for name in arguments.tasks]
+    with output_folder(arguments.output_dir):
+        for task in tasks:
+            inputs, targets, _ = task_inputs(task, FOLD)
+            known = np.array([readable(formula) for formula in inputs])
+            formulas, targets = np.array(inputs)[known], targets[known]
+            *train, valid = parts(formulas, tuple(arguments.rows), arguments.seed)
+            runs = [(rows, recipe) for rows in train for recipe in arguments.recipes]
+            classification = task.metadata.task_type != REG_KEY
+            for rows, recipe in tqdm(runs, desc=task.dataset_name):
+                run = (SUITE, task.dataset_name, protocol(len(rows)), recipe, arguments.seed)
+                if path.exists():
+                    done = read_scores(path)[KEYS].itertuples(index=False, name=None)
+                    if run in list(done):
+                        continue
+                found = score(
+                    recipe,
+                    (formulas[rows], targets[rows]),
+                    (formulas[valid], targets[valid]),
+                    classification,
+                    arguments.seed,
+                )
+                metric = "rocauc" if classification else "mae"
+                row: dict[str, Any] = dict(zip(COLUMNS, (*run, FOLD, metric, found), strict=True))
+                merge_scores(path, pd.DataFrame([row]))
+    print(by_rows(read_scores(path)).round(4).reset_index().to_markdown(index=False))
+
+
+if __name__ == "__main__":
+    main()
