@@ -80,7 +80,7 @@ class PolySRLModel(TrainableModel):
     >>> loss = model.fit(dataset, nb_epoch=2)
     >>> mean, std = model.predict_uncertainty(dataset)
     >>> mean.shape, std.shape, model.predict_embedding(dataset).shape
-    ((4, 1), (4, 1), (4, 200))
+    ((4, 1), (4, 1), (4, 400))
     """
 
     def __init__(

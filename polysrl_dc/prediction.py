@@ -230,29 +230,26 @@ class PredictingModel(PersistentModel):
     def predict_embedding(self, dataset: Dataset) -> np.ndarray:
         """Representation of each formula, z_mu of eq. 11, shape (n, F), of unit length.
 
-        Members of an ensemble that were trained apart are averaged and scaled to unit length.
-        Several frozen encoders stand side by side, (n, n_encoders F): their spaces are unrelated,
-        and the scalar product of two formulas is then the mean over the encoders.
+        Those of several encoders stand side by side, (n, n_encoders F): their spaces are unrelated,
+        or become so in training. The scalar product of two formulas is then the mean over the
+        encoders.
         """
 
         def mean(batch: StoichiometryBatch) -> Tensor:
             means = [encoder.mean(batch) for encoder in self.model.encoders]
-            frozen = self.settings["freeze_encoder"]
-            whole = torch.cat(means, dim=-1) if frozen else torch.stack(means).mean(0)
-            return nn.functional.normalize(whole, dim=-1)
+            return nn.functional.normalize(torch.cat(means, dim=-1), dim=-1)
 
         return torch.cat(self._map(dataset, mean)).cpu().numpy()
 
     def predict_polymorphism(self, dataset: Dataset) -> np.ndarray:
         """Uncertainty due to polymorphism, shape (n,): geometric mean of the variances, eq. 12.
 
-        Of several frozen encoders it is that of the first.
+        Of several encoders it is that of the first.
         """
-        encoders = list(self.model.encoders)[: 1 if self.settings["freeze_encoder"] else None]
 
         def variance(batch: StoichiometryBatch) -> Tensor:
-            log_sigmas = torch.stack([encoder.log_sigma(batch) for encoder in encoders])
-            return torch.exp(2 * log_sigmas.mean((0, 2)))
+            log_sigma = self.model.encoders[0].log_sigma(batch)
+            return torch.exp(2 * log_sigma.mean(-1))
 
         return torch.cat(self._map(dataset, variance)).cpu().numpy()
 

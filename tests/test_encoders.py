@@ -31,12 +31,11 @@ def test_models_start_from_the_shipped_encoder():
     for encoder in model.model.encoders:
         for name, value in encoder.state_dict().items():
             assert torch.equal(value, shipped[f"encoders.0.{name}"]), name
+    embedding = dc.models.PolySRLModel().predict_embedding(dataset())
     random = dc.models.PolySRLModel(pretrained=None)
-    assert not np.allclose(model.predict_embedding(dataset()), random.predict_embedding(dataset()))
+    assert not np.allclose(embedding, random.predict_embedding(dataset()))
     pretraining = dc.models.PolySRLModel("pretraining")  # itself starts from random weights
-    assert not np.allclose(
-        model.predict_embedding(dataset()), pretraining.predict_embedding(dataset())
-    )
+    assert not np.allclose(embedding, pretraining.predict_embedding(dataset()))
 
 
 def test_by_name_it_is_a_pretraining_model_with_both_encoders():

@@ -412,8 +412,9 @@ def test_a_head_is_trained_on_the_encoder_that_it_reads(two_encoders):
     assert loss == pytest.approx(float(expected), rel=1e-5)
 
 
-def test_embeddings_of_frozen_encoders_stand_side_by_side(two_encoders):
-    model = make(pretrained=two_encoders, freeze_encoder=True)
+@pytest.mark.parametrize("freeze_encoder", [False, True])
+def test_embeddings_of_encoders_stand_side_by_side(two_encoders, freeze_encoder):
+    model = make(pretrained=two_encoders, freeze_encoder=freeze_encoder)
     singles = [make(pretrained=folder) for folder in two_encoders]
     both, apart = model.predict_embedding(data()), [m.predict_embedding(data()) for m in singles]
     assert both.shape == (N, 32)
@@ -425,7 +426,7 @@ def test_embeddings_of_frozen_encoders_stand_side_by_side(two_encoders):
 def test_embeddings_have_unit_length_and_polymorphism_is_positive():
     model = fitted(n_ensemble=2)
     embedding = model.predict_embedding(data())
-    assert embedding.shape == (N, 16)
+    assert embedding.shape == (N, 2 * 16)
     np.testing.assert_allclose(np.linalg.norm(embedding, axis=1), 1, rtol=1e-5)
     polymorphism = model.predict_polymorphism(data())
     assert polymorphism.shape == (N,) and (polymorphism > 0).all()
