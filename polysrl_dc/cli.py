@@ -302,7 +302,7 @@ def _follow_recipe(options: argparse.Namespace, n_rows: int) -> None:
     told = options.pretrained or options.freeze_encoder or options.ensemble
     if told and not options.recipe and name != "large":
         name = "single"
-    recipe = RECIPES[name]
+    recipe, options.recipe = RECIPES[name], name
     for setting, value in {"epochs": recipe.epochs, **recipe.settings}.items():
         given = getattr(options, setting)
         if given is None or given is False:
@@ -333,7 +333,7 @@ def _trained(options: argparse.Namespace, dataset: dc.data.Dataset) -> PolySRLMo
         n_ensemble=options.ensemble,
         **_training(options),
     )
-    model.provenance["targets"] = options.target
+    model.provenance |= {"targets": options.target, "recipe": options.recipe}
     _fit(model, dataset, options.epochs)
     return model
 

@@ -155,6 +155,7 @@ def test_train_follows_a_recipe_where_no_option_says_otherwise(
     assert "std is not calibrated and too small: --folds 5 calibrates it" in said[1]
     model = PolySRLModel.from_pretrained(tmp_path / "model")
     assert (model.settings["n_encoders"], model.settings["freeze_encoder"]) == (encoders, frozen)
+    assert model.provenance == {"targets": ["gap"], "recipe": recipe}
     assert model.epochs_trained == epochs and model.get_global_step() == -(-12 // batch_size)
 
 
