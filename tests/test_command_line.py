@@ -10,8 +10,8 @@ from files import write_csv
 
 RUNNERS = (
     *("calibration", "compare", "compare_speed", "crabnet_matbench", "domain", "ensembles"),
-    *("fit_variance", "known", "pretrain", "publications", "recipes", "retrieval"),
-    *("run_matbench", "run_wetlab", "search", "speed", "summarize", "thermoelectrics"),
+    *("fit_variance", "known", "pretrain", "publications", "recipe_sizes", "recipes"),
+    *("retrieval", "run_matbench", "run_wetlab", "search", "speed", "summarize", "thermoelectrics"),
     "uncertainty",
 )
 NEEDS = {
