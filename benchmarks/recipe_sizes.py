@@ -1,7 +1,7 @@
 """Which way to train suits how many rows: the recipes of the package, on parts of Matbench tasks.
 
     python benchmarks/recipe_sizes.py --data-dir DATA
-    python benchmarks/recipe_sizes.py --tasks mp_gap --rows 4000 16000 --recipes fine-tuned large
+    python benchmarks/recipe_sizes.py --tasks mp_gap --rows 16000 --recipes single large
 
 Learns from so many rows of the first training fold of a task, drawn one after another from the same
 shuffle, and scores on a validation part of that fold: no test row is read. Writes
@@ -92,7 +92,7 @@ def main(argv: list[str] | None = None) -> None:
     parser = runner_parser(__doc__)
     add = parser.add_argument
     add("--tasks", nargs="+", default=TASKS, help="Matbench names, with or without prefix")
-    add("--recipes", nargs="+", choices=RECIPES, default=["frozen", "fine-tuned", "single"])
+    add("--recipes", nargs="+", choices=RECIPES, default=list(RECIPES))
     add("--rows", nargs="+", type=int, default=ROWS)
     add("--seed", type=int, default=0)
     arguments = parser.parse_args(argv)

@@ -300,8 +300,9 @@ def _follow_recipe(options: argparse.Namespace, n_rows: int) -> None:
     """Set what no option says, by the recipe that is named or suits the number of rows."""
     name = options.recipe or suitable_recipe(n_rows)
     told = options.pretrained or options.freeze_encoder or options.ensemble
-    if told and not options.recipe and name != "large":
-        name = "single"
+    if told and not options.recipe:  # how, but not in what batches
+        name = name if name == "large" else "single"
+        options.pretrained = options.pretrained or [DEFAULT_ENCODER]
     recipe, options.recipe = RECIPES[name], name
     for setting, value in {"epochs": recipe.epochs, **recipe.settings}.items():
         given = getattr(options, setting)

@@ -51,13 +51,13 @@ RECIPES = {
     "fine-tuned": Recipe("three such encoders and their heads", 100, _THREE),
     "single": Recipe("one encoder and its head", 100, _SMALL_STEPS),
     "large": Recipe(
-        "one encoder and its head, in larger batches",
+        "three encoders and their heads, in larger batches at a higher rate",
         100,
-        {"batch_size": 512, "learning_rate": 3e-3},
+        {**_THREE, "batch_size": 512, "learning_rate": 3e-3},
     ),
 }
 #: From so many rows on each of them suits.
-LEAST_ROWS = {"frozen": 1, "fine-tuned": 1_000, "large": 50_000}
+LEAST_ROWS = {"frozen": 1, "fine-tuned": 1_000, "large": 5_000}
 
 
 def suitable_recipe(n_rows: int) -> str:
@@ -75,7 +75,7 @@ def suitable_recipe(n_rows: int) -> str:
 
     Examples
     --------
-    >>> [suitable_recipe(n) for n in (400, 10_000, 100_000)]
+    >>> [suitable_recipe(n) for n in (400, 2_000, 100_000)]
     ['frozen', 'fine-tuned', 'large']
     """
     return [name for name, least in LEAST_ROWS.items() if n_rows >= least][-1]

@@ -131,7 +131,7 @@ def train_command(tmp_path: Path, n_rows: int, *options: str) -> list[str]:
         ([], "frozen", 3, True, (1, 32, 1e-3)),
         (["--batch-size", "8"], "frozen", 3, True, (1, 8, 1e-3)),
         (["--recipe", "fine-tuned"], "fine-tuned", 3, False, (1, 32, 1e-3)),
-        (["--recipe", "large"], "large", 1, False, (1, 512, 3e-3)),
+        (["--recipe", "large"], "large", 3, False, (1, 512, 3e-3)),
         (["--pretrained", "none"], "single", 1, False, (1, 32, 1e-3)),
         (["--freeze-encoder"], "single", 1, True, (1, 32, 1e-3)),
         (["--ensemble", "2"], "single", 2, False, (1, 32, 1e-3)),
@@ -166,6 +166,15 @@ def test_the_recipe_depends_on_the_number_of_rows(
     for n_rows, recipe in ((11, "frozen"), (12, "fine-tuned")):
         assert main(train_command(tmp_path, n_rows, "--epochs", "1")) == 0
         assert capsys.readouterr().err.startswith(f"recipe {recipe}: ")
+    monkeypatch.setitem(LEAST_ROWS, "large", 12)
+    for told, encoders in (([], 3), (["--ensemble", "2"], 2), (["--pretrained", "none"], 1)):
+        assert main(train_command(tmp_path, 12, "--epochs", "1", *told)) == 0
+        said = capsys.readouterr().err.splitlines()[0]
+        assert said.startswith("recipe large: ")
+        assert said.endswith(" 512 rows a step, learning rate 0.003")
+        assert PolySRLModel.from_pretrained(tmp_path / "model").settings["n_encoders"] == encoders
+    monkeypatch.undo()
+    monkeypatch.setitem(LEAST_ROWS, "fine-tuned", 12)
     # that of all rows, also for the models of a cross-validation, which learn from fewer
     assert main(train_command(tmp_path, 12, "--epochs", "1", "--folds", "2")) == 0
     said = capsys.readouterr().err
