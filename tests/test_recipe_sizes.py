@@ -47,13 +47,13 @@ def test_parts_are_nested_and_share_no_row_with_the_validation_part():
     assert set(train[0]) < set(train[1]) and not set(train[1]) & set(valid)
 
 
-def test_classes_are_scored_by_the_probability_of_the_second():
+def test_classes_are_scored_by_the_probability_of_the_second(command):
     train, valid = np.arange(60), np.arange(60, 100)
     classes = (np.arange(100) % 3 == 0).astype(float)
     parts = [(FORMULAS[rows], classes[rows]) for rows in (train, valid)]
     found = recipe_sizes.score("single", *parts, True, seed=1)
     model = PolySRLModel("classification", seed=1)
-    model.fit(graph_dataset(*parts[0]), nb_epoch=RECIPES["single"].epochs)
+    model.fit(graph_dataset(*parts[0]), nb_epoch=recipe_sizes.RECIPES["single"].epochs)
     probability = model.predict_uncertainty(graph_dataset(FORMULAS[valid]))[0]
     assert found == pytest.approx(roc_auc_score(classes[valid], probability[:, 0]))
 
