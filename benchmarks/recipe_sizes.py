@@ -5,7 +5,8 @@
 
 Learns from so many rows of the first training fold of a task, drawn one after another from the same
 shuffle, and scores on a validation part of that fold: no test row is read. Writes
-``recipe_sizes.csv``; what is there is not run again.
+``recipe_sizes.csv``. What is there, by the name of the recipe, is not run again: when a recipe
+changes, its rows must be removed.
 """
 
 from __future__ import annotations
@@ -113,7 +114,7 @@ def main(argv: list[str] | None = None) -> None:
                 run = (SUITE, task.dataset_name, protocol(len(rows)), recipe, arguments.seed)
                 if path.exists():
                     done = read_scores(path)[KEYS].itertuples(index=False, name=None)
-                    if run in list(done):
+                    if run in done:
                         continue
                 found = score(
                     recipe,

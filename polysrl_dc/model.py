@@ -54,7 +54,7 @@ class PolySRLModel(TrainableModel):
     autocast : bool
         Compute in bfloat16 where that is safe; losses and pooled sums stay in float32.
     batch_size : int, optional
-        Default: 32, as steps count for more than rows on small data (see README); 256 for
+        Default: 32, as steps count for more than rows on small data; 256 for
         pretraining, where the rest of a batch are the negatives.
     learning_rate : float or dc.models.optimizers.LearningRateSchedule
         A DeepChem schedule is stepped every batch; a float is the peak of ``schedule``.

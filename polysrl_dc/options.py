@@ -139,8 +139,8 @@ def parser(commands: Sequence[Command]) -> argparse.ArgumentParser:
         "--recipe",
         choices=RECIPES,
         help=f"how to train, where the options below do not say it. {ways}. Default: by the number "
-        f"of rows ({sizes} on); where one of the next three options is given, one encoder, trained "
-        "along, in the batches that suit",
+        f"of rows ({sizes} on); where one of the next three options is given, one encoder in the "
+        "batches that suit",
     )
     sub.add_argument(
         "--pretrained",
