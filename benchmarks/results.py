@@ -24,6 +24,7 @@ FILES = (
 )
 N_SEEDS, N_FOLDS = 3, 5
 LEVEL = 0.05
+PLACE = ["suite", "protocol", "metric", "task"]  # what a cell is of, but for the model
 NOT_RUN = "not run"
 TIMES = "\N{MULTIPLICATION SIGN}"
 
@@ -240,18 +241,36 @@ def compared(scores: pd.DataFrame) -> pd.DataFrame:
     return pd.concat([scores[transfer], scores[magpie].assign(protocol="transfer")])
 
 
-def half_width(values: np.ndarray) -> float:
-    """Half width of the 95 % t interval for a mean, (n,) -> float; NaN for fewer than two values.
+def over_folds(scores: pd.DataFrame) -> pd.DataFrame:
+    """Mean over the folds, after that over the seeds, of each column; its interval and its test.
+
+    Parameters
+    ----------
+    scores : pandas.DataFrame
+        Indexed by the columns of ``PLACE``, seed and fold; NaN where there is no score.
+
+    Returns
+    -------
+    pandas.DataFrame
+        ``mean``; ``half``, the half width of its 95 % t interval, and ``p``, of the t-test against
+        zero, both NaN for fewer than two folds. Indexed by ``PLACE`` and the name of the column.
 
     Examples
     --------
-    >>> round(half_width(np.array([1.0, 2.0, 3.0])), 4)
-    2.4841
+    >>> place = ["wetlab", "transfer", "mae", "gap", 0]
+    >>> names = [*PLACE, "seed", "fold"]
+    >>> rows = pd.MultiIndex.from_tuples([(*place, fold) for fold in range(3)], names=names)
+    >>> over_folds(pd.DataFrame({"a": [1.0, 2.0, 3.0]}, rows)).round(4).values.tolist()
+    [[2.0, 2.4841, 0.0742]]
     """
-    n = len(values)
-    if n < 2:
-        return float("nan")
-    return float(stats.t.ppf(1 - LEVEL / 2, n - 1) * values.std(ddof=1) / np.sqrt(n))
+    folds = scores.groupby([*PLACE, "fold"]).mean().groupby(PLACE)
+    mean, n = folds.mean(), folds.count()
+    error = folds.std() / np.sqrt(n)
+    with np.errstate(divide="ignore", invalid="ignore"):
+        t = np.abs(mean / error)
+    half, p = stats.t.ppf(1 - LEVEL / 2, n - 1) * error, 2 * stats.t.sf(t, n - 1)
+    wide = {"mean": mean, "half": half, "p": pd.DataFrame(p, mean.index, mean.columns)}
+    return pd.DataFrame({name: table.stack(future_stack=True) for name, table in wide.items()})
 
 
 def cells_of(scores: pd.DataFrame, baseline: str) -> Cells:
@@ -261,22 +280,20 @@ def cells_of(scores: pd.DataFrame, baseline: str) -> Cells:
     the seeds and folds that both models have; their t-test is that of the folds' mean differences
     against zero, which is the paired one.
     """
-    cells: Cells = {}
-    for where, group in scores.groupby(["suite", "protocol", "metric", "task"]):
-        runs = group.pivot_table(index=["seed", "fold"], columns="model", values="value")
-        pairs = runs.sub(runs[baseline] if baseline in runs else np.nan, axis=0)
-        folds, differences = (table.groupby("fold").mean() for table in (runs, pairs))
-        by_seed = runs.groupby("seed").count().replace(0, np.nan)
-        for model in runs:
-            own, paired = (table[model].dropna().to_numpy() for table in (folds, differences))
-            compared: dict[str, Any] = {}
-            if len(paired) and model != baseline:
-                compared = {"difference": paired.mean(), "difference_half": half_width(paired)}
-            if len(paired) > 1 and model != baseline:
-                compared["p"] = stats.ttest_1samp(paired, 0).pvalue
-            size = (int(by_seed[model].count()), int(by_seed[model].min()))
-            cells[(*where, str(model))] = Cell(own.mean(), half_width(own), *size, **compared)
-    return cells
+    runs = scores.pivot_table("value", [*PLACE, "seed", "fold"], "model")
+    pairs = runs.sub(runs[baseline] if baseline in runs else np.nan, axis=0)
+    pairs = pairs.drop(columns=baseline, errors="ignore")
+    by_seed = runs.groupby([*PLACE, "seed"]).count().replace(0, np.nan).groupby(PLACE)
+    sizes = {"seeds": by_seed.count(), "folds": by_seed.min()}
+    table = over_folds(runs).drop(columns="p").dropna(subset="mean")
+    names = {"mean": "difference", "half": "difference_half"}
+    table = table.join(over_folds(pairs).rename(columns=names))
+    table = table.assign(**{name: size.stack() for name, size in sizes.items()})
+    table = table.astype({"seeds": int, "folds": int})
+    return {
+        key: Cell(**cell)
+        for key, cell in zip(table.index, table.to_dict("records"), strict=True)
+    }
 
 
 def numbers_of(cells: Cells, paper: pd.DataFrame) -> tuple[Numbers, Numbers]:
