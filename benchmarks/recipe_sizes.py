@@ -11,9 +11,10 @@ changes, its rows must be removed.
 
 from __future__ import annotations
 
+import argparse
 from collections.abc import Iterator
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeAlias
 
 import numpy as np
 import pandas as pd
@@ -22,6 +23,7 @@ from command_line import refusing, runner_parser
 from folds import output_folder, readable, split_validation
 from graph_data import graph_dataset
 from matbench.constants import REG_KEY
+from matbench.task import MatbenchTask
 from scores import COLUMNS, KEYS, merge_scores, read_scores
 from sklearn.metrics import mean_absolute_error, roc_auc_score
 from tasks import find_data_dir, load_task, task_inputs
@@ -35,6 +37,10 @@ TASKS = ("matbench_expt_gap", "matbench_expt_is_metal", "matbench_log_gvrh", "ma
 ROWS = (500, 1000, 2000, 4000, 8000, 16000)
 FOLD = 0
 VALIDATION_ROWS = 2000  # at most
+
+Rows: TypeAlias = tuple[np.ndarray, np.ndarray]  # formulas and values
+Key: TypeAlias = tuple[str, str, str, str, int]  # columns KEYS of the scores
+Run: TypeAlias = tuple[Key, str, Rows, Rows]
 
 
 def protocol(n_rows: int) -> str:
@@ -53,8 +59,8 @@ def parts(formulas: np.ndarray, rows: tuple[int, ...], seed: int) -> Iterator[np
 
 def score(
     recipe: str,
-    train: tuple[np.ndarray, np.ndarray],
-    valid: tuple[np.ndarray, np.ndarray],
+    train: Rows,
+    valid: Rows,
     classification: bool,
     seed: int,
 ) -> float:
@@ -66,6 +72,25 @@ def score(
     predicted = model.predict_uncertainty(graph_dataset(valid[0]))[0][:, 0]
     metric = roc_auc_score if classification else mean_absolute_error
     return float(metric(valid[1], predicted))
+
+
+def runs(task: MatbenchTask, arguments: argparse.Namespace) -> Iterator[Run]:
+    """What identifies each run in the scores, its metric, and the rows to learn and to score on."""
+    inputs, targets, _ = task_inputs(task, FOLD)
+    known = np.array([readable(formula) for formula in inputs])
+    formulas, targets = np.array(inputs)[known], targets[known]
+    *sizes, valid = parts(formulas, tuple(arguments.rows), arguments.seed)
+    metric = "mae" if task.metadata.task_type == REG_KEY else "rocauc"
+    for rows in sizes:
+        for recipe in arguments.recipes:
+            key = (SUITE, task.dataset_name, protocol(len(rows)), recipe, arguments.seed)
+            yield key, metric, (formulas[rows], targets[rows]), (formulas[valid], targets[valid])
+
+
+def finished(path: Path) -> set[Key]:
+    """The runs whose scores are there; another process may add to them."""
+    table = read_scores(path)[KEYS] if path.exists() else pd.DataFrame(columns=KEYS)
+    return set(table.itertuples(index=False, name=None))
 
 
 def by_rows(scores: pd.DataFrame) -> pd.DataFrame:
@@ -96,36 +121,25 @@ def main(argv: list[str] | None = None) -> None:
     add("--recipes", nargs="+", choices=RECIPES, default=list(RECIPES))
     add("--rows", nargs="+", type=int, default=ROWS)
     add("--seed", type=int, default=0)
+    add("--dry-run", action="store_true", help="show what would run; train and write nothing")
     arguments = parser.parse_args(argv)
     torch.set_num_threads(1)
     path: Path = arguments.output_dir / SCORES
     with refusing(parser):
         data_dir = find_data_dir(arguments.data_dir)
         tasks = [load_task(name, data_dir) for name in arguments.tasks]
+    planned = [run for task in tasks for run in runs(task, arguments)]
+    if arguments.dry_run:
+        for key, *_ in planned:
+            print(*key[1:], "is there" if key in finished(path) else "would run", sep=", ")
+        return
     with output_folder(arguments.output_dir):
-        for task in tasks:
-            inputs, targets, _ = task_inputs(task, FOLD)
-            known = np.array([readable(formula) for formula in inputs])
-            formulas, targets = np.array(inputs)[known], targets[known]
-            *train, valid = parts(formulas, tuple(arguments.rows), arguments.seed)
-            runs = [(rows, recipe) for rows in train for recipe in arguments.recipes]
-            classification = task.metadata.task_type != REG_KEY
-            for rows, recipe in tqdm(runs, desc=task.dataset_name):
-                run = (SUITE, task.dataset_name, protocol(len(rows)), recipe, arguments.seed)
-                if path.exists():
-                    done = read_scores(path)[KEYS].itertuples(index=False, name=None)
-                    if run in done:
-                        continue
-                found = score(
-                    recipe,
-                    (formulas[rows], targets[rows]),
-                    (formulas[valid], targets[valid]),
-                    classification,
-                    arguments.seed,
-                )
-                metric = "rocauc" if classification else "mae"
-                row: dict[str, Any] = dict(zip(COLUMNS, (*run, FOLD, metric, found), strict=True))
-                merge_scores(path, pd.DataFrame([row]))
+        for key, metric, train, valid in tqdm(planned, unit="run"):
+            if key in finished(path):
+                continue
+            found = score(key[3], train, valid, metric == "rocauc", arguments.seed)
+            row: dict[str, Any] = dict(zip(COLUMNS, (*key, FOLD, metric, found), strict=True))
+            merge_scores(path, pd.DataFrame([row]))
     print(by_rows(read_scores(path)).round(4).reset_index().to_markdown(index=False))
 
 

@@ -70,6 +70,17 @@ def test_what_is_scored_is_not_trained_again(command, tmp_path, monkeypatch):
     pd.testing.assert_frame_equal(kept, first)
 
 
+def test_a_dry_run_says_what_is_missing_and_writes_nothing(command, tmp_path, capsys):
+    recipe_sizes.main([*command, "--recipes", "single", "--rows", "20"])
+    there = (tmp_path / "recipe_sizes.csv").read_bytes()
+    capsys.readouterr()
+    recipe_sizes.main([*command, "--recipes", "single", "--dry-run"])
+    name = TARGET.task.dataset_name
+    expected = [f"{name}, 20 rows, single, 0, is there", f"{name}, 40 rows, single, 0, would run"]
+    assert capsys.readouterr().out.splitlines() == expected
+    assert (tmp_path / "recipe_sizes.csv").read_bytes() == there
+
+
 def test_missing_data_end_it_in_one_line(tmp_path, monkeypatch, capsys):
     monkeypatch.delenv("POLYSRL_DATA", raising=False)
     with pytest.raises(SystemExit):
