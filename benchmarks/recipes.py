@@ -2,21 +2,20 @@
 
     python benchmarks/recipes.py --data-dir DATA
 
-Each recipe learns from a whole training fold and chooses nothing on a part of it; it has one
-member, which starts from ``polysrl-mp``, unless its name says otherwise. The package's own are
-*fine-tuned* (``polysrl train --recipe single``), *fine-tuned, three encoders* and *frozen, 300
-epochs, three encoders* (``--recipe frozen``, what it does below a thousand rows). Those with a
-calibrated standard deviation learn from four fifths and calibrate on the rest (``--hold-out 0.2``)
-or, cross-validated, learn from all rows and calibrate by models of four fifths each (``--folds
-5``). The folds are those of ``run_wetlab.py``. Scores go to ``recipes.csv``, which
-``summarize.py`` reads, and for the first seed those of the uncertainty that the models predict
-along to ``calibration.csv``; finished folds are kept.
+Each recipe learns from a whole training fold and chooses nothing on a part of it. *single*, *fine-
+tuned* and *frozen* are those of the package (``polysrl train --recipe``), the others differ from
+one of them in what their names add. Those with a calibrated standard deviation learn from four
+fifths and calibrate on the rest (``--hold-out 0.2``) or, cross-validated, learn from all rows and
+calibrate by models of four fifths each (``--folds 5``). The folds are those of ``run_wetlab.py``.
+Scores go to ``recipes.csv``, which ``summarize.py`` reads, and for the first seed those of the
+uncertainty that the models predict along to ``calibration.csv``; finished folds are kept.
 """
 
 from __future__ import annotations
 
 import argparse
-from dataclasses import astuple, dataclass, field
+from collections.abc import Mapping
+from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
@@ -40,41 +39,51 @@ from polysrl_dc.checkpoints import DEFAULT_ENCODER
 
 @dataclass(frozen=True)
 class Recipe:
-    """How to train: ``settings`` are what differs from the defaults of ``PolySRLModel``.
+    """How to train: ``settings`` are arguments of ``PolySRLModel``.
 
     ``held_out``: part of the training rows that only calibrates the standard deviations;
     ``folds``: parts of a cross-validation that calibrates them instead.
     """
 
-    epochs: int = 100
-    settings: dict[str, Any] = field(default_factory=dict)
-    held_out: float = 0.0
-    folds: int = 0
+    epochs: int
+    settings: Mapping[str, Any]
+    held_out: float
+    folds: int
+
+
+def _like(
+    name: str, epochs: int | None = None, held_out: float = 0.0, folds: int = 0, **changes: Any
+) -> Recipe:
+    """A recipe of the package, in which some settings differ."""
+    own = polysrl_dc.RECIPES[name]
+    return Recipe(epochs or own.epochs, {**own.settings, **changes}, held_out, folds)
 
 
 #: The smallest rate of the paper's transfer protocol, without the choice among four.
-SLOWLY = {"schedule": "constant", "learning_rate": 1e-4}
-#: A member on each of three encoders, which stay as they are.
-THREE = dict(polysrl_dc.RECIPES["frozen"].settings)
+SLOWLY: dict[str, Any] = {"epochs": 500, "schedule": "constant", "learning_rate": 1e-4}
+#: The epochs of the frozen recipe, for one encoder.
+FROZEN: dict[str, Any] = {"epochs": polysrl_dc.RECIPES["frozen"].epochs, "freeze_encoder": True}
 RECIPES = {
-    "fine-tuned": Recipe(),
-    "fine-tuned, batches of 128": Recipe(settings={"batch_size": 128}),
-    "fine-tuned, random start": Recipe(settings={"pretrained": None}),
-    "fine-tuned, three encoders": Recipe(settings={"pretrained": THREE["pretrained"]}),
-    "fine-tuned, std calibrated": Recipe(held_out=0.2),
-    "fine-tuned, 500 epochs at 1e-4": Recipe(500, SLOWLY),
-    "fine-tuned, 500 epochs at 1e-4, random start": Recipe(500, {**SLOWLY, "pretrained": None}),
-    "frozen, 300 epochs": Recipe(300, {"freeze_encoder": True}),
-    "frozen, 300 epochs, std calibrated": Recipe(300, {"freeze_encoder": True}, held_out=0.2),
-    "frozen, 300 epochs, three heads": Recipe(300, {"freeze_encoder": True, "n_ensemble": 3}),
-    "frozen, 300 epochs, three encoders": Recipe(300, THREE),
-    "frozen, 300 epochs, three encoders, std calibrated": Recipe(300, THREE, held_out=0.2),
-    "frozen, 300 epochs, three encoders, std cross-validated": Recipe(300, THREE, folds=5),
+    "single": _like("single"),
+    "single, batches of 128": _like("single", batch_size=128),
+    "single, random start": _like("single", pretrained=None),
+    "single, std calibrated": _like("single", held_out=0.2),
+    "single, 500 epochs at 1e-4": _like("single", **SLOWLY),
+    "single, 500 epochs at 1e-4, random start": _like("single", **SLOWLY, pretrained=None),
+    "single, frozen": _like("single", **FROZEN),
+    "single, frozen, std calibrated": _like("single", **FROZEN, held_out=0.2),
+    "single, frozen, three heads": _like("single", **FROZEN, n_ensemble=3),
+    "fine-tuned": _like("fine-tuned"),
+    "fine-tuned, std calibrated": _like("fine-tuned", held_out=0.2),
+    "fine-tuned, std cross-validated": _like("fine-tuned", folds=5),
+    "frozen": _like("frozen"),
+    "frozen, std calibrated": _like("frozen", held_out=0.2),
+    "frozen, std cross-validated": _like("frozen", folds=5),
 }
 #: All are compared with these: the simplest, what ``polysrl train`` does with so few rows, and
 #: what tells whether the encoder helps where no rate is chosen.
-FIRST, RECOMMENDED = "fine-tuned", "frozen, 300 epochs, three encoders"
-FIXED_RATE = "fine-tuned, 500 epochs at 1e-4"
+FIRST, RECOMMENDED = "single", "frozen"
+FIXED_RATE = "single, 500 epochs at 1e-4"
 
 
 def predict_fold(
@@ -91,22 +100,23 @@ def predict_fold(
     """
     torch.set_num_threads(threads)
     train, test = split
-    epochs, settings, held_out, folds = astuple(RECIPES[recipe])
+    way = RECIPES[recipe]
 
     def fitted(dataset: Dataset) -> PolySRLModel:
-        model = PolySRLModel(seed=seed, **settings)
-        model.fit(dataset, nb_epoch=epochs, checkpoint_interval=0)
+        model = PolySRLModel(seed=seed, **way.settings)
+        model.fit(dataset, nb_epoch=way.epochs, checkpoint_interval=0)
         return model
 
-    if held_out:
-        learned, kept = split_validation(target.formulas[train], held_out, seed)
+    if way.held_out:
+        learned, kept = split_validation(target.formulas[train], way.held_out, seed)
         model = fitted(dataset_of(target, train[learned]))
         model.calibrate(dataset_of(target, train[kept]))
     else:
         dataset = dataset_of(target, train)
         model = fitted(dataset)
-        if folds:
-            model.calibrate(dataset, predicted=cross_val_predict(fitted, dataset, folds, seed=seed))
+        if way.folds:
+            predicted = cross_val_predict(fitted, dataset, way.folds, seed=seed)
+            model.calibrate(dataset, predicted=predicted)
     mean, std = model.predict_uncertainty(dataset_of(target, test))
     return mean[:, 0], std[:, 0], {}
 
@@ -186,15 +196,15 @@ def settings_of(recipe: str, seed: int) -> dict[str, Any]:
 
     Not how ``calibrate`` works: when that changes, the folds of calibrated recipes must be removed.
     """
-    epochs, settings, held_out, folds = astuple(RECIPES[recipe])
-    model = PolySRLModel(seed=seed, **settings)
-    start, encoders = "random weights", settings.get("pretrained", [DEFAULT_ENCODER])
+    way = RECIPES[recipe]
+    model = PolySRLModel(seed=seed, **way.settings)
+    start, encoders = "random weights", way.settings.get("pretrained", [DEFAULT_ENCODER])
     if encoders is not None:
         start = ", ".join(representation_digest(name) for name in encoders)
-    key = {**model.settings, **model.training, "epochs": epochs, "start": start, "model": recipe}
+    key = {**model.settings, **model.training, "epochs": way.epochs, "start": start}
     del key["n_encoders"]  # follows from the start
-    parts = {"held_out": held_out, "folds": folds}
-    return {**key, **{name: part for name, part in parts.items() if part}}
+    parts = {"held_out": way.held_out, "folds": way.folds}
+    return {**key, "model": recipe, **{name: part for name, part in parts.items() if part}}
 
 
 if __name__ == "__main__":

@@ -52,7 +52,7 @@ def wetlab(folder: Path, *more: str) -> Any:
 
 
 def by_recipe(folder: Path) -> Any:
-    job = ["--recipes", "fine-tuned, random start", "--targets", "metallic"]
+    job = ["--recipes", "single, random start", "--targets", "metallic"]
     return loaded.recipes.main([*job, "--output-dir", str(folder)])
 
 

@@ -11,7 +11,7 @@ from sklearn.metrics import mean_absolute_error
 from targets import Target
 from transfer import dataset_of
 
-from polysrl_dc import PolySRLModel, cross_val_predict
+from polysrl_dc import RECIPES, PolySRLModel, cross_val_predict
 
 
 @pytest.fixture
@@ -25,7 +25,7 @@ def target(monkeypatch):
 
 
 def test_scores_are_those_of_models_of_whole_training_folds(target, tmp_path, capsys):
-    recipes.main(["--recipes", "fine-tuned", "frozen, 300 epochs", "--output-dir", str(tmp_path)])
+    recipes.main(["--recipes", "single", "single, frozen", "--output-dir", str(tmp_path)])
     table = pd.read_csv(tmp_path / "recipes.csv")
     assert set(table["protocol"]) == {"recipe"} and set(table["suite"]) == {"wetlab"}
     assert len(table) == 2 * 5 * 2
@@ -33,7 +33,7 @@ def test_scores_are_those_of_models_of_whole_training_folds(target, tmp_path, ca
     model = PolySRLModel(freeze_encoder=True)
     model.fit(dataset_of(target, train), nb_epoch=1)
     error = 10 * mean_absolute_error(target.values[test], model.predict(dataset_of(target, test)))
-    found = table.query("model == 'frozen, 300 epochs' and fold == 3 and metric == 'mae'")
+    found = table.query("model == 'single, frozen' and fold == 3 and metric == 'mae'")
     assert found["value"].item() == pytest.approx(error, rel=1e-5)
     means = table[table["metric"] == "mae"].groupby("model")["value"].mean()
     own = pd.read_csv(tmp_path / "calibration.csv")
@@ -43,14 +43,14 @@ def test_scores_are_those_of_models_of_whole_training_folds(target, tmp_path, ca
     printed = capsys.readouterr().out.splitlines()
     row = next(line for line in printed if line.startswith("| metallic "))
     assert [f"{means[name]:.3f}".rstrip("0") in row for name in means.index] == [True, True]
-    inside = own.query("metric == 'coverage_95' and encoder == 'fine-tuned'")["value"].mean()
-    cells = next(line for line in printed if line.startswith("| fine-tuned ")).split("|")
+    inside = own.query("metric == 'coverage_95' and encoder == 'single'")["value"].mean()
+    cells = next(line for line in printed if line.startswith("| single ")).split("|")
     assert [float(cell) for cell in cells[4:7]] == pytest.approx([inside] * 3, abs=6e-4)
 
 
 def test_a_held_out_part_calibrates_and_is_not_learned_from(target):
     train, test = target.splits()[1]
-    name = "frozen, 300 epochs, std calibrated"
+    name = "single, frozen, std calibrated"
     mean, std, _ = recipes.predict_fold(target, (train, test), name, seed=2)
     learned, kept = (train[part] for part in split_validation(target.formulas[train], 0.2, 2))
     model = PolySRLModel(freeze_encoder=True, seed=2)
@@ -63,13 +63,12 @@ def test_a_held_out_part_calibrates_and_is_not_learned_from(target):
 
 def test_a_cross_validated_std_costs_no_training_row(target):
     train, test = target.splits()[1]
-    name = "frozen, 300 epochs, three encoders"
-    whole, own, _ = recipes.predict_fold(target, (train, test), name, seed=2)
-    mean, std, _ = recipes.predict_fold(target, (train, test), f"{name}, std cross-validated", 2)
+    whole, own, _ = recipes.predict_fold(target, (train, test), "frozen", 2)
+    mean, std, _ = recipes.predict_fold(target, (train, test), "frozen, std cross-validated", 2)
     np.testing.assert_array_equal(mean, whole)
 
     def fitted(dataset):
-        model = PolySRLModel(seed=2, **recipes.THREE)
+        model = PolySRLModel(seed=2, **RECIPES["frozen"].settings)
         model.fit(dataset, nb_epoch=1)
         return model
 
@@ -82,13 +81,13 @@ def test_a_cross_validated_std_costs_no_training_row(target):
 
 def test_what_is_finished_is_kept_and_belongs_to_one_recipe(target, tmp_path, monkeypatch):
     command = ["--output-dir", str(tmp_path), "--recipes"]
-    recipes.main([*command, "fine-tuned"])
+    recipes.main([*command, "single"])
     first = pd.read_csv(tmp_path / "recipes.csv")
     with monkeypatch.context() as patch:
         patch.setattr(PolySRLModel, "fit", lambda *_, **__: pytest.fail("trained again"))
-        recipes.main([*command, "fine-tuned"])
+        recipes.main([*command, "single"])
     pd.testing.assert_frame_equal(pd.read_csv(tmp_path / "recipes.csv"), first)
-    recipes.main([*command, "fine-tuned, random start"])
+    recipes.main([*command, "single, random start"])
     errors = pd.read_csv(tmp_path / "recipes.csv").pivot_table("value", "metric", "model")
     assert errors.loc["mae"].nunique() == 2
     keys = [frozenset(recipes.settings_of(name, 0).items()) for name in recipes.RECIPES]

@@ -10,7 +10,7 @@ from paper_models import MODELS
 from paper_records import save_predictions
 from rates import chosen_rates
 from recipe_sizes import SUITE, protocol
-from recipes import FIXED_RATE, RECOMMENDED
+from recipes import FIRST, FIXED_RATE, RECOMMENDED
 from results import (
     ALL,
     COMPARED,
@@ -48,7 +48,7 @@ FACTORS = {
 #: Of the models that have no encoder of ours.
 PEER_FACTORS = {"roost": 1.05, "roost_500_epochs": 1.0, "crabnet": 1.3}
 #: Relative to the first of them.
-RECIPE_FACTORS = {"fine-tuned": 1.0, "frozen, 300 epochs": 0.9, RECOMMENDED: 0.8, FIXED_RATE: 0.95}
+RECIPE_FACTORS = {FIRST: 1.0, "single, frozen": 0.9, RECOMMENDED: 0.8, FIXED_RATE: 0.95}
 BY_NAME = {table.name: table for table in TABLES}
 
 
@@ -295,14 +295,14 @@ def test_our_record_stands_beside_those_of_models_that_see_compositions_only(com
 def test_recipes_are_compared_with_three_of_them_and_other_models(complete):
     _, page = complete
     part = part_of(page, "Not in the paper: wet lab, ways to train, recipe")
-    means, _, rest = part.partition("| minus fine-tuned |")
+    means, _, rest = part.partition("| minus single |")
     assert f"| {RECOMMENDED} | **0." in means and "| roost | " in means
     first, _, recommended = rest.partition(f"| minus {RECOMMENDED} |")
-    assert "| frozen, 300 epochs | **-0.0" in first and "| 9 (9) | 0 (0) |" in first
-    assert "| frozen, 300 epochs | **+0.0" in recommended and "| roost | **+" in recommended
+    assert "| single, frozen | **-0.0" in first and "| 9 (9) | 0 (0) |" in first
+    assert "| single, frozen | **+0.0" in recommended and "| roost | **+" in recommended
     recommended, _, fixed = recommended.partition(f"| minus {FIXED_RATE} |")
     assert "| magpie_forest | " in recommended and "| 0 (0) | 9 (9) |" in recommended
-    assert "| fine-tuned | **+0.0" in fixed and f"| {RECOMMENDED} | **-0.0" in fixed
+    assert "| single | **+0.0" in fixed and f"| {RECOMMENDED} | **-0.0" in fixed
 
 
 def test_recipes_stand_beside_one_another_by_the_number_of_rows(complete, folder):
