@@ -73,9 +73,16 @@ def suitable_recipe(n_rows: int) -> str:
     str
         A key of :data:`RECIPES`.
 
+    Raises
+    ------
+    ValueError
+        There is no row.
+
     Examples
     --------
     >>> [suitable_recipe(n) for n in (400, 2_000, 100_000)]
     ['frozen', 'fine-tuned', 'large']
     """
+    if n_rows < 1:
+        raise ValueError(f"n_rows is {n_rows}: must be at least 1")
     return [name for name, least in LEAST_ROWS.items() if n_rows >= least][-1]

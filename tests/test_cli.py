@@ -23,7 +23,7 @@ from polysrl_dc import (
 )
 from polysrl_dc.checkpoints import load_checkpoint
 from polysrl_dc.cli import main
-from polysrl_dc.recipes import LEAST_ROWS
+from polysrl_dc.recipes import LEAST_ROWS, suitable_recipe
 
 FORMULAS = ["NaCl", "KCl", "LiF", "NaF", "KBr", "MgO", "CaO", "ZnO", "GaN", "AlN", "TiO2", "SiO2"]
 
@@ -157,6 +157,12 @@ def test_train_follows_a_recipe_where_no_option_says_otherwise(
     assert (model.settings["n_encoders"], model.settings["freeze_encoder"]) == (encoders, frozen)
     assert model.provenance == {"targets": ["gap"], "recipe": recipe}
     assert model.epochs_trained == epochs and model.get_global_step() == -(-12 // batch_size)
+
+
+@pytest.mark.parametrize("n_rows", [0, -1])
+def test_no_recipe_suits_no_row(n_rows: int) -> None:
+    with pytest.raises(ValueError, match=f"n_rows is {n_rows}: must be at least 1"):
+        suitable_recipe(n_rows)
 
 
 def test_the_recipe_depends_on_the_number_of_rows(
