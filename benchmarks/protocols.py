@@ -29,7 +29,8 @@ class Settings:
     """Settings of a run; all but ``device`` and ``threads`` change the predictions.
 
     ``epochs`` and ``learning_rates`` span the grid of which the validation part of the training
-    fold chooses a point; ``pretrained`` is the encoder to start from, ``None`` for random weights.
+    fold chooses a point; ``pretrained`` are the encoders to start from, members of the ensemble on
+    each alike, none for random weights.
     """
 
     epochs: tuple[int, ...]
@@ -37,7 +38,7 @@ class Settings:
     ensemble: int = 1
     batch_size: int = 128
     weight_decay: float = 0.0
-    pretrained: str | None = None
+    pretrained: tuple[str, ...] = ()
     seed: int = 0
     valid_fraction: float = 0.2
     device: str | None = None
@@ -47,9 +48,11 @@ class Settings:
         """The settings that change the predictions, as plain JSON values."""
         values = asdict(self)
         del values["device"], values["threads"]
-        if self.pretrained is not None:
-            content = checkpoint_path(self.pretrained).read_bytes()
-            values["pretrained_sha256"] = hashlib.sha256(content).hexdigest()
+        values["pretrained"] = " ".join(self.pretrained) or None
+        if self.pretrained:
+            contents = [checkpoint_path(name).read_bytes() for name in self.pretrained]
+            digests = [hashlib.sha256(content).hexdigest() for content in contents]
+            values["pretrained_sha256"] = " ".join(digests)
         values["learning_rates"] = list(self.learning_rates)
         values["epochs"] = list(self.epochs)
         return values
@@ -161,7 +164,7 @@ def _trials(
     """Loss and uncertainty factor of each (learning rate, epochs) on a part of the training fold.
 
     The loss is the MAE, or 1 - ROC-AUC. The factor brings 95 % of the absolute errors within 1.96
-    standard deviations; it is 1 for classification.
+    standard deviations; it is 1 for classification. One member is trained on each encoder.
     """
     train, valid = split_validation(formulas, settings.valid_fraction, settings.seed)
     part = graph_dataset([formulas[i] for i in train], targets[train])
@@ -169,7 +172,7 @@ def _trials(
     truth = targets[valid, 0]
     trials = {}
     for rate, epochs in product(settings.learning_rates, settings.epochs):
-        model = _model(task_type, protocol, settings, rate, 1)
+        model = _model(task_type, protocol, settings, rate, max(1, len(settings.pretrained)))
         model.fit(part, nb_epoch=epochs, checkpoint_interval=0)
         if task_type == "classification":
             predicted = np.asarray(model.predict(rest)).reshape(-1)
@@ -187,7 +190,7 @@ def _model(
     return PolySRLModel(
         task=task_type,
         n_tasks=1,
-        pretrained=settings.pretrained,
+        pretrained=settings.pretrained or None,
         freeze_encoder=protocol == "frozen",
         n_ensemble=ensemble,
         batch_size=settings.batch_size,

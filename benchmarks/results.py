@@ -5,7 +5,6 @@ from __future__ import annotations
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Any
 
 import numpy as np
 import pandas as pd
@@ -291,8 +290,7 @@ def cells_of(scores: pd.DataFrame, baseline: str) -> Cells:
     table = table.assign(**{name: size.stack() for name, size in sizes.items()})
     table = table.astype({"seeds": int, "folds": int})
     return {
-        key: Cell(**cell)
-        for key, cell in zip(table.index, table.to_dict("records"), strict=True)
+        key: Cell(**cell) for key, cell in zip(table.index, table.to_dict("records"), strict=True)
     }
 
 

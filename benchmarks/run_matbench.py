@@ -15,6 +15,7 @@ import logging
 import sys
 from collections.abc import Callable
 from dataclasses import replace
+from itertools import product
 from pathlib import Path
 from typing import Any
 
@@ -66,9 +67,10 @@ def parse_arguments(argv: list[str] | None = None) -> argparse.Namespace:
     add("--protocol", choices=PROTOCOLS, default="finetune")
     add("--folds", nargs="+", type=int, choices=range(5), default=list(range(5)), metavar="0-4")
     add("--epochs", nargs="+", type=_positive(int), help="grid, chosen by validation")
-    add("--ensemble", type=_positive(int), help="models averaged")
-    encoder = f"name, folder or file; none: random weights; default: {DEFAULT_ENCODER}"
-    add("--pretrained", default=DEFAULT_ENCODER, metavar="ENCODER", help=encoder)
+    members = "models averaged; default with several encoders: one for each"
+    add("--ensemble", type=_positive(int), help=members)
+    encoder = f"names, folders or files; none: random weights; default: {DEFAULT_ENCODER}"
+    add("--pretrained", nargs="+", default=[DEFAULT_ENCODER], metavar="ENCODER", help=encoder)
     add("--jobs", type=_positive(int), default=1, help="folds trained at once, a process each")
     add("--learning-rates", nargs="+", type=_positive(float), help="grid, chosen by validation")
     add("--batch-size", type=_positive(int))
@@ -85,6 +87,15 @@ def parse_arguments(argv: list[str] | None = None) -> argparse.Namespace:
     for name in names:
         if (name in EMBEDDED_TARGETS) != (arguments.suite == "embedded"):
             parser.error(f"the task {name} is not of the suite {arguments.suite}")
+    if arguments.pretrained == ["none"]:
+        arguments.pretrained = []
+    if "none" in arguments.pretrained:
+        parser.error("--pretrained names encoders, or none alone")
+    n_encoders = len(arguments.pretrained)
+    if n_encoders > 1 and arguments.ensemble is None:
+        arguments.ensemble = n_encoders
+    if n_encoders and (arguments.ensemble or n_encoders) % n_encoders:
+        parser.error(f"--ensemble {arguments.ensemble}: no multiple of {n_encoders} encoders")
     arguments.tasks = list(dict.fromkeys(names))
     arguments.folds = sorted(set(arguments.folds))
     return arguments
@@ -128,7 +139,7 @@ def settings_of(arguments: argparse.Namespace, n_rows: int) -> Settings:
             given[name] = tuple(value) if isinstance(value, list) else value
     return replace(
         defaults_of(arguments.protocol, arguments.suite, n_rows),
-        pretrained=None if arguments.pretrained == "none" else arguments.pretrained,
+        pretrained=tuple(arguments.pretrained),
         seed=arguments.seed,
         device=arguments.device,
         threads=arguments.threads,
@@ -211,7 +222,7 @@ def repeat_arguments(arguments: argparse.Namespace, settings: Settings, task: st
     return (
         f"--suite {arguments.suite} --tasks {task} --protocol {arguments.protocol} "
         f"{training_arguments(settings)} "
-        f"--seed {settings.seed} --pretrained {settings.pretrained or 'none'}"
+        f"--seed {settings.seed} --pretrained {' '.join(settings.pretrained) or 'none'}"
     ).split()
 
 
@@ -224,9 +235,8 @@ def main(argv: list[str] | None = None, learner: Learner = train_and_predict) ->
     arguments = parse_arguments(argv)
     logging.getLogger("matbench").setLevel(logging.ERROR)
     try:
-        encoder = arguments.pretrained
-        for name in arguments.tasks:
-            if encoder != "none" and has_learned(encoder, name, arguments.folds):
+        for encoder, name in product(arguments.pretrained, arguments.tasks):
+            if has_learned(encoder, name, arguments.folds):
                 raise InvalidInputError(
                     f"{encoder} was pretrained on labels of test rows of {name}: no score there "
                     "is a fair one"

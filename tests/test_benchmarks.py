@@ -17,11 +17,13 @@ import tasks
 import torch
 from check_submission import check_record
 from folds import FoldStore, group_key, locked, settings_hash, split_validation
+from graph_data import graph_dataset
 from labels import has_learned
 from matbench.metadata import mbv01_metadata
-from protocols import Settings
+from protocols import Settings, train_and_predict
 from scores import merge_scores, published, score_rows, summary
 
+from polysrl_dc import PolySRLModel
 from polysrl_dc.checkpoints import DEFAULT_ENCODER, save_checkpoint
 
 OFFICIAL_NAMES = sorted(mbv01_metadata)
@@ -66,13 +68,44 @@ def toy_embedded(monkeypatch):
 
 def test_training_starts_from_the_shipped_encoder_unless_told_otherwise():
     start = run_matbench.settings_of(run_matbench.parse_arguments([]), 636).pretrained
-    assert start == DEFAULT_ENCODER
+    assert start == (DEFAULT_ENCODER,)
     arguments = run_matbench.parse_arguments(["--pretrained", "none"])
     settings = run_matbench.settings_of(arguments, 636)
-    assert settings.pretrained is None
+    assert settings.pretrained == ()
     again = run_matbench.repeat_arguments(arguments, settings, "matbench_jdft2d")
     for n_rows in (636, 106113):
         assert run_matbench.settings_of(run_matbench.parse_arguments(again), n_rows) == settings
+
+
+def test_members_may_start_from_several_encoders(capsys):
+    names = ["polysrl-mp", "graphcl-mp"]
+    arguments = run_matbench.parse_arguments(["--pretrained", *names])
+    settings = run_matbench.settings_of(arguments, 636)
+    assert settings.pretrained == tuple(names) and settings.ensemble == 2
+    again = run_matbench.repeat_arguments(arguments, settings, "matbench_jdft2d")
+    assert run_matbench.settings_of(run_matbench.parse_arguments(again), 636) == settings
+    alone = replace(settings, pretrained=("polysrl-mp",)).fingerprint()
+    assert alone["pretrained"] == "polysrl-mp" and len(alone["pretrained_sha256"]) == 64
+    assert settings.fingerprint()["pretrained_sha256"].startswith(alone["pretrained_sha256"] + " ")
+    for wrong, message in (
+        (["--pretrained", *names, "--ensemble", "3"], "--ensemble 3: no multiple of 2 encoders"),
+        (["--pretrained", "none", *names], "--pretrained names encoders, or none alone"),
+    ):
+        with pytest.raises(SystemExit):
+            run_matbench.parse_arguments(wrong)
+        assert message in capsys.readouterr().err
+
+
+def test_several_encoders_give_a_mean_of_a_member_on_each():
+    formulas = [f"Na{i}Cl{j}" for i in range(1, 6) for j in range(1, 6)]
+    targets = np.linspace(1, 2, 25)
+    names = ("polysrl-mp", "graphcl-mp")
+    settings = Settings((1,), (1e-3,), 2, batch_size=8, pretrained=names, threads=1)
+    found = train_and_predict("regression", formulas, targets, formulas[:3], "finetune", settings)
+    model = PolySRLModel(pretrained=names, batch_size=8)
+    model.fit(graph_dataset(formulas, targets.reshape(-1, 1)), nb_epoch=1)
+    expected = model.predict(graph_dataset(formulas[:3]))
+    np.testing.assert_array_equal(found[0], expected[:, 0].astype(float))
 
 
 def test_large_tasks_are_trained_in_larger_batches_unless_told_otherwise(capsys):
