@@ -66,6 +66,7 @@ FROZEN: dict[str, Any] = {"epochs": polysrl_dc.RECIPES["frozen"].epochs, "freeze
 RECIPES = {
     "single": _like("single"),
     "single, batches of 128": _like("single", batch_size=128),
+    "single, three members": _like("single", n_ensemble=3),
     "single, random start": _like("single", pretrained=None),
     "single, std calibrated": _like("single", held_out=0.2),
     "single, 500 epochs at 1e-4": _like("single", **SLOWLY),

@@ -11,7 +11,7 @@ from graph_data import graph_dataset
 from sklearn.metrics import mean_absolute_error, roc_auc_score
 from targets import Target
 
-from polysrl_dc import RECIPES, PolySRLModel
+from polysrl_dc import PolySRLModel
 
 FORMULAS = np.array([f"Na{i}Cl{j}" for i in range(1, 11) for j in range(1, 11)] + ["RfO2"])
 TARGET = Target("gap", "eV", FORMULAS, np.linspace(0, 1, 101), 1.0, 8)
@@ -19,8 +19,8 @@ TARGET = Target("gap", "eV", FORMULAS, np.linspace(0, 1, 101), 1.0, 8)
 
 @pytest.fixture
 def command(tmp_path, monkeypatch):
-    quick = {name: replace(recipe, epochs=1) for name, recipe in RECIPES.items()}
-    monkeypatch.setattr(recipe_sizes, "RECIPES", quick)
+    quick = {name: replace(recipe, epochs=1) for name, recipe in recipe_sizes.WAYS.items()}
+    monkeypatch.setattr(recipe_sizes, "WAYS", quick)
     monkeypatch.setattr(recipe_sizes, "load_task", lambda *_: TARGET.task)
     return ["--output-dir", str(tmp_path), "--tasks", "gap", "--rows", "20", "40", "900"]
 
@@ -41,6 +41,13 @@ def test_scores_are_those_of_models_of_so_many_training_rows(command, tmp_path, 
     assert f"{error:.4f}".rstrip("0") in capsys.readouterr().out.splitlines()[-1]
 
 
+def test_what_averaging_gains_is_that_of_members_on_one_encoder():
+    averaged, single = (recipe_sizes.WAYS[name] for name in (recipe_sizes.AVERAGED, "single"))
+    assert averaged.settings == {**single.settings, "n_ensemble": 3}
+    assert averaged.epochs == single.epochs
+    assert PolySRLModel(**averaged.settings).settings["n_encoders"] == 3
+
+
 def test_parts_are_nested_and_share_no_row_with_the_validation_part():
     *train, valid = recipe_sizes.parts(np.array([f"Na{i}Cl" for i in range(1, 51)]), (5, 30, 45), 3)
     assert [len(rows) for rows in (*train, valid)] == [5, 30, 10]  # 45 are too many
@@ -53,7 +60,7 @@ def test_classes_are_scored_by_the_probability_of_the_second(command):
     parts = [(FORMULAS[rows], classes[rows]) for rows in (train, valid)]
     found = recipe_sizes.score("single", *parts, True, seed=1)
     model = PolySRLModel("classification", seed=1)
-    model.fit(graph_dataset(*parts[0]), nb_epoch=recipe_sizes.RECIPES["single"].epochs)
+    model.fit(graph_dataset(*parts[0]), nb_epoch=recipe_sizes.WAYS["single"].epochs)
     probability = model.predict_uncertainty(graph_dataset(FORMULAS[valid]))[0]
     assert found == pytest.approx(roc_auc_score(classes[valid], probability[:, 0]))
 
