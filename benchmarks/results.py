@@ -336,7 +336,8 @@ def shortfall(cells: Cells, table: Table) -> str:
             groups.setdefault("; ".join(parts), []).append(model)
     if groups.get(NOT_RUN, []) == list(table.rows(cells)):
         return NOT_RUN
-    return " | ".join(f"{', '.join(models)}: {state}" for state, models in groups.items())
+    named = {state: [f"*{m}*" if "," in m else m for m in group] for state, group in groups.items()}
+    return " | ".join(f"{', '.join(models)}: {state}" for state, models in named.items())
 
 
 def best_of(rows: Sequence[Sequence[Cell | None]], metric: str) -> list[float]:

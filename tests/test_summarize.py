@@ -389,6 +389,9 @@ def test_shortfall_sees_seeds_that_lack_folds_and_metrics_that_are_missing():
     lost = (scores["task"] == "band_gap") & (scores["metric"] == "r2")
     text = shortfall(cells_of(scores[~lost], "rand_init"), table)
     assert text == f"{', '.join(table.models)}: not run for gap"
+    recipes = scores_of(RECIPES, {"single": 1.0, "single, frozen": 0.9}, seeds=1)
+    text = shortfall(cells_of(recipes, "single"), RECIPES)
+    assert text == "single, *single, frozen*: 1\N{MULTIPLICATION SIGN}5"
 
 
 def test_claims_hold_and_flip_with_the_numbers(complete, folder):
