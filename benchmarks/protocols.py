@@ -172,7 +172,7 @@ def _trials(
     truth = targets[valid, 0]
     trials = {}
     for rate, epochs in product(settings.learning_rates, settings.epochs):
-        model = _model(task_type, protocol, settings, rate, max(1, len(settings.pretrained)))
+        model = _model(task_type, protocol, settings, rate, None)
         model.fit(part, nb_epoch=epochs, checkpoint_interval=0)
         if task_type == "classification":
             predicted = np.asarray(model.predict(rest)).reshape(-1)
@@ -185,7 +185,7 @@ def _trials(
 
 
 def _model(
-    task_type: str, protocol: str, settings: Settings, rate: float, ensemble: int
+    task_type: str, protocol: str, settings: Settings, rate: float, ensemble: int | None
 ) -> PolySRLModel:
     return PolySRLModel(
         task=task_type,

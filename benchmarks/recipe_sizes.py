@@ -134,8 +134,9 @@ def main(argv: list[str] | None = None) -> None:
         tasks = [load_task(name, data_dir) for name in arguments.tasks]
     planned = [run for task in tasks for run in runs(task, arguments)]
     if arguments.dry_run:
+        there = finished(path)
         for key, *_ in planned:
-            print(*key[1:], "is there" if key in finished(path) else "would run", sep=", ")
+            print(*key[1:], "is there" if key in there else "would run", sep=", ")
         return
     with output_folder(arguments.output_dir):
         for key, metric, train, valid in tqdm(planned, unit="run"):

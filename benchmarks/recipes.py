@@ -2,9 +2,9 @@
 
     python benchmarks/recipes.py --data-dir DATA
 
-Each recipe learns from a whole training fold and chooses nothing on a part of it. *single*, *fine-
-tuned* and *frozen* are those of the package (``polysrl train --recipe``), the others differ from
-one of them in what their names add. Those with a calibrated standard deviation learn from four
+Each recipe learns from a whole training fold and chooses nothing on a part of it. *single*,
+*fine-tuned* and *frozen* are those of the package (``polysrl train --recipe``), the others differ
+from one of them in what their names add. Those with a calibrated standard deviation learn from four
 fifths and calibrate on the rest (``--hold-out 0.2``) or, cross-validated, learn from all rows and
 calibrate by models of four fifths each (``--folds 5``). The folds are those of ``run_wetlab.py``.
 Scores go to ``recipes.csv``, which ``summarize.py`` reads, and for the first seed those of the

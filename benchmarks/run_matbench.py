@@ -92,10 +92,10 @@ def parse_arguments(argv: list[str] | None = None) -> argparse.Namespace:
     if "none" in arguments.pretrained:
         parser.error("--pretrained names encoders, or none alone")
     n_encoders = len(arguments.pretrained)
-    if n_encoders > 1 and arguments.ensemble is None:
-        arguments.ensemble = n_encoders
-    if n_encoders and (arguments.ensemble or n_encoders) % n_encoders:
-        parser.error(f"--ensemble {arguments.ensemble}: no multiple of {n_encoders} encoders")
+    if n_encoders > 1:
+        arguments.ensemble = arguments.ensemble or n_encoders
+        if arguments.ensemble % n_encoders:
+            parser.error(f"--ensemble {arguments.ensemble}: no multiple of {n_encoders} encoders")
     arguments.tasks = list(dict.fromkeys(names))
     arguments.folds = sorted(set(arguments.folds))
     return arguments
