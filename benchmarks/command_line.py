@@ -11,6 +11,7 @@ A runner's ``main`` begins with
 from __future__ import annotations
 
 import argparse
+import logging
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -31,6 +32,8 @@ def runner_parser(
 ) -> argparse.ArgumentParser:
     """A parser with ``--data-dir``, ``--output-dir`` and, if asked for, ``--cache-dir``.
 
+    Of what Matbench logs, a line for each fold, errors only are shown from then on.
+
     Parameters
     ----------
     description : str, optional
@@ -44,6 +47,7 @@ def runner_parser(
     settings
         Of :class:`argparse.ArgumentParser`.
     """
+    logging.getLogger("matbench").setLevel(logging.ERROR)
     parser = argparse.ArgumentParser(
         description=description,
         formatter_class=argparse.RawDescriptionHelpFormatter,

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
+from typing import Any
 
 import numpy as np
 from matminer.featurizers.composition import ElementProperty
@@ -17,6 +18,26 @@ from tqdm import tqdm
 
 BASELINES = ("magpie_ridge", "magpie_forest")
 TREES = 300
+#: What ``info.json`` says of their records.
+ABOUT: dict[str, dict[str, Any]] = {
+    model: {
+        "algorithm": f"Magpie, {name}",
+        "algorithm_long": (
+            "Statistics of 22 elemental properties over a formula (Magpie, by matminer), and "
+            f"{method} of scikit-learn."
+        ),
+        "bibtex_refs": [
+            "@article{magpie, title={A general-purpose machine learning framework for predicting "
+            "properties of inorganic materials}, author={Ward, Logan and Agrawal, Ankit and "
+            "Choudhary, Alok and Wolverton, Christopher}, journal={npj Computational Materials}, "
+            "volume={2}, pages={16028}, year={2016}}"
+        ],
+    }
+    for model, name, method in (
+        ("magpie_ridge", "ridge", "ridge regression, its penalty by leave-one-out,"),
+        ("magpie_forest", "random forest", f"a random forest of {TREES} trees"),
+    )
+}
 
 
 def magpie_features(formulas: Sequence[str]) -> np.ndarray:

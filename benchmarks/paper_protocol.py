@@ -11,8 +11,8 @@ seed; scores to ``<output-dir>/<suite>_scores.csv``. What is there is not run ag
 from __future__ import annotations
 
 import argparse
-import logging
 from collections.abc import Callable, Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -25,10 +25,9 @@ from folds import FoldStore, in_parallel, output_folder
 from magpie import BASELINES, predict_baseline
 from paired import comparison
 from paper_models import MODELS, encoder_embeddings, encoder_of
-from paper_records import Record, load_record, prediction_scores, save_predictions
+from paper_records import Run
 from peers import PEERS, lacking, peer_settings, predict_peer_fold
 from representation import EPOCHS, on_same_formulas, predict_targets, representation_digest
-from scores import drop_scores, merge_scores, read_scores
 from targets import N_FOLDS, Splits, Target
 from tasks import find_data_dir
 from tqdm import tqdm
@@ -77,16 +76,16 @@ def run_representation(
     model: str, encoder: str | None, targets: list[Target], arguments: argparse.Namespace
 ) -> None:
     """Train what is missing of a model's heads; write records and scores."""
-    settings = settings_of(model, encoder, "representation", arguments, EPOCHS)
-    seeds = arguments.seeds
+    runs, seeds = runs_of(model, encoder, "representation", arguments, EPOCHS), arguments.seeds
     for folds, splits_of in FOLDS.items():
         if folds not in ("matbench", *arguments.folds):
             continue
+        suite = suite_name(arguments.suite, folds)
         todo = [
             target
             for target in targets
             if (folds != "publication" or target.publications is not None)
-            and not all(_is_done(target, folds, settings, seed, arguments) for seed in seeds)
+            and not all(run.is_done(target, suite) for run in runs)
         ]
         for group in on_same_formulas(todo):
             if model in BASELINES:
@@ -95,40 +94,36 @@ def run_representation(
                 embed = encoder_embeddings(encoder, seeds, arguments.config)
                 found = predict_targets(embed, group, seeds, splits_of, EPOCHS, progress=True)
             for target in group:
-                for seed, predictions in zip(seeds, found[target.name], strict=True):
+                for run, predictions in zip(runs, found[target.name], strict=True):
                     if folds == "matbench":
-                        _save(target, settings, seed, predictions, [{}] * N_FOLDS, arguments)
-                    _score(target, predictions, folds, settings, seed, arguments)
+                        run.save(target, predictions, [{}] * N_FOLDS)
+                    run.score(target, predictions, suite, splits_of(target))
 
 
 def run_transfer(
     model: str, encoder: str | None, targets: list[Target], arguments: argparse.Namespace
 ) -> None:
     """Train the folds of a model that are missing, seed after seed; write records and scores."""
-    settings = settings_of(model, encoder, "transfer", arguments, transfer.EPOCHS)
-    for seed in arguments.seeds:
+    for run in runs_of(model, encoder, "transfer", arguments, transfer.EPOCHS):
         for target in targets:
-            if _is_done(target, "matbench", settings, seed, arguments):
+            if run.is_done(target, arguments.suite):
                 continue
-            key = {**settings, "seed": seed}
-            del key["arguments"]  # which say how many seeds there are
+            key = {**run.made_by, "seed": run.seed}
             predict: PredictFold = predict_peer_fold
-            calls: list[tuple[Any, ...]] = [(model, seed)] * N_FOLDS
+            calls: list[tuple[Any, ...]] = [(model, run.seed)] * N_FOLDS
             if model not in PEERS:
-                rates = _rates(target, seed, settings, arguments)
+                rates = _rates(target, run)
                 key["rates"] = [list(part) for part in rates]
-                predict, calls = transfer.predict_fold, [(encoder, seed, part) for part in rates]
+                predict, calls = transfer.predict_fold, [(encoder, run.seed, p) for p in rates]
             predictions, std, params = train_folds(target, predict, calls, key, arguments)
-            _save(target, settings, seed, predictions, params, arguments, std)
-            _score(target, predictions, "matbench", settings, seed, arguments)
+            run.save(target, predictions, params, std)
+            run.score(target, predictions, arguments.suite, target.splits())
 
 
-def _rates(
-    target: Target, seed: int, settings: dict[str, Any], arguments: argparse.Namespace
-) -> list[Sequence[float]]:
+def _rates(target: Target, run: Run) -> list[Sequence[float]]:
     """The learning rates to try on each fold: the one that the first seed has chosen, or all."""
-    first = _recorded(target, settings, RATE_SEED, arguments)
-    if first and seed != RATE_SEED:
+    first = replace(run, seed=RATE_SEED).load(target)
+    if first and run.seed != RATE_SEED:
         return [(params["learning_rate"],) for params in first.params]
     return [transfer.LEARNING_RATES] * N_FOLDS
 
@@ -139,7 +134,6 @@ def train_folds(
     calls: Sequence[tuple[Any, ...]],
     key: dict[str, Any],
     arguments: argparse.Namespace,
-    name: str | None = None,
 ) -> tuple[np.ndarray, np.ndarray | None, list[dict[str, Any]]]:
     """All folds of a target, those aside that an interrupted run has left behind.
 
@@ -155,8 +149,6 @@ def train_folds(
         All that changes the predictions; its ``model`` and ``seed`` are shown.
     arguments : argparse.Namespace
         Its ``output_dir`` and ``jobs``.
-    name : str, optional
-        Under which finished folds are kept; default: that of the target's task.
 
     Returns
     -------
@@ -165,7 +157,7 @@ def train_folds(
     params : list of dict
     """
     splits, task = target.splits(), target.task
-    store = FoldStore(arguments.output_dir / "folds", name or task.dataset_name, key)
+    store = FoldStore(arguments.output_dir / "folds", task.dataset_name, key)
     tests = [task.validation[name].test for name in task.folds_keys]
     kept = {fold: store.load(fold, ids) for fold, ids in enumerate(tests)}
     missing = [fold for fold, record in kept.items() if record is None]
@@ -191,14 +183,14 @@ def _train_fold(
     return fold, *predict(*call)
 
 
-def settings_of(
+def runs_of(
     model: str,
     encoder: str | None,
     protocol: str,
     arguments: argparse.Namespace,
     epochs: int,
-) -> dict[str, Any]:
-    """What makes the predictions of a run, and the command that repeats them."""
+) -> list[Run]:
+    """The seeds of a model: what makes their predictions, and the command that repeats them."""
     source = "random weights" if encoder is None else representation_digest(encoder)
     named = f"--models {model}"
     if model not in (*MODELS, *BASELINES, *PEERS):
@@ -209,71 +201,15 @@ def settings_of(
         made_by["encoder"] = "none"
     elif model in PEERS:
         made_by = peer_settings(model)
-    return {
+    settings = {
         "model": model,
         "protocol": protocol,
         **made_by,
         "arguments": f"{named} --protocols {protocol} --seeds {len(arguments.seeds)}".split(),
     }
-
-
-def _recorded(
-    target: Target, settings: dict[str, Any], seed: int, arguments: argparse.Namespace
-) -> Record | None:
-    """The record of a target if it was made by the same encoder and settings, else None."""
-    run = (target.suite, settings["model"], settings["protocol"], seed)
-    record = load_record(arguments.output_dir, *run).get(target.name)
-    same = ("encoder", "config", "epochs")
-    if record is None or any(record.settings.get(name) != settings[name] for name in same):
-        return None
-    return record
-
-
-def scores_path(arguments: argparse.Namespace) -> Path:
-    """The table of scores of a suite."""
-    return Path(arguments.output_dir) / f"{arguments.suite}_scores.csv"
-
-
-def _is_done(
-    target: Target, folds: str, settings: dict[str, Any], seed: int, arguments: argparse.Namespace
-) -> bool:
-    """Whether a target is in the record, by the same encoder and settings, and in the scores."""
-    if not _recorded(target, settings, seed, arguments) or not scores_path(arguments).exists():
-        return False
-    table = read_scores(scores_path(arguments))
-    run = (suite_name(arguments.suite, folds), target.name, settings["protocol"])
-    scored = table[["suite", "task", "protocol", "model", "seed"]].itertuples(index=False)
-    return (*run, settings["model"], seed) in scored
-
-
-def _save(
-    target: Target,
-    settings: dict[str, Any],
-    seed: int,
-    predictions: np.ndarray,
-    params: list[dict[str, Any]],
-    arguments: argparse.Namespace,
-    std: np.ndarray | None = None,
-) -> None:
-    """Record predictions; without the scores of earlier ones, if a run is killed in between."""
-    model, protocol = settings["model"], settings["protocol"]
-    if not _recorded(target, settings, seed, arguments):
-        drop_scores(scores_path(arguments), target.name, protocol, model, seed)
-    place, runner = (arguments.output_dir, target, model, protocol, seed), RUNNERS[target.suite]
-    save_predictions(*place, predictions, params, settings, runner, std)
-
-
-def _score(
-    target: Target,
-    predictions: np.ndarray,
-    folds: str,
-    settings: dict[str, Any],
-    seed: int,
-    arguments: argparse.Namespace,
-) -> None:
-    run = (suite_name(arguments.suite, folds), settings["protocol"], settings["model"], seed)
-    fresh = prediction_scores(target, predictions, FOLDS[folds](target), *run)
-    merge_scores(scores_path(arguments), fresh)
+    suite = arguments.suite
+    place = (arguments.output_dir, f"{suite}_scores.csv", RUNNERS[suite])
+    return [Run(settings, seed, *place) for seed in arguments.seeds]
 
 
 def arguments_of(
@@ -355,14 +291,13 @@ def main(
         print(f"seeds {arguments.seeds}, 5 folds")
         return None
     torch.set_num_threads(arguments.threads)
-    logging.getLogger("matbench").setLevel(logging.ERROR)
     with output_folder(arguments.output_dir):
         for model, encoder in arguments.models.items():
             if "representation" in arguments.protocols and model not in PEERS:
                 run_representation(model, encoder, arguments.targets, arguments)
             if "transfer" in arguments.protocols and model not in BASELINES:
                 run_transfer(model, encoder, arguments.targets, arguments)
-    scores = pd.read_csv(scores_path(arguments))
+    scores = pd.read_csv(arguments.output_dir / f"{suite}_scores.csv")
     names = [target.name for target in arguments.targets]
     known = (arguments.suite, names, arguments.data_dir, (*MODELS, *PEERS))
     for model in arguments.models:

@@ -1,28 +1,37 @@
-"""Predictions of the paper's protocols, kept as records in Matbench's format, and their scores.
+"""Predictions on the paper's targets, kept as records in Matbench's format, and their scores.
 
 One record for each model, protocol and seed: ``wetlab_v0.1/polysrl_transfer_seed0`` holds the
-predictions of the five folds of every target that is done.
+predictions of the five folds of every target that is done. The protocols are the paper's two, and
+``recipe`` for the ways to train of ``recipes.py``.
 """
 
 from __future__ import annotations
 
 import functools
+import json
+import re
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, NamedTuple
 
+import magpie
 import numpy as np
 import pandas as pd
-from peers import ABOUT
-from scores import COLUMNS
+import peers
+from scores import COLUMNS, KEYS, drop_scores, merge_scores, read_scores
 from sklearn.metrics import mean_absolute_error, r2_score
 from submission import RESULTS_FILE, read_benchmark, record_fold, recorded_fold, write_record
 from targets import Splits, Target
 from tasks import FOLD_RULE_KEYS
 
+#: What ``info.json`` says of the records of models that are not ours.
+ABOUT = {**magpie.ABOUT, **peers.ABOUT}
+
 
 def record_path(output_dir: str | Path, suite: str, model: str, protocol: str, seed: int) -> Path:
     """Folder of the record of a run; the suite is ``wetlab`` or ``paper``."""
-    return Path(output_dir) / FOLD_RULE_KEYS[suite] / f"{model}_{protocol}_seed{seed}"
+    name = re.sub(r"[^\w.-]+", "_", model)
+    return Path(output_dir) / FOLD_RULE_KEYS[suite] / f"{name}_{protocol}_seed{seed}"
 
 
 def save_predictions(
@@ -60,7 +69,9 @@ def save_predictions(
     about = ABOUT.get(model)
     variant = f"seed {seed}" if about else f"{model}, seed {seed}"
     described = {task.dataset_name: {**settings, "account": target.account}}
-    write_record(folder, [task], described, protocol, "", variant, runner, about)
+    frozen = not about and settings.get("freeze_encoder", protocol == "representation")
+    trained = "frozen" if frozen else "finetune"
+    write_record(folder, [task], described, trained, "", variant, runner, about)
     return folder
 
 
@@ -113,6 +124,74 @@ def _load(path: Path, _changed: int) -> dict[str, Record]:
         record = Record(rows["value"].to_numpy(), known, params, settings)
         found[name.partition("_")[2]] = record
     return found
+
+
+@dataclass(frozen=True)
+class Run:
+    """A seed of a model: what makes its predictions, its record and its scores.
+
+    Attributes
+    ----------
+    settings : dict
+        All that changes the predictions, of which ``model`` and ``protocol`` name the run; and
+        ``arguments`` of the command that repeats it, which do not count.
+    seed : int
+    output_dir : path
+    table : str
+        Name of the file with the scores.
+    runner : str
+        The command.
+    """
+
+    settings: dict[str, Any]
+    seed: int
+    output_dir: Path
+    table: str
+    runner: str
+
+    @property
+    def _name(self) -> tuple[str, str, int]:
+        return self.settings["model"], self.settings["protocol"], self.seed
+
+    @property
+    def made_by(self) -> dict[str, Any]:
+        """The settings that count, as they are read back from a record."""
+        made_by = {name: value for name, value in self.settings.items() if name != "arguments"}
+        return json.loads(json.dumps(made_by))
+
+    def load(self, target: Target) -> Record | None:
+        """The record of a target if it was made by the same settings, else None."""
+        record = load_record(self.output_dir, target.suite, *self._name).get(target.name)
+        return record if record and self.made_by.items() <= record.settings.items() else None
+
+    def is_done(self, target: Target, suite: str) -> bool:
+        """Whether a target is in the record, by the same settings, and in the scores of a suite."""
+        path = self.output_dir / self.table
+        if not self.load(target) or not path.exists():
+            return False
+        model, protocol, seed = self._name
+        wanted = (suite, target.name, protocol, model, seed)
+        return wanted in read_scores(path)[KEYS].itertuples(index=False)
+
+    def save(
+        self,
+        target: Target,
+        predictions: np.ndarray,
+        params: list[dict[str, Any]],
+        std: np.ndarray | None = None,
+    ) -> None:
+        """Record predictions; without the scores of earlier ones, if a run is killed in between."""
+        model, protocol, seed = self._name
+        if not self.load(target):
+            drop_scores(self.output_dir / self.table, target.name, protocol, model, seed)
+        place = (self.output_dir, target, *self._name)
+        save_predictions(*place, predictions, params, self.settings, self.runner, std)
+
+    def score(self, target: Target, predictions: np.ndarray, suite: str, splits: Splits) -> None:
+        """Write the scores of predictions on some folds."""
+        model, protocol, seed = self._name
+        fresh = prediction_scores(target, predictions, splits, suite, protocol, model, seed)
+        merge_scores(self.output_dir / self.table, fresh)
 
 
 def absolute_errors(target: Target, output_dir: Path, model: str) -> np.ndarray:

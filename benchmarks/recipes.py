@@ -7,8 +7,9 @@ Each recipe learns from a whole training fold and chooses nothing on a part of i
 from one of them in what their names add. Those with a calibrated standard deviation learn from four
 fifths and calibrate on the rest (``--hold-out 0.2``) or, cross-validated, learn from all rows and
 calibrate by models of four fifths each (``--folds 5``). The folds are those of ``run_wetlab.py``.
-Scores go to ``recipes.csv``, which ``summarize.py`` reads, and for the first seed those of the
-uncertainty that the models predict along to ``calibration.csv``; finished folds are kept.
+Predictions go to records as those of ``run_wetlab.py`` do, scores to ``recipes.csv``, which
+``summarize.py`` reads, and for the first seed those of the uncertainty that the models predict
+along to ``calibration.csv``. What is there is not trained again.
 """
 
 from __future__ import annotations
@@ -26,9 +27,9 @@ from command_line import refusing, runner_parser
 from folds import output_folder, split_validation
 from graph_data import Dataset, dataset_of
 from paper_protocol import train_folds
-from paper_records import prediction_scores
+from paper_records import Run
 from representation import representation_digest
-from scores import merge_scores
+from scores import read_scores
 from targets import N_FOLDS, Target, wetlab_targets
 from tasks import find_data_dir
 
@@ -81,6 +82,7 @@ RECIPES = {
     "frozen, std calibrated": _like("frozen", held_out=0.2),
     "frozen, std cross-validated": _like("frozen", folds=5),
 }
+SCORES = "recipes.csv"
 #: All are compared with these: the simplest, what ``polysrl train`` does with so few rows, and
 #: what tells whether the encoder helps where no rate is chosen.
 FIRST, RECOMMENDED = "single", "frozen"
@@ -147,24 +149,28 @@ def main(argv: list[str] | None = None) -> None:
         for seed in range(arguments.seeds):
             for target in chosen:
                 for recipe in arguments.recipes:
-                    scores = run(target, recipe, seed, arguments)
+                    train_missing(target, recipe, seed, arguments)
+    scores = read_scores(arguments.output_dir / SCORES)
     errors = scores[scores["metric"] == "mae"].pivot_table("value", "task", "model", sort=False)
     print(errors[[recipe for recipe in RECIPES if recipe in errors]].round(3).to_markdown())
     said = uncertainties(pd.read_csv(arguments.output_dir / "calibration.csv"))
     print(f"\nWhat they say of their errors, seed 0:\n\n{said.to_markdown(floatfmt='.3f')}")
 
 
-def run(target: Target, recipe: str, seed: int, arguments: argparse.Namespace) -> pd.DataFrame:
-    """Train the folds that are missing, write the scores, and return all there are."""
-    calls, name = [(recipe, seed)] * N_FOLDS, f"recipes_{target.name}"
-    key = settings_of(recipe, seed)
-    predictions, std, _ = train_folds(target, predict_fold, calls, key, arguments, name)
+def train_missing(target: Target, recipe: str, seed: int, arguments: argparse.Namespace) -> None:
+    """Train a recipe on the folds of a target, unless that is done; write record and scores."""
+    command = ["--recipes", recipe, "--seeds", str(seed + 1)]
+    settings = {**settings_of(recipe, seed), "protocol": "recipe", "arguments": command}
+    run = Run(settings, seed, arguments.output_dir, SCORES, "recipes.py")
+    if run.is_done(target, target.suite):
+        return
+    calls = [(recipe, seed)] * N_FOLDS
+    predictions, std, params = train_folds(target, predict_fold, calls, run.made_by, arguments)
     if seed == 0 and std is not None:
         own = score_own(target, recipe, "recipe", predictions, std)
         merge(arguments.output_dir / "calibration.csv", own)
-    about = (target.suite, "recipe", recipe, seed)
-    scores = prediction_scores(target, predictions, target.splits(), *about)
-    return merge_scores(arguments.output_dir / "recipes.csv", scores)
+    run.save(target, predictions, params, std)
+    run.score(target, predictions, target.suite, target.splits())
 
 
 def uncertainties(table: pd.DataFrame) -> pd.DataFrame:
@@ -195,7 +201,8 @@ def uncertainties(table: pd.DataFrame) -> pd.DataFrame:
 def settings_of(recipe: str, seed: int) -> dict[str, Any]:
     """Everything that changes the predictions, and the recipe's name.
 
-    Not how ``calibrate`` works: when that changes, the folds of calibrated recipes must be removed.
+    Not how ``calibrate`` works: records of calibrated recipes must be removed when that
+    changes.
     """
     way = RECIPES[recipe]
     model = PolySRLModel(seed=seed, **way.settings)

@@ -11,7 +11,6 @@ and ``<output-dir>/folds/`` (finished folds, from which an interrupted run goes 
 from __future__ import annotations
 
 import argparse
-import logging
 import sys
 from collections.abc import Callable
 from dataclasses import replace
@@ -233,7 +232,6 @@ def main(argv: list[str] | None = None, learner: Learner = train_and_predict) ->
         paper_protocol.main(argv[1:], "paper", matbench_targets, PAPER_DESCRIPTION)
         return 0
     arguments = parse_arguments(argv)
-    logging.getLogger("matbench").setLevel(logging.ERROR)
     try:
         for encoder, name in product(arguments.pretrained, arguments.tasks):
             if has_learned(encoder, name, arguments.folds):

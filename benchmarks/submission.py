@@ -10,6 +10,7 @@ from __future__ import annotations
 import gzip
 import json
 import re
+import shlex
 import textwrap
 from collections.abc import Sequence
 from importlib.metadata import PackageNotFoundError, version
@@ -294,16 +295,16 @@ def _version(package: str) -> str:
 
 def _run_script(described: dict[str, dict[str, Any]], runner: str) -> str:
     """A script that repeats the runs of a record from the project's root."""
-    runs = sorted({" ".join(entry.get("arguments", ())) for entry in described.values()} - {""})
+    runs = sorted({shlex.join(entry.get("arguments", ())) for entry in described.values()} - {""})
     listed = "".join(
         "\n".join(f"    {json.dumps(line)}" for line in _wrapped(run)) + ",\n" for run in runs
     )
     return (
         '"""Repeat the runs of this record; start it in the root of the project."""\n\n'
-        "import subprocess\nimport sys\n\n"
+        "import shlex\nimport subprocess\nimport sys\n\n"
         f"RUNS: list[str] = [\n{listed}]\n\n"
         "for run in RUNS:\n"
-        f'    command = f"benchmarks/{runner} {{run}}".split()\n'
+        f'    command = shlex.split(f"benchmarks/{runner} {{run}}")\n'
         "    subprocess.run([sys.executable, *command], check=True)\n"
     )
 

@@ -15,7 +15,6 @@ from __future__ import annotations
 import argparse
 import io
 import itertools
-import logging
 import sys
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -341,7 +340,6 @@ def arguments_of(argv: list[str] | None = None) -> argparse.Namespace:
 def main(argv: list[str] | None = None) -> int:
     """Run the command; 2 if there is no record at all."""
     arguments = arguments_of(argv)
-    logging.getLogger("matbench").setLevel(logging.ERROR)
     seeds = range(arguments.seed, arguments.seed + arguments.seeds)
     chosen = (arguments.models, arguments.protocols, seeds)
     runs, notes = collect(arguments.output_dir, *chosen, arguments.sets)

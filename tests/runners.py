@@ -101,10 +101,7 @@ def unit(*parts: Any) -> str:
 
 def folds(folder: Path) -> set[str]:
     records = [json.loads(path.read_bytes()) for path in folder.glob("folds/*/*/fold_*.json")]
-    names = [r["task"].replace("recipes_", "wetlab_") for r in records]
-    return {
-        unit(name, r["settings"]["seed"], r["fold"]) for name, r in zip(names, records, strict=True)
-    }
+    return {unit(r["task"], r["settings"]["seed"], r["fold"]) for r in records}
 
 
 def targets(folder: Path) -> set[str]:

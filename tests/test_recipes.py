@@ -1,17 +1,26 @@
 """Recipes: whole training folds, nothing chosen, finished folds kept."""
 
+import json
+import runpy
+import shutil
+import subprocess
 from dataclasses import replace
 
 import numpy as np
 import pandas as pd
 import pytest
 import recipes
+from check_submission import check_records
 from folds import split_validation
+from paper_records import load_record
 from sklearn.metrics import mean_absolute_error
+from submission import run_file
 from targets import Target
 from transfer import dataset_of
 
 from polysrl_dc import RECIPES, PolySRLModel, cross_val_predict
+
+FOLDER = "single_frozen_std_calibrated_recipe_seed1"
 
 
 @pytest.fixture
@@ -92,6 +101,36 @@ def test_what_is_finished_is_kept_and_belongs_to_one_recipe(target, tmp_path, mo
     assert errors.loc["mae"].nunique() == 2
     keys = [frozenset(recipes.settings_of(name, 0).items()) for name in recipes.RECIPES]
     assert len(set(keys)) == len(keys)
+
+
+def test_predictions_are_a_record_which_is_enough(target, tmp_path, monkeypatch):
+    name = "single, frozen, std calibrated"
+    command = ["--recipes", name, "--seeds", "2", "--output-dir", str(tmp_path)]
+    recipes.main(command)
+    assert check_records(list((tmp_path / "wetlab_v0.1").glob("*seed*"))) == []
+    record = load_record(tmp_path, "wetlab", name, "recipe", 1)["metallic"]
+    train, test = target.splits()[4]
+    mean, std, _ = recipes.predict_fold(target, (train, test), name, seed=1)
+    np.testing.assert_allclose(record.predictions[test], mean, rtol=1e-6)
+    np.testing.assert_allclose(record.std[test], std, rtol=1e-6)
+    info = json.loads((tmp_path / "wetlab_v0.1" / FOLDER / "info.json").read_text())
+    assert info["algorithm"] == f"PolySRL-DC (frozen encoder, {name}, seed 1)"
+    commands = []
+    monkeypatch.setattr(subprocess, "run", lambda command, check: commands.append(command))
+    runpy.run_path(str(run_file(tmp_path / "wetlab_v0.1" / FOLDER)))
+    assert [given[1:] for given in commands] == [["benchmarks/recipes.py", *command[:4]]]
+
+    scores = pd.read_csv(tmp_path / "recipes.csv")
+    shutil.rmtree(tmp_path / "folds")
+    with monkeypatch.context() as patch:
+        patch.setattr(PolySRLModel, "fit", lambda *_, **__: pytest.fail("trained again"))
+        recipes.main(command)
+    pd.testing.assert_frame_equal(pd.read_csv(tmp_path / "recipes.csv"), scores)
+    longer = {name: replace(recipes.RECIPES[name], epochs=2)}
+    monkeypatch.setattr(recipes, "RECIPES", longer)  # another way to train, by the same name
+    recipes.main([*command[:2], *command[4:]])
+    changed = pd.read_csv(tmp_path / "recipes.csv").query("seed == 0")["value"]
+    assert (changed.to_numpy() != scores.query("seed == 0")["value"].to_numpy()).all()
 
 
 def test_nothing_is_written_in_a_dry_run_or_for_an_unknown_target(target, tmp_path, capsys):
