@@ -20,7 +20,7 @@ from command_line import refusing, runner_parser
 from files import write_csv
 from folds import output_folder
 from graph_data import Dataset, dataset_of
-from protocols import NORMAL_95
+from intervals import Laplace
 from sklearn.metrics import mean_absolute_error
 from targets import Target, wetlab_targets
 from tasks import find_data_dir
@@ -59,7 +59,7 @@ def score_fold(
         predicted = cross_val_predict(fit, learned, 5, groups=groups)
         model.calibrate(learned, predicted=predicted)
         mean, std = (values[:, 0] for values in model.predict_uncertainty(asked))
-        errors, half = np.abs(mean - target.values[test]), NORMAL_95 * std
+        errors, half = np.abs(mean - target.values[test]), Laplace().half_widths(std, 0.95)
         expected = mean_absolute_error(target.values[train], predicted[0][:, 0])
         found.append(
             {

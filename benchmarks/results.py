@@ -11,19 +11,18 @@ import pandas as pd
 from claims import MATBENCH, SHORT, SUPERVISED, WETLAB, ZT, Numbers
 from labels import MP_PROPERTIES
 from magpie import BASELINES
+from paired import PLACE, over_folds
 from paper_models import MODELS
 from paper_protocol import FOLDS, PROTOCOLS, suite_name
 from peers import LONGER, PEERS, SMALL_TASKS
-from scipy import stats
 from scores import COLUMNS, COMPOSITION_MODELS
+from targets import N_FOLDS
 
 FILES = (
     *("wetlab_scores.csv", "thermoelectrics.csv", "paper_scores.csv"),
     *("recipes.csv", "recipe_sizes.csv", "crabnet_scores.csv", "scores.csv"),
 )
-N_SEEDS, N_FOLDS = 3, 5
-LEVEL = 0.05
-PLACE = ["suite", "protocol", "metric", "task"]  # what a cell is of, but for the model
+N_SEEDS = 3
 NOT_RUN = "not run"
 TIMES = "\N{MULTIPLICATION SIGN}"
 
@@ -240,44 +239,12 @@ def compared(scores: pd.DataFrame) -> pd.DataFrame:
     return pd.concat([scores[transfer], scores[magpie].assign(protocol="transfer")])
 
 
-def over_folds(scores: pd.DataFrame) -> pd.DataFrame:
-    """Mean over the folds, after that over the seeds, of each column; its interval and its test.
-
-    Parameters
-    ----------
-    scores : pandas.DataFrame
-        Indexed by the columns of ``PLACE``, seed and fold; NaN where there is no score.
-
-    Returns
-    -------
-    pandas.DataFrame
-        ``mean``; ``half``, the half width of its 95 % t interval, and ``p``, of the t-test against
-        zero, both NaN for fewer than two folds. Indexed by ``PLACE`` and the name of the column.
-
-    Examples
-    --------
-    >>> place = ["wetlab", "transfer", "mae", "gap", 0]
-    >>> names = [*PLACE, "seed", "fold"]
-    >>> rows = pd.MultiIndex.from_tuples([(*place, fold) for fold in range(3)], names=names)
-    >>> over_folds(pd.DataFrame({"a": [1.0, 2.0, 3.0]}, rows)).round(4).values.tolist()
-    [[2.0, 2.4841, 0.0742]]
-    """
-    folds = scores.groupby([*PLACE, "fold"]).mean().groupby(PLACE)
-    mean, n = folds.mean(), folds.count()
-    error = folds.std() / np.sqrt(n)
-    with np.errstate(divide="ignore", invalid="ignore"):
-        t = np.abs(mean / error)
-    half, p = stats.t.ppf(1 - LEVEL / 2, n - 1) * error, 2 * stats.t.sf(t, n - 1)
-    wide = {"mean": mean, "half": half, "p": pd.DataFrame(p, mean.index, mean.columns)}
-    return pd.DataFrame({name: table.stack(future_stack=True) for name, table in wide.items()})
-
-
 def cells_of(scores: pd.DataFrame, baseline: str) -> Cells:
     """Every mean with its interval and its difference to the baseline.
 
     Seeds repeat the same folds, so they are averaged first, and n is the number of folds. Pairs are
     the seeds and folds that both models have; their t-test is that of the folds' mean differences
-    against zero, which is the paired one.
+    against zero, see :func:`paired.over_folds`.
     """
     runs = scores.pivot_table("value", [*PLACE, "seed", "fold"], "model")
     pairs = runs.sub(runs[baseline] if baseline in runs else np.nan, axis=0)

@@ -17,7 +17,7 @@ from claims import CLAIMS, MATBENCH, NOT_JUDGED, PROPERTIES, RULES, SHORT, WETLA
 from command_line import runner_parser
 from crabnet_matbench import beside_published
 from labels import MP_PROPERTIES
-from paired import read_paper
+from paired import LEVEL, read_paper
 from rates import UNIT, chosen_rates, rate_cells
 from recipe_sizes import by_rows
 from recipes import FIRST, FIXED_RATE, RECOMMENDED
@@ -25,10 +25,8 @@ from results import (
     CURVES,
     FILES,
     GROUPED,
-    LEVEL,
     MATBENCH_8,
     MATBENCH_TRANSFER,
-    N_FOLDS,
     N_SEEDS,
     NOT_RUN,
     OFFICIAL,
@@ -52,6 +50,7 @@ from results import (
     shortfall,
 )
 from scores import leaderboard
+from targets import N_FOLDS
 from tasks import DataNotFoundError, find_data_dir
 
 from polysrl_dc.checkpoints import write_atomic
@@ -93,13 +92,15 @@ A mark [seeds{x}folds] says that fewer than {seeds} seeds or {folds} folds were 
 
 Intervals and tests: seeds repeat the same folds, so they are no further samples. Scores are
 averaged over the seeds first; the interval is that of Student's t over the means of the {folds}
-folds, and it contains how much the folds differ. To compare models, look at the second table of
-each pair: paired differences on the same seeds and folds, their 95 % interval, and p of a paired
-t-test over the folds' means (bold: p < {level}). Its last columns count the targets where the
-model is better and worse than the baseline, in brackets those with p < {level}. The training parts
-of folds overlap, so p is somewhat too small; and of many tests about one in twenty would be bold
-without any effect. Each encoder was pretrained once: what a second run changes is in no interval
-and no p (`PRETRAINING.md`, "The same run on another machine").
+folds, and it contains how much the folds differ. Folds share most of their training rows, so the
+variance of their mean is taken as 1/{folds} + 1/4 of theirs, not 1/{folds} (test rows are a fourth
+of the training rows; Nadeau and Bengio, Machine Learning 52, 239, 2003). To compare models, look at
+the second table of each pair: paired differences on the same seeds and folds, their 95 % interval,
+and p of a paired t-test with this variance (bold: p < {level}). Its last columns count the targets
+where the model is better and worse than the baseline, in brackets those with p < {level}. Of many
+tests about one in twenty would be bold without any effect. Each encoder was pretrained once: what a
+second run changes is in no interval and no p (`PRETRAINING.md`, "The same run on another machine").
+In transfer the rate of a fold is chosen once, with the first seed, so the seeds share that choice.
 """
 
 

@@ -5,9 +5,14 @@ from dataclasses import replace
 import numpy as np
 import pandas as pd
 import publications
+import pytest
+from graph_data import dataset_of
 from models import FORMULAS, N, fitted
 from publications import main, score_fold
 from targets import Target
+
+from polysrl_dc import cross_val_predict
+from polysrl_dc.recalibration import LAPLACE_95
 
 DOIS = np.array([f"doi {row % 12}" for row in range(N)])
 
@@ -32,8 +37,15 @@ def test_parts_and_promises_are_those_of_the_publications():
     assert whole == set(DOIS[train])
     assert any(part == whole for part in kinds[0]) and all(part < whole for part in kinds[1])
     assert by_formula["mae"] == by_publication["mae"] and by_formula["parts"] == "formula"
-    for row in (by_formula, by_publication):
-        assert 0 <= row["in_95"] <= 1 and row["expected_mae"] > 0 and row["half_width"] > 0
+    learning, asked = dataset_of(target, train), dataset_of(target, test)
+    for row, groups in ((by_formula, None), (by_publication, DOIS[train])):
+        model = quickly(learning)
+        model.calibrate(learning, predicted=cross_val_predict(quickly, learning, 5, groups=groups))
+        mean, std = (values[:, 0] for values in model.predict_uncertainty(asked))
+        half = LAPLACE_95 * std  # as calibrate means it
+        assert row["half_width"] == pytest.approx(10 * half.mean(), rel=1e-5)
+        assert row["in_95"] == (np.abs(mean - target.values[test]) <= half).mean()
+        assert row["expected_mae"] > 0
 
 
 def test_the_command_scores_the_targets_that_name_publications(monkeypatch, tmp_path, capsys):

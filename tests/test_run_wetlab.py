@@ -17,6 +17,7 @@ from paper_models import MODELS, encoder_embeddings, encoder_of
 from paper_protocol import FOLDS, part_of_training
 from paper_records import load_record, prediction_scores, record_path
 from run_wetlab import main
+from scipy import stats
 from sklearn.metrics import mean_absolute_error
 from targets import Target, wetlab_targets
 
@@ -246,8 +247,28 @@ def test_paired_differences():
 
     scores = pd.concat([rows("new", [1.0, 2.0, 9.0]), rows("old", [2.0, 5.0])])
     (row,) = paired_differences(scores, "new", "old").itertuples()
-    assert (row.mae, row.baseline, row.difference, row.pairs) == (1.5, 3.5, -2.0, 2)
-    assert row.standard_error == pytest.approx(1.0)  # of -1 and -3
+    assert (row.Index, row.mae, row.baseline, row.difference, row.pairs) == ("t", 1.5, 3.5, -2.0, 2)
+    error = 2**0.5 * (1 / 2 + 1 / 4) ** 0.5  # of -1 and -3, whose folds share training rows
+    assert row.half == pytest.approx(error * stats.t.ppf(0.975, 1))
+    assert row.p == pytest.approx(2 * stats.t.sf(2 / error, 1))
+    for other in (rows("old", []), scores.assign(suite="paper")):
+        both = pd.concat([rows("new", [1.0]), other])
+        assert len(paired_differences(both, "new", "old")) == 0
+
+
+def test_seeds_are_no_samples():
+    keys = [
+        ("wetlab", "t", "transfer", "new", seed, fold, "mae") for seed in (0, 1) for fold in (0, 1)
+    ]
+    scores = pd.DataFrame(
+        [(*key, value) for key, value in zip(keys, [1.0, 2.0, 3.0, 6.0], strict=True)],
+        columns=COLUMNS,
+    )
+    zero = scores.assign(model="old", value=0.0)
+    (row,) = paired_differences(pd.concat([scores, zero]), "new", "old", "transfer").itertuples()
+    error = 2**0.5 * (1 / 2 + 1 / 4) ** 0.5  # of 2 and 4, the means of the folds
+    assert (row.difference, row.pairs) == (3.0, 4)
+    assert row.half == pytest.approx(error * stats.t.ppf(0.975, 1))
 
 
 def test_records_name_the_command_that_makes_them(quick):
