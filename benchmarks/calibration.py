@@ -13,7 +13,8 @@ the one with the smallest residuals.
 Three methods (``intervals.py``), with and without the variance of the polymorphs: ``scaled``
 (Gaussian), ``normalized`` and ``constant`` conformal. Writes ``calibration.csv``, in units of the
 targets; finished folds are kept, ``--again`` makes them anew. ``--peers`` scores in the same way
-what Roost and CrabNet say themselves in the records of ``compare.py``, and trains nothing.
+what Roost and CrabNet say themselves in the records of ``compare.py``, as they say it and
+calibrated by the errors of the other folds, and trains nothing.
 """
 
 from __future__ import annotations
@@ -29,13 +30,13 @@ from typing import Any
 import numpy as np
 import pandas as pd
 import torch
-from command_line import refusing, runner_parser
-from files import write_csv
-from folds import FoldStore, locked, output_folder
+from command_line import chosen_targets, refusing, runner_parser
+from folds import FoldStore, output_folder
 from graph_data import dataset_of
 from intervals import Constant, Intervals, Laplace, Normalized, Scaled, evaluate
 from paper_records import load_record
 from peers import PEERS
+from scores import merge_rows
 from sklearn.model_selection import KFold
 from submission import read_benchmark
 from targets import N_FOLDS, Target, matbench_target, wetlab_targets
@@ -43,6 +44,7 @@ from tasks import find_data_dir, load_task
 from tqdm import tqdm
 
 from polysrl_dc import PolySRLModel
+from polysrl_dc.recalibration import Calibration
 
 #: Name -> kind of intervals, and the standard deviation that they are made from.
 METHODS: dict[str, tuple[type[Intervals], str]] = {
@@ -194,16 +196,36 @@ def _scores(
 
 
 def score_own(
-    target: Target, model: str, protocol: str, predictions: np.ndarray, std: np.ndarray
+    target: Target,
+    model: str,
+    protocol: str,
+    predictions: np.ndarray,
+    std: np.ndarray,
+    method: str = "its own",
 ) -> pd.DataFrame:
     """Scores of the standard deviations (n,) that a model has predicted along, as it says them."""
     errors = target.values - predictions
     scores = [
-        _scores(fold, "its own", Laplace(), errors[test], std[test])
+        _scores(fold, method, Laplace(), errors[test], std[test])
         for fold, (_, test) in enumerate(target.splits())
     ]
     table = pd.concat(scores, ignore_index=True)
     return table.assign(encoder=model, protocol=protocol, target=target.name)
+
+
+def calibrated_by_other_folds(
+    target: Target, predictions: np.ndarray, std: np.ndarray
+) -> np.ndarray:
+    """Standard deviations (n,), those of each fold calibrated by the errors of the other folds.
+
+    As ``PolySRLModel.calibrate`` does, without training anything: the models that predicted the
+    other folds have learned from the rows of this one, so it is a little too favourable.
+    """
+    errors, own, found = (target.values - predictions)[:, None], std[:, None], np.empty(len(std))
+    for rest, test in target.splits():
+        fitted = Calibration.fit(errors[rest], own[rest], np.isfinite(errors[rest]), n_samples=0)
+        found[test] = fitted.apply(own[test])[:, 0]
+    return found
 
 
 def record_coverage(folder: Path, data_dir: Path | None) -> pd.DataFrame:
@@ -241,17 +263,9 @@ def record_coverage(folder: Path, data_dir: Path | None) -> pd.DataFrame:
     return pd.DataFrame(rows, columns=["task", "fold", "n", "coverage_95", "width_95"])
 
 
-def merge(path: Path, fresh: pd.DataFrame) -> None:
-    """Put rows into the CSV file in place of earlier ones of the same encoder, target and fold."""
-    with locked(path.parent):
-        if path.exists():
-            earlier, keys = pd.read_csv(path), COLUMNS[:4]
-            same = pd.MultiIndex.from_frame(earlier[keys]).isin(
-                pd.MultiIndex.from_frame(fresh[keys])
-            )
-            fresh = pd.concat([earlier[~same], fresh], ignore_index=True)
-        table = fresh[COLUMNS].sort_values(COLUMNS[:-1], ignore_index=True)
-        write_csv(path, table)
+def keep(output_dir: Path, scores: pd.DataFrame) -> None:
+    """Write scores in place of earlier ones of the same encoder, target and fold."""
+    merge_rows(output_dir / "calibration.csv", scores[COLUMNS], COLUMNS[:4])
 
 
 def means(table: pd.DataFrame) -> pd.DataFrame:
@@ -302,18 +316,14 @@ def main(argv: Sequence[str] | None = None) -> None:
             coverage = record_coverage(arguments.submission, data_dir).groupby("task", sort=False)
             print(coverage.mean().drop(columns="fold").to_markdown(floatfmt=".3f"))
             return
-        targets = {target.name: target for target in all_targets(data_dir)}
-    chosen = arguments.targets or list(targets)
-    if unknown := sorted(set(chosen) - set(targets)):
-        parser.error(f"unknown targets {unknown}: there are {list(targets)}")
+        asked = chosen_targets(parser, all_targets(data_dir), arguments.targets)
     given = {name: getattr(arguments, name) for name in asdict(default)}
     trials = [Settings(**{**given, "epochs": epochs}) for epochs in arguments.epochs]
     made = ", ".join(arguments.peers) if arguments.peers else "; ".join(map(str, trials))
-    print(f"{len(chosen)} targets, {made}")
+    print(f"{len(asked)} targets, {made}")
     if arguments.dry_run:
         return
     torch.set_num_threads(arguments.threads)
-    asked = [targets[name] for name in chosen]
     with output_folder(arguments.output_dir):
         if arguments.peers:
             tables = run_peers(asked, arguments)
@@ -339,12 +349,15 @@ def run_peers(targets: Sequence[Target], arguments: argparse.Namespace) -> dict[
         for target in targets:
             record = records[target.suite].get(target.name)
             if record is not None and record.std is not None:
-                own = (record.predictions, record.std)
-                known.append(score_own(target, peer, "transfer", *own))
+                predictions, own = record.predictions, record.std
+                calibrated = calibrated_by_other_folds(target, predictions, own)
+                run = (target, peer, "transfer", predictions)
+                parts = [score_own(*run, own), score_own(*run, calibrated, "calibrated")]
+                known.append(pd.concat(parts))
         print(f"{peer}: {len(known)} of {len(targets)} targets are recorded with uncertainty")
         if known:
             tables[peer] = pd.concat(known, ignore_index=True)
-            merge(arguments.output_dir / "calibration.csv", tables[peer])
+            keep(arguments.output_dir, tables[peer])
     return tables
 
 
@@ -377,7 +390,7 @@ def run(
         table = pd.concat(scores, ignore_index=True)
         protocol = "transfer" if arguments.fine_tune else "representation"
         table = table.assign(encoder=arguments.encoder, protocol=protocol, target=target.name)
-        merge(arguments.output_dir / "calibration.csv", table)
+        keep(arguments.output_dir, table)
         tables.append(table)
         print(f"{target.name}: epochs {chosen}, {time.monotonic() - start:.0f} s")
     return pd.concat(tables, ignore_index=True)

@@ -12,12 +12,13 @@ from __future__ import annotations
 
 import argparse
 import logging
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
 from files import printable
+from targets import Target
 
 from polysrl_dc.errors import InvalidInputError
 
@@ -68,3 +69,14 @@ def refusing(parser: argparse.ArgumentParser) -> Iterator[None]:
         yield
     except (FileNotFoundError, InvalidInputError) as error:
         parser.error(printable(str(error)))
+
+
+def chosen_targets(
+    parser: argparse.ArgumentParser, targets: Sequence[Target], names: Sequence[str] | None
+) -> list[Target]:
+    """The targets of these names, all if there are none; an unknown name ends the command."""
+    known = {target.name: target for target in targets}
+    for name in names or ():
+        if name not in known:
+            parser.error(f"no target is named {name!r}; the targets are: {', '.join(known)}")
+    return [known[name] for name in names or known]

@@ -20,7 +20,7 @@ import numpy as np
 import pandas as pd
 import torch
 import transfer
-from command_line import refusing, runner_parser
+from command_line import chosen_targets, refusing, runner_parser
 from folds import FoldStore, in_parallel, output_folder
 from magpie import BASELINES, predict_baseline
 from paired import comparison
@@ -250,16 +250,13 @@ def arguments_of(
         }
     with refusing(parser):
         arguments.data_dir = find_data_dir(arguments.data_dir)
-        targets = {target.name: target for target in targets_of(arguments.data_dir)}
+        targets = targets_of(arguments.data_dir)
     for model, encoder in arguments.models.items():
         if model in PEERS and (line := lacking(model)):
             parser.error(line)
         if encoder is not None and not checkpoint_path(encoder).is_file():
             parser.error(f"{model}: no encoder in {encoder}")
-    unknown = sorted(set(arguments.targets or ()) - set(targets))
-    if unknown:
-        parser.error(f"no target is named {unknown[0]!r}; the targets are: {', '.join(targets)}")
-    arguments.targets = [targets[name] for name in arguments.targets or targets]
+    arguments.targets = chosen_targets(parser, targets, arguments.targets)
     return arguments
 
 

@@ -22,8 +22,8 @@ from typing import Any
 import numpy as np
 import pandas as pd
 import torch
-from calibration import merge, score_own
-from command_line import refusing, runner_parser
+from calibration import keep, score_own
+from command_line import chosen_targets, refusing, runner_parser
 from folds import output_folder, split_validation
 from graph_data import Dataset, dataset_of
 from paper_protocol import train_folds
@@ -138,10 +138,7 @@ def main(argv: list[str] | None = None) -> None:
         parser.error("--seeds and --jobs must be at least 1")
     with refusing(parser):
         found = wetlab_targets(find_data_dir(arguments.data_dir))
-    targets = {target.name: target for target in found}
-    if unknown := sorted(set(arguments.targets or ()) - set(targets)):
-        parser.error(f"no target is named {unknown[0]!r}; the targets are: {', '.join(targets)}")
-    chosen = [targets[name] for name in arguments.targets or targets]
+    chosen = chosen_targets(parser, found, arguments.targets)
     print(f"{', '.join(arguments.recipes)}; {len(chosen)} targets, {arguments.seeds} seeds")
     if arguments.dry_run:
         return
@@ -167,8 +164,7 @@ def train_missing(target: Target, recipe: str, seed: int, arguments: argparse.Na
     calls = [(recipe, seed)] * N_FOLDS
     predictions, std, params = train_folds(target, predict_fold, calls, run.made_by, arguments)
     if seed == 0 and std is not None:
-        own = score_own(target, recipe, "recipe", predictions, std)
-        merge(arguments.output_dir / "calibration.csv", own)
+        keep(arguments.output_dir, score_own(target, recipe, "recipe", predictions, std))
     run.save(target, predictions, params, std)
     run.score(target, predictions, target.suite, target.splits())
 

@@ -58,21 +58,27 @@ def score_rows(
 
 
 def merge_scores(path: Path, fresh: pd.DataFrame) -> pd.DataFrame:
-    """Put scores into a CSV file; they replace the earlier ones of the same run and fold.
+    """Put scores into a CSV file; they replace the earlier ones of the same run and fold."""
+    return merge_rows(path, fresh, [*KEYS, "fold"], digits=None)
 
-    Several processes may do so at once.
+
+def merge_rows(
+    path: Path, fresh: pd.DataFrame, keys: list[str], digits: int | None = 6
+) -> pd.DataFrame:
+    """Put rows into a CSV file in place of those that have the same keys, and return the table.
+
+    Several processes may do so at once. Rows are sorted by all columns but the last.
     """
     with locked(Path(path).parent):
         table = fresh
         if Path(path).exists():
             earlier = read_scores(path)
-            fold = [*KEYS, "fold"]
-            same = pd.MultiIndex.from_frame(earlier[fold]).isin(
-                pd.MultiIndex.from_frame(fresh[fold])
+            same = pd.MultiIndex.from_frame(earlier[keys]).isin(
+                pd.MultiIndex.from_frame(fresh[keys])
             )
             table = pd.concat([earlier[~same], fresh], ignore_index=True)
-        table = table.sort_values(COLUMNS[:-1], ignore_index=True)
-        write_csv(path, table, digits=None)
+        table = table.sort_values(list(fresh)[:-1], ignore_index=True)
+        write_csv(path, table, digits)
     return table
 
 

@@ -26,6 +26,7 @@ from targets import Target
 from tasks import load_task
 
 from polysrl_dc.graphs import StoichiometryBatch
+from polysrl_dc.recalibration import LAPLACE_95
 
 pytestmark = pytest.mark.filterwarnings("ignore:the no. of calibration examples:UserWarning")
 QUICK = Settings(epochs=1, ensemble=1, inner_folds=3, n_samples=2)
@@ -354,12 +355,30 @@ def test_peers_are_scored_by_their_own_records(job, tmp_path, capsys):
         values = target.values + off * (predictions - target.values)
         save_predictions(*run, values, [{}] * 5, {}, "compare.py", spread)
     count, table = job("--peers", "roost")
-    assert count == 0 and set(table["method"]) == {"its own"} and len(table) == 5 * 12
-    values = table[table["fold"] == 0].set_index("metric")["value"]
+    assert count == 0 and len(table) == 2 * 5 * 12
+    one = table[table["fold"] == 0].set_index(["method", "metric"])["value"]
+    assert set(one.index.levels[0]) == {"its own", "calibrated"}
+    assert one["calibrated", "width_95"] == pytest.approx(2, rel=1e-5)  # all errors are 1
+    values = one["its own"]
     half = -np.log(0.05) * std / np.sqrt(2)
     assert values["width_95"] == pytest.approx(2 * half, rel=1e-5)
     assert values["mae"] == pytest.approx(1, rel=1e-5) and values["coverage_95"] == 1
     assert values["coverage_80"] == 0
+
+
+def test_a_fold_is_calibrated_by_the_errors_of_the_others_only():
+    target = toy_target()
+    rng = np.random.default_rng(0)
+    std = rng.uniform(0.5, 2.0, len(target.values))
+    errors = 3 * std * rng.laplace(size=len(std)) / np.sqrt(2)
+    rest, test = target.splits()[2]
+    found = calibration.calibrated_by_other_folds(target, target.values - errors, std)
+    ratios = np.abs(errors[rest]) / (std[rest] + np.median(std[rest]))
+    expected = np.quantile(ratios, 0.95) / LAPLACE_95 * (std[test] + np.median(std[rest]))
+    np.testing.assert_allclose(found[test], expected)
+    errors[test] *= 100  # say nothing of their own intervals
+    again = calibration.calibrated_by_other_folds(target, target.values - errors, std)
+    np.testing.assert_allclose(again[test], expected)
 
 
 def test_coverage_of_a_submission_is_counted(tmp_path, capsys):
