@@ -21,6 +21,7 @@ _DECIMAL = r"(?<!(?<![0-9])0)\.[0-9]+"  # with a dot that may be no decimal poin
 _LIGAND = re.compile(rf"{_DECIMAL}[(\[]?(?:H2O|OH2|NH3|N2H4|CH3|C[2-9]H)")
 _ONE_DOT = re.compile(rf"([^.]+){_DECIMAL}([^.]+)")
 _KEY = re.compile(r"[A-Z][a-z]?([0-9]*\.?[0-9]*[+-])?(,.*)?|[0-9]+")  # Fe, Fe2+, 26; not Fe2
+_MONTY = ("@module", "@class", "@version")  # what matminer stores beside the amounts
 _LINE_END = re.compile("[\n\r\v\f\x1c-\x1e\x85\u2028\u2029]")
 _UNREADABLE = {
     "it has several lines": _LINE_END,
@@ -40,7 +41,8 @@ def parse_formula(value: str | Mapping) -> tuple[np.ndarray, np.ndarray]:
     ----------
     value : str, pymatgen Composition or mapping of symbol to amount
         The formula, e.g. ``"Fe2O3"``, ``"Ca(OH)2"``, ``{"Fe": 2, "O": 3}``. Amounts need not be
-        integers nor add up to anything. Oxidation states in a mapping are dropped.
+        integers nor add up to anything. Oxidation states in a mapping are dropped. A mapping may
+        be a Composition as monty writes it to JSON.
 
     Returns
     -------
@@ -163,6 +165,8 @@ def _of_mapping(value: Mapping) -> dict[int, float]:
     """Amounts by atomic number of a Composition or another mapping of symbol to amount."""
     kinds: set[Element | Species] = set()
     totals: dict[int, float] = {}
+    if isinstance(value, dict) and value.get("@class") == "Composition":
+        value = {key: given for key, given in value.items() if key not in _MONTY}
     for key, given in value.items():
         kind = _kind(key)
         if kind in kinds:

@@ -24,6 +24,15 @@ GOOD: list[tuple[Any, dict]] = [
     ({"Fe2+": 1, "Fe3+": 2, "O2-": 4}, {"Fe": 3, "O": 4}),
     ({26: 2, 8: np.float32(3)}, {"Fe": 2, "O": 3}),
     ({Element("Na"): 1, "Cl": "1"}, {"Na": 1, "Cl": 1}),
+    (
+        {
+            "Ga": 1.0,
+            "@module": "pymatgen.core.composition",
+            "@class": "Composition",
+            "@version": None,
+        },
+        {"Ga": 1},
+    ),
     (Composition("LiFePO4"), {"Li": 1, "Fe": 1, "P": 1, "O": 4}),
     (Composition({"Fe2+": 1, "Fe3+": 2, "O2-": 4}), {"Fe": 3, "O": 4}),
 ]
@@ -36,6 +45,7 @@ BAD: list[Any] = [
     "H" * 10_000, "NaCl" * 2_500, "(" * 5_000,
     "H" + "1" + "0" * 30 + "O",
     float("nan"), None, 3.5, 5, True, b"Fe2O3", ["Fe2O3"], np.array([1.0]), pd.NA,
+    {"Fe": 1, "@class": "Structure"},
     {}, {"": 1}, {None: 1}, {"Xx": 1}, {"FeO": 1}, {"Rf": 1}, {"D": 2, "O": 1}, {500: 1},
     {"Fe": 0, "O": 1}, {"Fe": -1, "O": 2}, {"Fe": float("nan")}, {"Fe": float("inf")}, {"Fe": None},
     {"Fe": "many"}, {"Fe": 1, 26: 1}, {"Fe": 1e300, "O": 1e300},
@@ -77,9 +87,7 @@ def test_messages_name_the_value_and_what_is_wrong():
 
 def test_order_of_the_elements_does_not_matter(random_formulas):
     for symbols, amounts in random_formulas:
-        backwards = "".join(
-            f"{s}{a:g}" for s, a in zip(symbols[::-1], amounts[::-1], strict=True)
-        )
+        backwards = "".join(f"{s}{a:g}" for s, a in zip(symbols[::-1], amounts[::-1], strict=True))
         forwards = dict(zip(symbols, amounts, strict=True))
         for one, other in zip(parse_formula(forwards), parse_formula(backwards), strict=True):
             np.testing.assert_array_equal(one, other)
