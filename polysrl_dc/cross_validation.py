@@ -12,6 +12,7 @@ from scipy.sparse import coo_array
 from scipy.sparse.csgraph import connected_components
 from sklearn.model_selection import GroupKFold
 
+from polysrl_dc.batches import checked_labels
 from polysrl_dc.datasets import PolymorphDataset
 from polysrl_dc.errors import InvalidInputError
 from polysrl_dc.featurizers import check_lengths
@@ -182,6 +183,9 @@ def cross_val_predict(
 
     Raises
     ------
+    InvalidInputError
+        Before anything is trained: a label is bad, naming row and id, or all labels of a task are
+        in one part. Later: ``train`` refuses the rows of all parts but one, which is named.
     ValueError
         ``n_folds`` is less than 2 or greater than the number of formulas, or of groups.
 
@@ -201,10 +205,19 @@ def cross_val_predict(
     >>> calibration = model.calibrate(dataset, predicted=predicted)
     """
     rows = NumpyDataset(dataset.X, ids=np.arange(len(dataset)))
+    pairs = StoichiometrySplitter(groups).k_fold_split(rows, n_folds, seed=seed)
+    folds = [tuple(part.ids.astype(int) for part in pair) for pair in pairs]
+    n_tasks = int(np.prod(np.shape(dataset.y)[1:]))
+    known = checked_labels(dataset, n_tasks, classification=False)[1] != 0
+    for fold, (learned, _) in enumerate(folds, 1):
+        for task in np.flatnonzero(~known[learned].any(0)):
+            raise InvalidInputError(f"task {task} has no label outside fold {fold} of {n_folds}")
     order, predicted = [], []
-    for pair in StoichiometrySplitter(groups).k_fold_split(rows, n_folds, seed=seed):
-        learned, held_out = (part.ids.astype(int) for part in pair)
-        model = train(dataset.select(learned))
+    for fold, (learned, held_out) in enumerate(folds, 1):
+        try:
+            model = train(dataset.select(learned))
+        except InvalidInputError as error:
+            raise InvalidInputError(f"without fold {fold} of {n_folds}: {error}") from error
         samples = 0 if model.settings["task"] == "classification" else n_samples
         predicted.append(model.predict_uncertainty(dataset.select(held_out), n_samples=samples))
         order.append(held_out)

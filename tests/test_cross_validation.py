@@ -48,6 +48,25 @@ def test_more_parts_than_formulas_or_one_alone_are_refused(n_folds):
         cross_val_predict(lambda _: pytest.fail("trained"), data(), n_folds)
 
 
+def test_labels_are_checked_before_a_model_is_trained():
+    labels = np.stack([SIGNAL, SIGNAL], axis=1)
+    labels[30, 1] = np.nan
+    with pytest.raises(InvalidInputError, match=r"row 30 \(id 30\): label nan of task 1"):
+        cross_val_predict(lambda _: pytest.fail("trained"), data(labels), 3)
+    weights = np.ones_like(labels)
+    weights[np.arange(N) != 7, 1] = 0
+    with pytest.raises(InvalidInputError, match=r"^task 1 has no label outside fold \d of 3$"):
+        cross_val_predict(lambda _: pytest.fail("trained"), data(np.nan_to_num(labels), weights), 3)
+
+
+def test_what_a_part_is_refused_for_names_it():
+    def train(part):
+        return fitted(dataset=part, n_tasks=2)
+
+    with pytest.raises(InvalidInputError, match=r"^without fold 1 of 3: the labels have 1 columns"):
+        cross_val_predict(train, data(), 3)
+
+
 def test_groups_stay_in_one_part():
     sources = [f"doi {row % 7}" for row in range(len(TWICE))]
     dataset = dc.data.NumpyDataset(data(formulas=TWICE, y=LABELS).X, LABELS, ids=sources)
