@@ -197,12 +197,13 @@ class PredictingModel(PersistentModel):
         Returns
         -------
         Calibration
-            For each task, factor and offset of ``factor * (std + offset)``.
+            For each task, factor and offset of ``factor * (std + offset)``. Of several tasks, those
+            with fewer than 20 labels are left as they are (1 and 0) and named by a warning.
 
         Raises
         ------
         InvalidInputError
-            A row or label is bad, or fewer than 20 rows have a label of a task.
+            A row or label is bad, or fewer than 20 rows have a label of any task.
         ValueError
             It is no fitted model of regression; ``predicted`` is not finite or of another shape.
 

@@ -9,6 +9,7 @@ likelihood would not hold 95 % where errors have heavy tails.
 from __future__ import annotations
 
 import math
+import warnings
 from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
@@ -24,6 +25,10 @@ LAPLACE_95 = -math.log(1 - LEVEL) / math.sqrt(2)  # 2.12
 LEAST = 20
 
 
+class UncalibratedWarning(UserWarning):
+    """The standard deviations of some tasks cannot be calibrated, those of others can."""
+
+
 @dataclass(frozen=True)
 class Calibration:
     """Calibrated standard deviation = factor * (the model's own + offset), task by task.
@@ -36,6 +41,11 @@ class Calibration:
         In label units; not negative.
     n_samples : int
         Samples of the Gaussian of each formula that the model's own is made with.
+
+    Attributes
+    ----------
+    uncalibrated : tuple of int
+        Tasks of factor 1 and offset 0, whose standard deviations stay the model's own.
 
     Raises
     ------
@@ -60,6 +70,11 @@ class Calibration:
         if not isinstance(self.n_samples, int) or self.n_samples < 0:
             raise ValueError(f"n_samples is {self.n_samples!r}: must be 0 or more")
 
+    @property
+    def uncalibrated(self) -> tuple[int, ...]:
+        pairs = enumerate(zip(self.factors, self.offsets, strict=True))
+        return tuple(task for task, pair in pairs if pair == (1, 0))
+
     @classmethod
     def fit(
         cls, errors: np.ndarray, std: np.ndarray, known: np.ndarray, n_samples: int
@@ -68,6 +83,9 @@ class Calibration:
 
         They are meant as those of Laplace distributions, as the model's own are. The offset is the
         median of these, so that rows that the model is far too certain of do not widen all others.
+
+        A task is left with factor 1 and offset 0 if it has fewer than 20 labels, or no error or
+        standard deviation other than zero; an :class:`UncalibratedWarning` names it.
 
         Parameters
         ----------
@@ -82,7 +100,7 @@ class Calibration:
         Raises
         ------
         InvalidInputError
-            A task has fewer than 20 labels, or no error or standard deviation other than zero.
+            No task can be calibrated.
         ValueError
             The arrays differ in shape, or hold a value that is not finite.
 
@@ -99,22 +117,30 @@ class Calibration:
             )
         if not (np.isfinite(errors[known]).all() and np.isfinite(std[known]).all()):
             raise ValueError("an error or standard deviation is not finite")
-        factors, offsets = [], []
+        pairs, reasons = [], []
         for task, rows in enumerate(known.T):
+            pairs.append((1.0, 0.0))
             if rows.sum() < LEAST:
-                raise InvalidInputError(
-                    f"{rows.sum()} labels of task {task} are too few to calibrate: at least {LEAST}"
+                reasons.append(
+                    f"{rows.sum()} labels of task {task} are too few, at least {LEAST} are needed"
                 )
+                continue
             own = std[rows, task].astype(float)
             offset = float(np.median(own))
             with np.errstate(divide="ignore", invalid="ignore"):
                 ratios = np.abs(errors[rows, task]) / (own + offset)
             factor = float(np.quantile(ratios, LEVEL)) / LAPLACE_95
-            if not 0 < factor < math.inf:
-                raise InvalidInputError(f"task {task}: no error, or no standard deviation but zero")
-            factors.append(factor)
-            offsets.append(offset)
-        return cls(tuple(factors), tuple(offsets), n_samples)
+            if 0 < factor < math.inf:
+                pairs[task] = factor, offset
+            else:
+                reasons.append(f"task {task}: no error, or no standard deviation but zero")
+        why = "; ".join(reasons)
+        if len(reasons) == len(pairs):
+            raise InvalidInputError(why)
+        if reasons:
+            warnings.warn(f"std is not calibrated: {why}", UncalibratedWarning, stacklevel=3)
+        factors, offsets = zip(*pairs, strict=True)
+        return cls(factors, offsets, n_samples)
 
     @classmethod
     def from_dict(cls, values: Mapping[str, Any], n_tasks: int) -> Calibration:

@@ -10,7 +10,7 @@ from models import SIGNAL, N, data, fitted, make
 
 from polysrl_dc.checkpoints import CheckpointError, load_checkpoint, save_checkpoint
 from polysrl_dc.errors import InvalidInputError
-from polysrl_dc.recalibration import Calibration
+from polysrl_dc.recalibration import Calibration, UncalibratedWarning
 
 OTHER = SIGNAL + np.sin(7.0 * np.arange(N))  # labels that the model has not learned
 KNOWN = np.ones((N, 1), bool)
@@ -111,10 +111,32 @@ def test_each_task_has_its_own_and_missing_labels_do_not_count():
     assert (calibration.factors[1], calibration.offsets[1]) == (*alone.factors, *alone.offsets)
     calibrated = model.predict_uncertainty(data())[1]
     np.testing.assert_array_equal(calibrated[:, 1:2], alone.apply(own[:, 1:2]))
-    weights[19:, 2] = 0
-    with pytest.raises(InvalidInputError, match="19 labels of task 2 are too few"):
-        model.calibrate(data(wrong, weights))
+    assert calibration.uncalibrated == ()
+
+
+def test_tasks_of_few_labels_stay_as_they_are_and_are_named():
+    labels = np.stack([OTHER, SIGNAL, OTHER], axis=1)
+    model = fitted(n_tasks=3, dataset=data(labels))
+    mean, own = model.predict_uncertainty(data(), n_samples=0)
+    weights = np.ones_like(labels)
+    weights[19:, 1] = 0
+    named = "not calibrated: 19 labels of task 1 are too few, at least 20 are needed$"
+    with pytest.warns(UncalibratedWarning, match=named) as said:
+        calibration = model.calibrate(data(labels, weights), 0)
+    assert said[0].filename == __file__ and calibration.uncalibrated == (1,)
+    std = model.predict_uncertainty(data())[1]
+    np.testing.assert_array_equal(std[:, 1], own[:, 1])
+    alone = Calibration.fit(
+        labels[:, [0, 2]] - mean[:, [0, 2]], own[:, [0, 2]], weights[:, ::2] > 0, 0
+    )
+    np.testing.assert_array_equal(std[:, [0, 2]], alone.apply(own[:, [0, 2]]))
+    weights[19:] = 0
+    with pytest.raises(InvalidInputError, match=r"19 labels of task 0 .* 19 labels of task 2 are"):
+        model.calibrate(data(labels, weights), 0)
     assert model.calibration == calibration  # as before
+    perfect = np.stack([mean[:, 0], *labels.T[1:]], axis=1)
+    with pytest.warns(UncalibratedWarning, match="task 0: no error"):
+        assert model.calibrate(data(perfect), 0).uncalibrated == (0,)
 
 
 def test_it_is_saved_with_the_model_and_with_a_checkpoint(tmp_path):
