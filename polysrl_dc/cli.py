@@ -2,9 +2,11 @@
 
 import argparse
 import os
+import re
 import sys
 import warnings
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -14,20 +16,18 @@ import numpy as np
 import pandas as pd
 from tqdm import tqdm
 
-from polysrl_dc.checkpoints import DEFAULT_ENCODER, checkpoint_path
 from polysrl_dc.cross_validation import StoichiometrySplitter, cross_val_predict, row_groups
 from polysrl_dc.datasets import PolymorphDataset, drop_skipped
 from polysrl_dc.domain import Domain, OutsideDomainWarning
 from polysrl_dc.errors import InvalidInputError
 from polysrl_dc.featurizers import StoichiometryGraphFeaturizer, StructureGraphFeaturizer
 from polysrl_dc.model import PolySRLModel
-from polysrl_dc.options import parser
-from polysrl_dc.recalibration import LEAST
-from polysrl_dc.recipes import RECIPES, suitable_recipe
+from polysrl_dc.options import check, follow_recipe, parser
+from polysrl_dc.recalibration import UncalibratedWarning
 from polysrl_dc.sources import read_structure
-from polysrl_dc.tables import MISSING, check_names, numbers, read_table, write_table
+from polysrl_dc.tables import check_table, numbers, predictions, read_table, ungrouped, write_table
 
-_SHOWN = 10  # skipped structures that are named
+_SHOWN = 10  # of many that are skipped for the same reason
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
@@ -51,7 +51,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     commands = (embed, train, predict, retrieve, domain, pretrain)
     options = parser(commands).parse_args(arguments)
     try:
-        _keep_inputs(options)
+        check(options)
         options.command(options)
     except KeyboardInterrupt:
         print(f"polysrl {options.name}: interrupted", file=sys.stderr)
@@ -77,16 +77,13 @@ def embed(options: argparse.Namespace) -> None:
 
 def train(options: argparse.Namespace) -> None:
     """Formulas and labels -> a model folder, and its score on formulas it has not learned from."""
-    for name in ("predictions", "group"):
-        if getattr(options, name) is not None and not (options.folds or options.hold_out):
-            raise InvalidInputError(f"--{name} needs --folds or --hold-out")
-    named = [] if options.group is None else [options.group]
-    frame, dataset = _formulas(options, options.target, named)
-    _follow_recipe(options, len(dataset))
+    group = [] if options.group is None else [options.group]
+    frame, dataset = _formulas(options, [*options.target, *group])
+    dataset = _labeled(options, frame, dataset)
+    frame = frame.loc[dataset.ids]
+    follow_recipe(options, len(dataset))
     held_out, predicted = None, None
-    if options.predictions:
-        check_names(frame, _columns(options.target))
-    groups = None if options.group is None else _group_labels(frame[options.group])
+    groups = frame[options.group].tolist() if group else None
     if options.folds:
         n_groups = row_groups(dataset, groups).max() + 1
         if not 2 <= options.folds <= n_groups:
@@ -95,9 +92,6 @@ def train(options: argparse.Namespace) -> None:
                 f"--folds {options.folds}: must be from 2 to {n_groups}, the different {what}"
             )
         held_out = dataset
-        each = partial(_trained, options)
-        chosen = {"seed": options.seed, "groups": groups}
-        predicted = cross_val_predict(each, dataset, options.folds, **chosen)
     elif options.hold_out:
         dataset, held_out = StoichiometrySplitter(groups).train_test_split(
             dataset, frac_train=1 - options.hold_out, seed=options.seed
@@ -107,7 +101,19 @@ def train(options: argparse.Namespace) -> None:
                 f"--hold-out {options.hold_out} leaves {len(dataset)} rows to train on and "
                 f"{len(held_out)} to score on"
             )
-    model = _trained(options, dataset)
+        for name, known in zip(options.target, dataset.w.any(0), strict=True):
+            if not known:
+                raise InvalidInputError(
+                    f"--hold-out {options.hold_out} leaves no label of {name!r} to train on"
+                )
+    if held_out is not None and options.predictions:
+        check_table(frame.loc[held_out.ids], options.target, options.predictions)
+    with _naming(options.target):
+        if options.folds:
+            chosen = {"seed": options.seed, "groups": groups}
+            each = partial(_trained, options)
+            predicted = cross_val_predict(each, dataset, options.folds, **chosen)
+        model = _trained(options, dataset)
     if options.task == "regression":
         if held_out is None:
             print("std is not calibrated and too small: --folds 5 calibrates it", file=sys.stderr)
@@ -119,11 +125,11 @@ def train(options: argparse.Namespace) -> None:
         mean, std = predicted or model.predict_uncertainty(held_out)
         if predicted and model.calibration:
             std = model.calibration.apply(std)
-        if options.predictions:
-            found = _predictions(mean, std, options.target)
-            write_table(frame.loc[held_out.ids], found, options.predictions)
         for task, name in enumerate(options.target):
             _print_score(options.task, name, held_out, mean, task)
+        if options.predictions:
+            found = predictions(mean, std, options.target)
+            write_table(frame.loc[held_out.ids], found, options.predictions)
 
 
 def predict(options: argparse.Namespace) -> None:
@@ -132,7 +138,13 @@ def predict(options: argparse.Namespace) -> None:
     frame, dataset = _formulas(options)
     mean, std = model.predict_uncertainty(dataset)
     targets = model.provenance.get("targets", range(mean.shape[1]))
-    write_table(frame, _predictions(mean, std, targets), options.output)
+    found = predictions(mean, std, targets)
+    if model.settings["task"] == "regression":
+        left = model.calibration.uncalibrated if model.calibration else range(mean.shape[1])
+        if left:
+            names = ", ".join(found.columns[mean.shape[1] + task] for task in left)
+            print(f"not calibrated and too small: {names}", file=sys.stderr)
+    write_table(frame, found, options.output)
 
 
 def retrieve(options: argparse.Namespace) -> None:
@@ -157,12 +169,12 @@ def retrieve(options: argparse.Namespace) -> None:
 def domain(options: argparse.Namespace) -> None:
     """Formulas and a reference -> the ``k`` nearest reference formulas of each, and its domain."""
     frame, dataset = _formulas(options)
+    model = PolySRLModel.from_pretrained(options.model)
     if options.structures:
         reference = _structures(options.structures, options.on_error)
     else:
-        table = {"input": options.reference, "column": options.column, "on_error": options.on_error}
-        reference = _formulas(argparse.Namespace(**table))[1]
-    known = Domain(PolySRLModel.from_pretrained(options.model), reference)
+        reference = _learned_from(options, model)
+    known = Domain(model, reference)
     k = min(options.k, len(known.formulas))
     with warnings.catch_warnings():
         warnings.simplefilter("ignore", OutsideDomainWarning)  # said below, in one line
@@ -186,7 +198,7 @@ def pretrain(options: argparse.Namespace) -> None:
 
 
 def _formulas(
-    options: argparse.Namespace, targets: Sequence[str] = (), others: Sequence[str] = ()
+    options: argparse.Namespace, others: Sequence[str] = ()
 ) -> tuple[pd.DataFrame, dc.data.Dataset]:
     """The table of formulas, as given or read, and its dataset; the rows of both correspond."""
     given = getattr(options, "formulas", [])
@@ -195,70 +207,78 @@ def _formulas(
             "give either formulas or --input FILE; formulas go before the options"
         )
     if options.input is not None:
-        frame = read_table(options.input, [options.column, *targets, *others])
+        frame = read_table(options.input, [options.column, *others])
     else:
         frame = pd.DataFrame({options.column: given})
     graphs = StoichiometryGraphFeaturizer(options.on_error).featurize(frame[options.column])
     dataset = drop_skipped(dc.data.NumpyDataset(graphs, ids=frame.index.to_numpy()))
-    frame = frame.loc[dataset.ids]
-    if targets and len(dataset):
-        dataset = _labeled(options, frame, dataset)
-        frame = frame.loc[dataset.ids]
     if len(dataset) == 0:
         raise InvalidInputError("no usable formula is left")
-    return frame.copy(), dataset
+    return frame.loc[dataset.ids], dataset
 
 
-def _group_labels(column: pd.Series) -> list[Any]:
-    """The fields of a column, none of which may be missing."""
-    for row, value in column.items():
-        if not pd.api.types.is_scalar(value):
-            raise InvalidInputError(f"row {row}: {column.name} is {value!r}, not a name or number")
-        if pd.isna(value) or value in MISSING:
-            raise InvalidInputError(
-                f"row {row}: {column.name} is {value!r}, which means that it is missing; "
-                "--group needs all of them"
-            )
-    return column.tolist()
+def _learned_from(options: argparse.Namespace, model: PolySRLModel) -> dc.data.Dataset:
+    """The formulas of --reference, but for the rows without a label of the targets."""
+    given = {"input": options.reference, "column": options.column, "on_error": options.on_error}
+    frame, dataset = _formulas(argparse.Namespace(**given), options.target or [])
+    targets = options.target or [n for n in model.provenance.get("targets", []) if n in frame]
+    if not targets:
+        return dataset
+    classes = model.settings["task"] == "classification"
+    labels = np.column_stack([numbers(frame[name], classes)[0] for name in targets])
+    kept = np.flatnonzero(~np.isnan(labels).all(1))
+    if len(kept) == 0:
+        raise InvalidInputError(f"{options.reference} has no label of {' or '.join(targets)}")
+    _say_unlabeled(len(dataset) - len(kept), targets)
+    return dataset.select(kept)
 
 
-def _keep_inputs(options: argparse.Namespace) -> None:
-    """Refuse to write over what is read."""
-    read = [getattr(options, name, None) for name in ("input", "reference")]
-    for name in ("output", "predictions"):
-        path = getattr(options, name, None)
-        for source in read:
-            if path and source and os.path.realpath(path) == os.path.realpath(source):
-                raise InvalidInputError(f"--{name} {path} is the table that is read")
-    for encoder in getattr(options, "pretrained", None) or []:
-        folder = checkpoint_path(encoder).parent
-        if encoder != "none" and os.path.realpath(folder) == os.path.realpath(options.output_dir):
-            raise InvalidInputError(
-                f"--output-dir {options.output_dir} holds the encoder {encoder}"
-            )
+def _say_unlabeled(n_rows: int, targets: Sequence[str]) -> None:
+    if n_rows:
+        print(f"rows without {' or '.join(targets)}, left out: {n_rows}", file=sys.stderr)
+
+
+def _say_skipped(texts: Sequence[str], what: str) -> None:
+    for text in texts[:_SHOWN]:
+        print(f"skipped {text}", file=sys.stderr)
+    if len(texts) > _SHOWN:
+        print(f"skipped {len(texts)} {what} in all", file=sys.stderr)
 
 
 def _labeled(
     options: argparse.Namespace, frame: pd.DataFrame, dataset: dc.data.Dataset
 ) -> dc.data.Dataset:
-    """The dataset with labels; rows with a wrong one are refused or skipped."""
+    """The rows with a label, and a group if one is asked for; wrong ones are refused or skipped."""
     if len(set(options.target)) < len(options.target):
         raise InvalidInputError(f"--target names a column twice: {' '.join(options.target)}")
     classes = options.task == "classification"
-    found = {name: numbers(frame[name], classes) for name in options.target}
-    wrong = {row: text for _, texts in found.values() for row, text in texts.items()}
-    for text in wrong.values():
+    found = [numbers(frame[name], classes) for name in options.target]
+    labels = np.column_stack([values for values, _ in found])
+    weights = (~np.isnan(labels)).astype(float)
+    kept = weights.any(1)
+    empty = set(frame.index[~kept])
+    for row, text in (pair for _, wrong in found for pair in wrong.items()):
         if options.on_error == "raise":
             raise InvalidInputError(text)
-        print(f"skipped {text}", file=sys.stderr)
-    labels = np.column_stack([values for values, _ in found.values()])
-    weights = (~np.isnan(labels)).astype(float)
-    kept = np.flatnonzero(~frame.index.isin(list(wrong)))
-    for name, known in zip(options.target, weights[kept].any(0), strict=True):
-        if not known:
-            raise InvalidInputError(f"the column {name!r} has no number")
+        print(f"skipped {'' if row in empty else 'the label in '}{text}", file=sys.stderr)
+    _say_unlabeled(len(empty.difference(*(wrong for _, wrong in found))), options.target)
     labels = np.where(weights, labels, 0.0)
-    return dc.data.NumpyDataset(dataset.X, labels, weights, dataset.ids).select(kept)
+    dataset = dc.data.NumpyDataset(dataset.X, labels, weights, dataset.ids)
+    dataset = dataset.select(np.flatnonzero(kept))
+    rows = ""
+    if options.group is not None:
+        column = frame.loc[dataset.ids, options.group]
+        missing = ungrouped(column)
+        if missing and options.on_error == "raise":
+            text = next(iter(missing.values()))
+            raise InvalidInputError(f"{text}; --group needs all of them, or --on-error skip")
+        _say_skipped(list(missing.values()), "rows")
+        dataset = dataset.select(np.flatnonzero(~column.index.isin(list(missing))))
+        rows = f" in the rows with {options.group!r}"
+    for name, known in zip(options.target, dataset.w.any(0), strict=True):
+        if not known:
+            raise InvalidInputError(f"the column {name!r} has no number{rows}")
+    return dataset
 
 
 def _structures(paths: Sequence[str], on_error: str) -> dc.data.Dataset:
@@ -287,34 +307,10 @@ def _structures(paths: Sequence[str], on_error: str) -> dc.data.Dataset:
         graphs = featurizer.featurize(pd.Series(structures, dtype=object))
         dataset = dc.data.NumpyDataset(graphs, ids=np.array(list(structures), dtype=object))
         dataset = drop_skipped(dataset) if structures else dataset
-    for name, message in skipped[:_SHOWN]:
-        print(f"skipped {name}: {message}", file=sys.stderr)
-    if len(skipped) > _SHOWN:
-        print(f"skipped {len(skipped)} structures in all", file=sys.stderr)
+    _say_skipped([f"{name}: {message}" for name, message in skipped], "structures")
     if len(dataset) == 0:
         raise InvalidInputError("no usable structure is left")
     return dataset
-
-
-def _follow_recipe(options: argparse.Namespace, n_rows: int) -> None:
-    """Set what no option says, by the recipe that is named or suits the number of rows."""
-    name = options.recipe or suitable_recipe(n_rows)
-    told = options.pretrained or options.freeze_encoder or options.ensemble
-    if told and not options.recipe:  # how, but not in what batches
-        name = name if name == "large" else "single"
-        options.pretrained = options.pretrained or [DEFAULT_ENCODER]
-    recipe, options.recipe = RECIPES[name], name
-    for setting, value in {"epochs": recipe.epochs, **recipe.settings}.items():
-        given = getattr(options, setting)
-        if given is None or given is False:
-            setattr(options, setting, value)
-    options.pretrained = list(options.pretrained or [DEFAULT_ENCODER])
-    what = "heads" if options.freeze_encoder else "encoders and heads"
-    print(
-        f"recipe {name}: {what} on {', '.join(options.pretrained)}, {options.epochs} epochs, "
-        f"{options.batch_size} rows a step, learning rate {options.learning_rate:g}",
-        file=sys.stderr,
-    )
 
 
 def _training(options: argparse.Namespace) -> dict[str, Any]:
@@ -351,16 +347,32 @@ def _calibrate(
     predicted: tuple[np.ndarray, np.ndarray] | None,
     targets: Sequence[str],
 ) -> None:
-    counts = np.count_nonzero(held_out.w, axis=0)
-    few = [f"{n} labels of {name}" for n, name in zip(counts, targets, strict=True) if n < LEAST]
     try:
-        if few:
-            raise InvalidInputError(f"{', '.join(few)} held out, at least {LEAST} are needed")
-        model.calibrate(held_out, predicted=predicted)
-        labels = " and ".join(map(str, counts))
-        print(f"std is calibrated on {labels} held-out labels", file=sys.stderr)
+        with _naming(targets), warnings.catch_warnings(record=True) as caught:
+            warnings.simplefilter("ignore")
+            warnings.simplefilter("always", UncalibratedWarning)
+            left = model.calibrate(held_out, predicted=predicted).uncalibrated
     except InvalidInputError as error:
         print(f"std is not calibrated: {error}", file=sys.stderr)
+        return
+    counts = np.delete(np.count_nonzero(held_out.w, axis=0), left)
+    labels = " and ".join(map(str, counts))
+    print(f"std is calibrated on {labels} held-out labels", file=sys.stderr)
+    for warning in caught:
+        print(_by_name(str(warning.message), targets), file=sys.stderr)
+
+
+@contextmanager
+def _naming(targets: Sequence[str]) -> Iterator[None]:
+    """Errors of the model, which number its tasks, with the names of the columns."""
+    try:
+        yield
+    except InvalidInputError as error:
+        raise InvalidInputError(_by_name(str(error), targets)) from error
+
+
+def _by_name(text: str, targets: Sequence[str]) -> str:
+    return re.sub(r"\btask (\d+)", lambda match: targets[int(match[1])], text)
 
 
 def _print_score(
@@ -375,13 +387,3 @@ def _print_score(
         score = dc.metrics.mae_score if kind == "regression" else dc.metrics.roc_auc_score
         value = f"{score(labels, found):.4g} on {known.sum()} held-out labels"
         print(f"{score.__name__} of {name}: {value}", file=sys.stderr)
-
-
-def _predictions(mean: np.ndarray, std: np.ndarray, targets: Sequence[str] | range) -> pd.DataFrame:
-    """Columns ``prediction`` and ``std``; of several targets, with their names."""
-    return pd.DataFrame(np.hstack([mean, std]), columns=_columns(targets))
-
-
-def _columns(targets: Sequence[str] | range) -> list[str]:
-    ends = [f"_{target}" for target in targets] if len(targets) > 1 else [""]
-    return [name + end for name in ("prediction", "std") for end in ends]

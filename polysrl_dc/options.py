@@ -2,13 +2,16 @@
 
 import argparse
 import math
+import os
+import sys
 from collections.abc import Callable, Sequence
 from pathlib import Path
 from tempfile import TemporaryFile
 from typing import Any
 
-from polysrl_dc.checkpoints import DEFAULT_ENCODER, shipped_encoders
-from polysrl_dc.recipes import LEAST_ROWS, RECIPES
+from polysrl_dc.checkpoints import DEFAULT_ENCODER, checkpoint_path, shipped_encoders
+from polysrl_dc.errors import InvalidInputError
+from polysrl_dc.recipes import LEAST_ROWS, RECIPES, suitable_recipe
 from polysrl_dc.tables import WRITERS
 
 EXAMPLES = """
@@ -112,6 +115,13 @@ def parser(commands: Sequence[Command]) -> argparse.ArgumentParser:
     known.add_argument(
         "--reference", help="instead, a table with the same column of formulas; rows are its names"
     )
+    sub.add_argument(
+        "--target",
+        nargs="+",
+        action="extend",
+        help="columns of --reference; rows without a label in any of them are left out. Default: "
+        "the targets of the model, where it has them",
+    )
     sub.add_argument("-k", type=_positive, default=5, help="reference formulas to name for each")
     sub.add_argument(
         "--model", default=DEFAULT_ENCODER, help="folder of a model, or name of a shipped encoder"
@@ -175,12 +185,56 @@ def parser(commands: Sequence[Command]) -> argparse.ArgumentParser:
     return whole
 
 
+def check(options: argparse.Namespace) -> None:
+    """Refuse options that need others, and to write over what is read."""
+    for name in ("predictions", "group"):
+        if getattr(options, name, None) is not None and not (options.folds or options.hold_out):
+            raise InvalidInputError(f"--{name} needs --folds or --hold-out")
+    if options.name == "domain" and options.target and not options.reference:
+        raise InvalidInputError("--target needs --reference")
+    read = [getattr(options, name, None) for name in ("input", "reference")]
+    for name in ("output", "predictions"):
+        path = getattr(options, name, None)
+        for source in read:
+            if path and source and os.path.realpath(path) == os.path.realpath(source):
+                raise InvalidInputError(f"--{name} {path} is the table that is read")
+    for encoder in getattr(options, "pretrained", None) or []:
+        folder = checkpoint_path(encoder).parent
+        if encoder != "none" and os.path.realpath(folder) == os.path.realpath(options.output_dir):
+            raise InvalidInputError(
+                f"--output-dir {options.output_dir} holds the encoder {encoder}"
+            )
+
+
+def follow_recipe(options: argparse.Namespace, n_rows: int) -> None:
+    """Set what no option says, by the recipe that is named or suits the number of rows."""
+    name = options.recipe or suitable_recipe(n_rows)
+    told = options.pretrained or options.freeze_encoder or options.ensemble
+    if told and not options.recipe:  # how, but not in what batches
+        name = name if name == "large" else "single"
+        options.pretrained = options.pretrained or [DEFAULT_ENCODER]
+    recipe, options.recipe = RECIPES[name], name
+    for setting, value in {"epochs": recipe.epochs, **recipe.settings}.items():
+        given = getattr(options, setting)
+        if given is None or given is False:
+            setattr(options, setting, value)
+    options.pretrained = list(options.pretrained or [DEFAULT_ENCODER])
+    what = "heads" if options.freeze_encoder else "encoders and heads"
+    print(
+        f"recipe {name}: {what} on {', '.join(options.pretrained)}, {options.epochs} epochs, "
+        f"{options.batch_size} rows a step, learning rate {options.learning_rate:g}",
+        file=sys.stderr,
+    )
+
+
 def _output(path: str) -> str:
     if not path.endswith(tuple(WRITERS)):
         raise argparse.ArgumentTypeError(f"{path} does not end in one of {', '.join(WRITERS)}")
     if not Path(path).absolute().parent.is_dir():
         raise argparse.ArgumentTypeError(f"{path} lies in no folder that exists")
-    return path
+    if Path(path).is_dir():
+        raise argparse.ArgumentTypeError(f"{path} is a folder")
+    return _writable(path, Path(path).absolute().parent)
 
 
 def _folder(path: str) -> str:
@@ -189,11 +243,15 @@ def _folder(path: str) -> str:
     there = next(part for part in [Path(path), *Path(path).absolute().parents] if part.exists())
     if not there.is_dir():
         raise argparse.ArgumentTypeError(f"{path}: {there} is a file, no folder")
+    return _writable(path, there)
+
+
+def _writable(path: str, folder: Path) -> str:
     try:
-        with TemporaryFile(dir=there):  # what fails now would fail after hours of training
+        with TemporaryFile(dir=folder):  # what fails now would fail after hours of training
             return path
-    except OSError as error:
-        raise argparse.ArgumentTypeError(f"{path}: {error}") from error
+    except OSError as error:  # which names that file
+        raise argparse.ArgumentTypeError(f"{path}: {error.strerror or error}") from error
 
 
 def _fraction(text: str) -> float:

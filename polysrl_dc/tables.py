@@ -105,7 +105,7 @@ def read_table(path: str, columns: Sequence[str]) -> pd.DataFrame:
     content = _standard_input() if path == "-" else unpacked(path, _LARGEST)
     suffixes = [suffix.lower() for suffix in Path(path).suffixes]
     kind = next((suffix for suffix in reversed(suffixes) if suffix not in _COMPRESSIONS), "")
-    advice = _separator(kind, content)
+    advice = _separator(kind, content, columns[0])
     try:
         frame = _parsed(kind, content, columns[0])
         for name in frame.columns[frame.columns.duplicated()]:
@@ -115,6 +115,8 @@ def read_table(path: str, columns: Sequence[str]) -> pd.DataFrame:
         frame = frame.reset_index(drop=counted)
     except Exception as error:  # three parsers, each of which fails in its own ways
         line = " ".join(str(error).split())
+        if "codec can't decode" in line:
+            advice += "; save it as UTF-8"
         raise InvalidInputError(f"{path} is no table: {line}{advice}") from error
     for name in columns:
         if name not in frame:
@@ -172,7 +174,12 @@ def _csv_rows(content: bytes, separator: str) -> list[list[str]]:
 
 def _from_json(content: bytes, lines: bool) -> pd.DataFrame:
     """Fields as they are given, which pandas would turn into floats where some are missing."""
-    given = list(_json_lines(content)) if lines else _json(content)
+    try:
+        given = list(_json_lines(content)) if lines else _json(content)
+    except json.JSONDecodeError as error:
+        if lines or error.msg != "Extra data":
+            raise
+        raise ValueError(f"{error}; if each line holds a row, call it .jsonl") from error
     if isinstance(given, dict) and given.keys() == {"index", "columns", "data"}:
         return pd.DataFrame(given["data"], given["index"], given["columns"], dtype=object)
     if isinstance(given, dict):
@@ -234,15 +241,16 @@ def _bare(name: Any) -> str:
     return str(name).strip().casefold()
 
 
-def _separator(kind: str, content: bytes) -> str:
+def _separator(kind: str, content: bytes, formulas: str) -> str:
     """Advice on a CSV table whose first line has what other programs write for a comma."""
     if kind in (".parquet", ".json", ".jsonl", ".tsv"):
         return ""
-    line = BytesIO(content).readline()
-    found = [name for mark, name in ((b";", "semicolons"), (b"\t", "tabs")) if mark in line]
-    if not found or b"," in line:
-        return ""
-    return f"; its fields are separated by {found[0]}: save it with commas, and decimal points"
+    line = BytesIO(content).readline().decode("utf-8-sig", "replace")
+    for mark, name in ((";", "semicolons"), ("\t", "tabs")):
+        fields = [_bare(field.strip().strip('"')) for field in line.split(mark)]
+        if len(fields) > 1 and ("," not in line or _bare(formulas) in fields):
+            return f"; its fields are separated by {name}: save it with commas, and decimal points"
+    return ""
 
 
 def numbers(column: pd.Series, classes: bool = False) -> tuple[np.ndarray, dict[Hashable, str]]:
@@ -292,10 +300,37 @@ def _number(value: Any) -> float:
         return np.nan
 
 
-def check_names(given: pd.DataFrame, found: Sequence[str]) -> None:
-    """Refuse columns that a table has already."""
-    if taken := [name for name in found if name in given]:
-        raise InvalidInputError(f"the table has a column {taken[0]!r} already; rename it")
+def predictions(mean: np.ndarray, std: np.ndarray, targets: Sequence[str] | range) -> pd.DataFrame:
+    """Columns ``prediction`` and ``std``; of several targets, with their names."""
+    ends = [f"_{target}" for target in targets] if len(targets) > 1 else [""]
+    names = [name + end for name in ("prediction", "std") for end in ends]
+    return pd.DataFrame(np.hstack([mean, std]), columns=names)
+
+
+def ungrouped(column: pd.Series) -> dict[Hashable, str]:
+    """What is wrong with the fields that name no group: row -> a sentence."""
+    wrong = {}
+    for row, value in column.items():
+        if not pd.api.types.is_scalar(value):
+            wrong[row] = f"row {row}: {column.name} is {value!r}, not a name or number"
+        elif pd.isna(value) or value in MISSING:
+            wrong[row] = f"row {row}: {column.name} is {value!r}, which means that it is missing"
+    return wrong
+
+
+def check_table(given: pd.DataFrame, targets: Sequence[str], path: str) -> None:
+    """Refuse what :func:`write_table` could not write beside predictions that are yet to be made.
+
+    Parameters
+    ----------
+    given : pandas.DataFrame
+    targets : sequence of str
+        What is to be predicted.
+    path : str
+        Ends in one of :data:`WRITERS`.
+    """
+    nothing = np.zeros((len(given), len(targets)))
+    _content(_beside(given, predictions(nothing, nothing, targets)), path)
 
 
 def write_table(given: pd.DataFrame, found: pd.DataFrame, path: str | None) -> None:
@@ -311,18 +346,31 @@ def write_table(given: pd.DataFrame, found: pd.DataFrame, path: str | None) -> N
     Raises
     ------
     InvalidInputError
-        Both have a column of the same name, or the format cannot hold a column of mixed types.
+        Both have a column of the same name, the format cannot hold a column of mixed types, or the
+        file cannot be written.
     """
-    check_names(given, list(found))
-    frame = pd.concat([given.reset_index(drop=True), found], axis=1)
+    frame = _beside(given, found)
     if path is None:
         sys.stdout.writelines(_to_csv(frame).decode().splitlines(keepends=True))
         sys.stdout.flush()
         return
+    content = _content(frame, path)
     try:
-        content = next(write for end, write in WRITERS.items() if path.endswith(end))(frame)
+        write_atomic(path, content)
+    except OSError as error:  # which names another file, beside this one
+        raise InvalidInputError(f"{path} cannot be written: {error.strerror or error}") from error
+    print(f"{len(frame)} rows written to {path}", file=sys.stderr)
+
+
+def _beside(given: pd.DataFrame, found: pd.DataFrame) -> pd.DataFrame:
+    if taken := [name for name in found if name in given]:
+        raise InvalidInputError(f"the table has a column {taken[0]!r} already; rename it")
+    return pd.concat([given.reset_index(drop=True), found], axis=1)
+
+
+def _content(frame: pd.DataFrame, path: str) -> bytes:
+    try:
+        return next(write for end, write in WRITERS.items() if path.endswith(end))(frame)
     except (ValueError, TypeError, OverflowError) as error:  # Parquet: a column has one type
         line = " ".join(str(error).split())
         raise InvalidInputError(f"{path} cannot be written: {line}; CSV can") from error
-    write_atomic(path, content)
-    print(f"{len(frame)} rows written to {path}", file=sys.stderr)

@@ -33,7 +33,7 @@ from polysrl_dc.datasets import drop_skipped
 from polysrl_dc.errors import InvalidInputError
 from polysrl_dc.graphs import StoichiometryGraph
 from polysrl_dc.tables import WRITERS as WRITTEN
-from polysrl_dc.tables import numbers, read_table
+from polysrl_dc.tables import numbers, read_table, write_table
 
 #: What pandas takes for a missing or infinite number before a loader of DeepChem sees it.
 NO_TEXT = {"nan", "na", "n/a", "none", "null", "inf", "infinity", ""}
@@ -232,6 +232,15 @@ def test_rows_are_written_as_they_were_given(encoder, tmp_path):
     ("name", "content", "message"),
     [
         ("t.csv", "formula;gap\nNaCl;1,5\n", "separated by semicolons: save it with commas"),
+        ("t.csv", "formula;gap;a, b\nNaCl;1;c\n", "separated by semicolons: save it with commas"),
+        ("t.csv", "formula,gap\n\xb5,2\n", "t.csv is no table: 'utf-8' codec"),
+        ("t.csv", "formula,gap\n\xb5,2\n", "invalid start byte; save it as UTF-8"),
+        ("t.jsonl", '{"formula": "\xb5"}', "; save it as UTF-8"),
+        (
+            "t.json",
+            '{"formula": "NaCl"}\n{"formula": "KCl"}',
+            "each line holds a row, call it .jsonl",
+        ),
         ("t.csv", "formula\tgap\nNaCl\t1.5\n", "separated by tabs: save it with commas"),
         ("t.csv", "Formula ,gap\nNaCl,1.5\n", "; is it 'Formula '?"),
         ("t.csv", "formula,gap,gap\nNaCl,1,2\n", "two columns are called 'gap'"),
@@ -241,7 +250,7 @@ def test_rows_are_written_as_they_were_given(encoder, tmp_path):
 )
 def test_tables_of_other_programs_are_refused_with_advice(name, content, message, tmp_path, capsys):
     path = tmp_path / name
-    path.write_text(content)
+    path.write_text(content, encoding="latin-1")
     status, _, error = run(["embed", "--input", str(path)], capsys)
     assert status == 2 and message in error
 
@@ -437,6 +446,17 @@ def test_what_a_format_cannot_hold_is_refused(number, tmp_path, capsys):
     assert status == 2 and "out.parquet cannot be written" in error and not output.exists()
     assert run([*command, str(tmp_path / "out.csv")], capsys)[0] == 0
     assert number.strip('"') in (tmp_path / "out.csv").read_text()
+
+
+def test_a_file_that_cannot_be_written_is_named_as_it_was_given(tmp_path, monkeypatch):
+    def full(path, content):
+        raise OSError(28, "No space left on device", f"{path}.tmp")
+
+    monkeypatch.setattr("polysrl_dc.tables.write_atomic", full)
+    output, empty = str(tmp_path / "out.csv"), pd.DataFrame(index=[0])
+    with pytest.raises(InvalidInputError, match=r"out\.csv cannot be written: No space") as error:
+        write_table(pd.DataFrame({"formula": ["NaCl"]}), empty, output)
+    assert ".tmp" not in str(error.value)
 
 
 def test_an_index_that_names_the_rows_is_kept(tmp_path, capsys):

@@ -33,7 +33,7 @@ def table(tmp_path: Path) -> Path:
     path = tmp_path / "data.csv"
     frame = pd.DataFrame({"name": FORMULAS, "gap": np.linspace(1.0, 9.0, len(FORMULAS))})
     frame["oxide"] = [int("O" in formula) for formula in FORMULAS]
-    frame["empty"] = ""
+    frame["empty"], frame["one"] = "", [1.0, *[""] * (len(FORMULAS) - 1)]
     frame.to_csv(path, index=False)
     return path
 
@@ -110,9 +110,11 @@ def test_train_scores_on_held_out_formulas(
     error = capsys.readouterr().err
     assert "mae_score of gap: " in error and "mae_score of oxide: " in error
     assert error.count(" on 3 held-out labels") == 2
-    assert "std is not calibrated: 3 labels of gap, 3 labels of oxide held out" in error
+    assert "std is not calibrated: 3 labels of gap are too few, at least 20 are needed" in error
     assert main(["predict", "--model", folder, "NaCl"]) == 0
-    header = capsys.readouterr().out.splitlines()[0]
+    out, error = capsys.readouterr()
+    header = out.splitlines()[0]
+    assert error == "not calibrated and too small: std_gap, std_oxide\n"
     assert header == "formula,prediction_gap,prediction_oxide,std_gap,std_oxide"
 
 
@@ -211,10 +213,12 @@ def test_held_out_formulas_calibrate_the_std(
     dataset = dc.data.NumpyDataset(graphs, np.sin(np.arange(72)), ids=np.arange(72))
     std = model.predict_uncertainty(dataset)[1]
     assert main(["predict", "--model", folder, "--input", str(table)]) == 0
-    written = pd.read_csv(StringIO(capsys.readouterr().out))
+    out, said = capsys.readouterr()
+    written = pd.read_csv(StringIO(out))
     np.testing.assert_allclose(written["std"], std[:, 0], rtol=1e-5)
     held_out = StoichiometrySplitter().train_test_split(dataset, frac_train=0.5, seed=0)[1]
     assert f"std is calibrated on {len(held_out)} held-out labels" in error
+    assert "not calibrated" not in said
     assert model.calibration == model.calibrate(held_out)
 
 
@@ -253,7 +257,10 @@ def test_folds_score_and_calibrate_a_model_of_all_rows(
 
 
 def test_what_cannot_be_scored_on_is_said_before_training(
-    table: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+    table: Path,
+    tmp_path: Path,
+    capsys: pytest.CaptureFixture[str],
+    monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     command = ["train", "--input", str(table), "--column", "name", "--target", "gap"]
     command += ["--output-dir", str(tmp_path / "model")]
@@ -261,6 +268,18 @@ def test_what_cannot_be_scored_on_is_said_before_training(
     pd.read_csv(table).assign(std=1.0).to_csv(taken, index=False)
     wanted = ["--predictions", str(tmp_path / "out.csv")]
     nowhere = str(tmp_path / "absent" / "out.csv")
+    nameless, folder = tmp_path / "nameless.csv", tmp_path / "folder.csv"
+    nameless.write_text("\n".join(["name,gap,,", *(f"{name},1,," for name in FORMULAS)]))
+    folder.mkdir()
+    parquet = ["--predictions", str(tmp_path / "out.parquet")]
+    proc = ["--predictions", "/proc/out.csv"]
+    fit, learned = PolySRLModel.fit, []
+
+    def counted(model: PolySRLModel, dataset: Any, *args: Any, **kwargs: Any) -> float:
+        learned.append(len(dataset))
+        return fit(model, dataset, *args, **kwargs)
+
+    monkeypatch.setattr(PolySRLModel, "fit", counted)
     for options, message in (
         (wanted, "--predictions needs --folds or --hold-out"),
         (["--folds", "1"], "--folds 1: must be from 2 to 12, the different formulas"),
@@ -275,8 +294,14 @@ def test_what_cannot_be_scored_on_is_said_before_training(
         (["--folds", "2", "--input", str(taken), *wanted], "has a column 'std' already"),
         (["--folds", "2", "--hold-out", "0.5"], "not allowed with"),
         (["--folds", "2", "--predictions", nowhere], f"{nowhere} lies in no folder that exists"),
+        (["--folds", "2", "--input", str(nameless), *parquet], "out.parquet cannot be written"),
+        (["--folds", "2", "--predictions", str(folder)], f"{folder} is a folder"),
+        (["--folds", "2", "--target", "one"], "one has no label outside fold "),
+        (["--hold-out", "0.9", "--target", "one"], "leaves no label of 'one' to train on"),
+        *([(["--folds", "2", *proc], "/proc/out.csv: ")] if Path("/proc").is_dir() else []),
     ):
         assert message in error_of([*command, *options], capsys)
+    assert learned == [len(FORMULAS)]  # by the learning rate
     assert not (tmp_path / "model").exists()
 
 
@@ -404,6 +429,103 @@ def test_a_bad_label_is_named(tmp_path: Path, capsys: pytest.CaptureFixture[str]
     assert main([*command, "--target", "gap", "--on-error", "skip"]) == 0
     skipped = capsys.readouterr().err
     assert "skipped row 1: gap is 'large'" in skipped and "skipped row 2: gap is '~3'" in skipped
+
+
+def test_labels_that_cannot_be_read_leave_those_beside_them(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    path, learned = tmp_path / "bad.csv", []
+    path.write_text("formula,gap,size\nNaCl,8.5,1\nKCl,large,2\nLiF,x,\nMgO,,\nCaO,7.1,3\nZnO,3,\n")
+
+    def trained(model: PolySRLModel, dataset: Any, epochs: int) -> None:
+        learned.append((dataset.ids.tolist(), dataset.y.tolist(), dataset.w.tolist()))
+        model.model.fitted.fill_(True)
+
+    monkeypatch.setattr(cli, "_fit", trained)
+    monkeypatch.setitem(LEAST_ROWS, "fine-tuned", 5)  # of six rows, four have a label
+    command = ["train", "--input", str(path), "--target", "gap", "size", "--epochs", "1"]
+    command += ["--output-dir", str(tmp_path / "model")]
+    assert main([*command, "--on-error", "skip"]) == 0
+    labels, weights = [[8.5, 1], [0, 2], [7.1, 3], [3, 0]], [[1, 1], [0, 1], [1, 1], [1, 0]]
+    assert learned == [([0, 1, 4, 5], labels, weights)]
+    *said, recipe = capsys.readouterr().err.splitlines()[:4]
+    assert said == [
+        "skipped the label in row 1: gap is 'large', not a number",
+        "skipped row 2: gap is 'x', not a number",
+        "rows without gap or size, left out: 1",
+    ]
+    assert recipe.startswith("recipe frozen: ")
+
+
+def test_rows_without_a_group_are_left_out(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    path, written = tmp_path / "t.csv", tmp_path / "out.csv"
+    frame = pd.DataFrame(
+        {"formula": FORMULAS, "gap": range(len(FORMULAS)), "doi": list("abcd") * 3}
+    )
+    frame.loc[[1, 5], "doi"], frame.loc[5, "gap"] = "", np.nan
+    frame["rare"] = np.where(frame.index == 1, 1.0, np.nan)
+    frame.to_csv(path, index=False)
+    command = ["train", "--input", str(path), "--epochs", "1", "--group", "doi", "--folds", "2"]
+    command += ["--on-error", "skip", "--output-dir", str(tmp_path / "model"), "--target", "gap"]
+    assert main([*command, "--predictions", str(written)]) == 0
+    error = capsys.readouterr().err
+    assert error.startswith("rows without gap, left out: 1\nskipped row 1: doi is ''")
+    assert pd.read_csv(written)["gap"].tolist() == [0, 2, 3, 4, *range(6, 12)]
+    message = error_of([*command, "rare"], capsys)
+    assert message.endswith("the column 'rare' has no number in the rows with 'doi'")
+
+
+def test_a_target_of_few_labels_leaves_the_others_calibrated(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    path, folder = tmp_path / "t.csv", str(tmp_path / "model")
+    formulas = [f"{metal}{n}Cl" for metal in ("Li", "Na", "K") for n in range(1, 9)]
+    frame = pd.DataFrame({"formula": formulas, "gap": np.sin(np.arange(24.0))})
+    frame["rare"] = frame["gap"].where(frame.index < 9)
+    frame.to_csv(path, index=False)
+    command = ["train", "--input", str(path), "--target", "rare", "gap", "--epochs", "1"]
+    assert main([*command, "--folds", "2", "--output-dir", folder]) == 0
+    error = capsys.readouterr().err
+    assert (
+        "std is calibrated on 24 held-out labels\nstd is not calibrated: 9 labels of rare" in error
+    )
+    calibration = PolySRLModel.from_pretrained(folder).calibration
+    assert calibration is not None and calibration.uncalibrated == (0,)
+    assert main(["predict", "--model", folder, "NaCl"]) == 0
+    assert capsys.readouterr().err == "not calibrated and too small: std_rare\n"
+
+
+def test_scores_are_printed_though_the_predictions_cannot_be_written(
+    table: Path,
+    tmp_path: Path,
+    capsys: pytest.CaptureFixture[str],
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    def full(path: str, content: bytes) -> None:
+        raise OSError(28, "No space left on device", f"{path}.tmp")
+
+    monkeypatch.setattr("polysrl_dc.tables.write_atomic", full)
+    command = ["train", "--input", str(table), "--column", "name", "--target", "gap", "--epochs"]
+    command += ["1", "--hold-out", "0.5", "--output-dir", str(tmp_path / "model")]
+    assert main([*command, "--predictions", str(tmp_path / "out.csv")]) == 2
+    error = capsys.readouterr().err
+    assert "mae_score of gap: " in error
+    assert error.endswith("out.csv cannot be written: No space left on device\n")
+
+
+def test_errors_of_training_name_the_column(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    path = tmp_path / "t.csv"
+    rows = [f"{formula},{i},{1e6 + 1e-4 * i}" for i, formula in enumerate(FORMULAS)]
+    path.write_text("\n".join(["formula,gap,size", *rows]))
+    command = ["train", "--input", str(path), "--target", "gap", "size", "--epochs", "1"]
+    command += ["--output-dir", str(tmp_path / "model")]
+    assert "error: the labels of size differ by" in error_of(command, capsys)
+    message = error_of([*command, "--folds", "2"], capsys)
+    assert "error: without fold 1 of 2: the labels of size differ by" in message
 
 
 def test_rows_of_a_group_are_scored_together(

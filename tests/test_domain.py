@@ -220,6 +220,32 @@ def test_the_command_writes_the_table_and_counts(tmp_path, capsys):
     assert "1 of 2 formulas" in captured.err
 
 
+def test_rows_that_a_model_has_not_learned_from_are_no_reference(tmp_path, capsys):
+    table, model = tmp_path / "gaps.csv", str(tmp_path / "model")
+    salts = "".join(f"{metal}Cl,{row},1\n" for row, metal in enumerate(("Li", "Na", "K", "Rb")))
+    table.write_text(f"formula,gap,size\n{salts}PuO2,,1\nPuN,x,1\n")
+    asked = ["domain", "PuO2", "NaCl", "--reference", str(table), "-k", "1"]
+    command = ["train", "--input", str(table), "--target", "gap", "--epochs", "1"]
+    assert main([*command, "--on-error", "skip", "--output-dir", model]) == 0
+    for told, n in (
+        (["--model", model], 2),
+        (["--target", "gap"], 2),
+        (["--model", model, "--target", "gap", "size"], 0),
+        ([], 0),
+    ):
+        capsys.readouterr()
+        assert main([*asked, *told]) == 0
+        captured = capsys.readouterr()
+        outside = [line.split(",")[1] for line in captured.out.splitlines()[1:]]
+        assert outside == [str(n > 0), "False"]
+        assert ("rows without gap, left out: 2\n" in captured.err) == (n > 0)
+    table.write_text("formula,size\nNaCl,1\nPuO2,1\n")  # without the target of the model
+    assert main([*asked, "--model", model]) == 0 and "left out" not in capsys.readouterr().err
+    table.write_text("formula,gap\nNaCl,\nPuO2,\n")
+    assert main([*asked, "--model", model]) == 2
+    assert f"{table} has no label of gap" in capsys.readouterr().err
+
+
 @pytest.mark.parametrize(
     ("arguments", "part"),
     [
@@ -228,6 +254,7 @@ def test_the_command_writes_the_table_and_counts(tmp_path, capsys):
         (["NaCl", "--structures", "nowhere.parquet"], "nowhere.parquet"),
         (["--structures", "nowhere.parquet"], "give either formulas or --input"),
         (["NaCl", "--reference", "x.csv", "--structures", "y.cif"], "not allowed with"),
+        (["NaCl", "--structures", "y.cif", "--target", "gap"], "--target needs --reference"),
     ],
 )
 def test_errors_of_the_command_are_one_clear_line(arguments, part, capsys):
