@@ -9,6 +9,7 @@ from torch.nn import functional
 
 from polysrl_dc.config import PolySRLConfig
 from polysrl_dc.graphs import StoichiometryBatch
+from polysrl_dc.layers import at_least_float32
 from polysrl_dc.stoichiometry_encoder import StoichiometryEncoder
 
 
@@ -158,7 +159,7 @@ class PropertyNetwork(nn.Module):
             Absolute error (eq. 14) or cross-entropy, plus, if heteroscedastic, the Laplace
             negative log-likelihood of the scale at the error as it stands.
         """
-        location, log_scale = self.outputs(embeddings)
+        location, log_scale = map(at_least_float32, self.outputs(embeddings))
         if self.classification:
             losses = functional.binary_cross_entropy_with_logits(
                 location, labels, reduction="none"

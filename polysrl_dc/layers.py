@@ -9,6 +9,11 @@ from torch.nn import functional
 from polysrl_dc.distributed import process_count, sum_over_processes
 
 
+def at_least_float32(values: Tensor) -> Tensor:
+    """Values in float32 where they are narrower, as autocast leaves them; else themselves."""
+    return values.to(torch.promote_types(values.dtype, torch.float32))
+
+
 class CompositionSet2Set(nn.Module):
     """Set2Set (Vinyals et al. 2015; eq. 11 and 12 of the paper) over the elements of a formula.
 
@@ -144,12 +149,13 @@ class FeatureNorm(nn.BatchNorm1d):
         """Features, shape (n_graphs, F), normalized; running statistics in evaluation mode."""
         if not self.enabled:
             return features
-        normalized = self._normalized(features)
-        if not self.whitening:
-            return normalized
-        if self.training and self.adaptive:
-            self._adapt(normalized.detach())
-        return normalized @ self.decorrelation.to(normalized.dtype)
+        with torch.autocast(features.device.type, enabled=False):
+            normalized = self._normalized(at_least_float32(features))
+            if not self.whitening:
+                return normalized
+            if self.training and self.adaptive:
+                self._adapt(normalized.detach())
+            return normalized @ self.decorrelation.to(normalized.dtype)
 
     def _normalized(self, features: Tensor) -> Tensor:
         if self.training and process_count() > 1:
@@ -163,7 +169,6 @@ class FeatureNorm(nn.BatchNorm1d):
 
     def _over_processes(self, features: Tensor) -> Tensor:
         """The same with the mean and variance of the batch of all processes."""
-        features = features.to(torch.promote_types(features.dtype, torch.float32))  # autocast
         n = sum_over_processes(features.new_tensor(len(features)))
         mean = sum_over_processes(features.sum(0)) / n
         variance = sum_over_processes(((features - mean) ** 2).sum(0)) / n
@@ -176,14 +181,13 @@ class FeatureNorm(nn.BatchNorm1d):
     @torch.no_grad()
     def _adapt(self, normalized: Tensor) -> None:
         """Follow the covariance, and set the matrix that decorrelates."""
-        with torch.autocast(normalized.device.type, enabled=False):
-            normalized = normalized.to(self.covariance.dtype)
-            n = sum_over_processes(normalized.new_tensor(len(normalized)))
-            covariance = sum_over_processes(normalized.T @ normalized) / n
-            finite = torch.isfinite(covariance).all()  # else the loss ends the training
-            covariance = torch.where(finite, covariance, self.covariance)
-            self.covariance.lerp_(covariance, self.covariance_momentum)
-            self.decorrelate(self.whitening)
+        normalized = normalized.to(self.covariance.dtype)
+        n = sum_over_processes(normalized.new_tensor(len(normalized)))
+        covariance = sum_over_processes(normalized.T @ normalized) / n
+        finite = torch.isfinite(covariance).all()  # else the loss ends the training
+        covariance = torch.where(finite, covariance, self.covariance)
+        self.covariance.lerp_(covariance, self.covariance_momentum)
+        self.decorrelate(self.whitening)
 
     @torch.no_grad()
     def decorrelate(self, power: float) -> None:

@@ -12,6 +12,8 @@ import torch
 from torch import Tensor
 from torch.nn import functional
 
+from polysrl_dc.layers import at_least_float32
+
 Reduction = Literal["mean", "sum"]
 Form = Literal["sigmoid", "hib"]
 
@@ -41,6 +43,7 @@ def sample_gaussian(
     >>> sample_gaussian(torch.zeros(2, 5), torch.zeros(2, 5), n_samples=8).shape
     torch.Size([2, 8, 5])
     """
+    mean, log_sigma = at_least_float32(mean), at_least_float32(log_sigma)
     n_rows, width = mean.shape
     noise = torch.randn(
         n_rows, n_samples, width, generator=generator, device=mean.device, dtype=mean.dtype
@@ -210,6 +213,7 @@ def gaussian_kl(mean: Tensor, log_sigma: Tensor, reduction: Reduction = "mean") 
     >>> gaussian_kl(torch.zeros(2, 3), torch.zeros(2, 3)).item()
     0.0
     """
+    mean, log_sigma = at_least_float32(mean), at_least_float32(log_sigma)
     per_feature = torch.expm1(2 * log_sigma) + mean**2 - 2 * log_sigma
     return _reduce(0.5 * per_feature.sum(dim=-1), reduction)
 

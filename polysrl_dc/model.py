@@ -52,7 +52,8 @@ class PolySRLModel(TrainableModel):
     compile : bool
         Pretraining: fuse the structure encoder with ``torch.compile`` (needs a C++ compiler).
     autocast : bool
-        Compute in bfloat16 where that is safe; losses and pooled sums stay in float32.
+        Compute in bfloat16 up to the pooled sums of both encoders, and in the heads; pooling,
+        normalization and losses stay in float32.
     batch_size : int, optional
         Default: 32, as steps count for more than rows on small data; 256 for
         pretraining, where the rest of a batch are the negatives.

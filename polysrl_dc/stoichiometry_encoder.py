@@ -9,7 +9,7 @@ from torch.nn import functional
 from polysrl_dc.config import PolySRLConfig
 from polysrl_dc.elements import N_FEATURES, element_features
 from polysrl_dc.graphs import StoichiometryBatch
-from polysrl_dc.layers import CompositionSet2Set, FeatureNorm
+from polysrl_dc.layers import CompositionSet2Set, FeatureNorm, at_least_float32
 
 
 class StoichiometryEncoder(nn.Module):
@@ -113,19 +113,25 @@ class StoichiometryEncoder(nn.Module):
         yield from self.sigma_output.parameters()
 
     def _pooled(self, fractions: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-        """Elements and graphs of :meth:`embed_elements`, and z^a, the fraction-weighted sum."""
-        elements, graphs = self.embed_elements(fractions)
-        return elements, graphs, fractions @ elements + graphs
+        """Elements and graphs of :meth:`embed_elements`, and z^a, the fraction-weighted sum.
+
+        From here on all is in float32 at least, also under autocast.
+        """
+        elements, graphs = map(at_least_float32, self.embed_elements(fractions))
+        with torch.autocast(fractions.device.type, enabled=False):
+            return elements, graphs, fractions @ elements + graphs
 
     def _mean(self, fractions: Tensor, elements: Tensor, graphs: Tensor, pooled: Tensor) -> Tensor:
-        mean = self.mean_output(self.mean_pooling(fractions, elements, graphs)) + pooled
-        return functional.normalize(self.mean_norm(mean), dim=-1)
+        with torch.autocast(fractions.device.type, enabled=False):
+            mean = self.mean_output(self.mean_pooling(fractions, elements, graphs)) + pooled
+            return functional.normalize(self.mean_norm(mean), dim=-1)
 
     def _log_sigma(
         self, fractions: Tensor, elements: Tensor, graphs: Tensor, pooled: Tensor
     ) -> Tensor:
-        read = self.sigma_output(self.sigma_pooling(fractions, elements, graphs))
-        return read + pooled + self.config.log_sigma_shift
+        with torch.autocast(fractions.device.type, enabled=False):
+            read = self.sigma_output(self.sigma_pooling(fractions, elements, graphs))
+            return read + pooled + self.config.log_sigma_shift
 
 
 def _convolution(width: int, init: str) -> nn.Linear:

@@ -8,7 +8,7 @@ from torch.nn import functional
 
 from polysrl_dc.config import PolySRLConfig
 from polysrl_dc.graphs import StructureBatch
-from polysrl_dc.layers import FeatureNorm
+from polysrl_dc.layers import FeatureNorm, at_least_float32
 
 
 class StructureEncoder(nn.Module):
@@ -229,7 +229,7 @@ class GraphNetworkBlock(nn.Module):
 
 def _weighted_sums(values: Tensor, weights: Tensor, rows: Tensor, n_rows: int) -> Tensor:
     """Sums of weighted values by row, (n_rows, F), in float32 at least: large cells, bfloat16."""
-    values = values.to(torch.promote_types(values.dtype, torch.float32))
+    values = at_least_float32(values)
     return _sums(values * weights.to(values).unsqueeze(1), rows, n_rows)
 
 

@@ -160,6 +160,18 @@ def test_distances_under_autocast_are_float32():
     torch.testing.assert_close(found.double(), expected, atol=1e-4, rtol=0)
 
 
+def test_samples_and_divergence_of_narrow_gaussians_are_float32():
+    mean, log_sigma = torch.randn(2, B, F).bfloat16()
+    with torch.autocast("cpu", torch.bfloat16):
+        samples, wide = (
+            losses.sample_gaussian(*gaussian, J, torch.Generator().manual_seed(0))
+            for gaussian in ((mean, log_sigma), (mean.float(), log_sigma.float()))
+        )
+        divergence = losses.gaussian_kl(mean, log_sigma)
+    assert samples.dtype == torch.float32 and torch.equal(samples, wide)
+    assert torch.equal(divergence, losses.gaussian_kl(mean.float(), log_sigma.float()))
+
+
 @pytest.mark.parametrize("polymorph_sum", [False, True])
 def test_no_tensor_has_samples_times_pairs_times_features(polymorph_sum):
     largest = 0

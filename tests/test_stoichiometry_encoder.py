@@ -242,6 +242,22 @@ def test_whitening_is_kept_in_buffers():
     assert torch.equal(loaded(rows), adapted(rows))
 
 
+def test_from_pooling_on_all_is_in_float32_under_autocast():
+    encoder = StoichiometryEncoder(replace(PAPER, feature_norm=True, whitening=0.5)).eval()
+    batch = StoichiometryBatch(to_batch(random_formulas()).fractions.float())
+    kinds = []
+    for module in (encoder.mean_output, encoder.sigma_output, encoder.mean_norm):
+        module.register_forward_hook(lambda _, inputs, out: kinds.extend((*inputs, out)))
+    with torch.no_grad():
+        mean, log_sigma = encoder(batch)
+        with torch.autocast("cpu", torch.bfloat16):
+            half = encoder(batch)
+    assert {tensor.dtype for tensor in (*kinds, *half)} == {torch.float32}
+    torch.testing.assert_close(half[0].norm(dim=1), torch.ones(len(mean)))  # not within 0.4 %
+    assert not torch.equal(half[0], mean) and (half[0] - mean).norm(dim=1).mean() < 0.01
+    assert not torch.equal(half[1], log_sigma) and (half[1] - log_sigma).abs().max() < 0.01
+
+
 @pytest.mark.parametrize("whitening", [0.0, 1.0])
 def test_feature_norm_of_an_encoder_follows_the_configuration(whitening):
     config = replace(PAPER, n_features=8, feature_norm=True, whitening=whitening)
