@@ -8,9 +8,11 @@ bytes of every tensor.
 import hashlib
 import json
 import os
+import re
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager, suppress
 from pathlib import Path
+from threading import get_native_id
 from typing import Any
 
 import torch
@@ -116,7 +118,8 @@ def save_checkpoint(
 def write_atomic(path: str | os.PathLike[str], content: bytes) -> None:
     """Write a file so that a reader sees the old or the new content, never a part of it.
 
-    Of several processes that write at once, one is the last. The folder is made if it is missing.
+    Of several processes or threads that write at once, one is the last. The folder is made if it is
+    missing. What processes that were killed have left of this file is removed.
 
     Parameters
     ----------
@@ -138,21 +141,43 @@ def write_atomic(path: str | os.PathLike[str], content: bytes) -> None:
     """
     path = Path(path)
     path.parent.mkdir(parents=True, exist_ok=True)
-    temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
+    temporary = path.with_name(f".{path.name}.{os.getpid()}-{get_native_id()}.tmp")
     try:
         with open(temporary, "wb") as file:
             file.write(content)
             file.flush()
             os.fsync(file.fileno())
-        with suppress(FileNotFoundError):  # removed by one that wrote the file just now
-            os.replace(temporary, path)
+        os.replace(temporary, path)
     except OSError as error:
         if error.errno and not error.filename:  # of a full disk
             error.filename = str(path)
         raise
     finally:
-        for left in path.parent.glob(f".{path.name}.*.tmp"):  # also by a process that was killed
+        with suppress(OSError):  # of a disk that cannot be written
+            temporary.unlink(missing_ok=True)
+            _remove_leftovers(path)
+
+
+def _remove_leftovers(path: Path) -> None:
+    """Remove temporary files of exactly this file whose process no longer lives."""
+    name = re.compile(re.escape(f".{path.name}.") + r"(\d+)(-\d+)?\.tmp")
+    for left in path.parent.iterdir():
+        found = name.fullmatch(left.name)
+        if found and not _lives(int(found[1])):
             left.unlink(missing_ok=True)
+
+
+def _lives(process: int) -> bool:
+    """Whether there is a process of this number; yes where that cannot be told."""
+    if os.name == "nt":  # there a signal of 0 is no question
+        return True
+    try:
+        os.kill(process, 0)
+    except ProcessLookupError:
+        return False
+    except (OSError, OverflowError):
+        return True
+    return True
 
 
 def load_checkpoint(path: str | os.PathLike[str]) -> tuple[dict[str, Tensor], dict[str, Any]]:

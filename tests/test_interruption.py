@@ -6,6 +6,7 @@ import multiprocessing
 import os
 import time
 from collections.abc import Callable
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 
@@ -141,13 +142,48 @@ def test_temporary_files_are_removed_while_nobody_writes_one(tmp_path, monkeypat
 def test_a_file_is_the_old_or_the_new_one(tmp_path, monkeypatch):
     path = tmp_path / "scores.csv"
     write_atomic(path, b"old")
-    (tmp_path / ".scores.csv.1.tmp").write_bytes(b"of a process that was killed")
+    for thread in ("", "-7"):
+        left = tmp_path / f".scores.csv.{of_the_past()}{thread}.tmp"
+        left.write_bytes(b"of a process that was killed")
     with monkeypatch.context() as patch, pytest.raises(OSError, match="No space"):
         patch.setattr(os, "fsync", full)
         write_atomic(path, b"new")
     assert path.read_bytes() == b"old" and os.listdir(tmp_path) == ["scores.csv"]
     write_atomic(path, b"new")
     assert path.read_bytes() == b"new" and os.listdir(tmp_path) == ["scores.csv"]
+
+
+def of_the_past() -> int | None:
+    process = FORK.Process(target=int)
+    process.start()
+    process.join()
+    return process.pid
+
+
+def test_only_what_the_dead_have_left_of_this_file_is_removed(tmp_path):
+    dead = of_the_past()
+    others = {f".a.csv.{os.getppid()}-1.tmp", f".a.csv.gz.{dead}-1.tmp", f".a.csv.5.{dead}.tmp"}
+    for name in others:
+        (tmp_path / name).touch()
+    write_atomic(tmp_path / "a.csv", b"content")
+    assert set(os.listdir(tmp_path)) == {"a.csv", *others}
+
+
+def test_a_file_that_could_not_be_put_in_its_place_is_an_error(tmp_path, monkeypatch):
+    def remove(descriptor: int) -> None:
+        for left in tmp_path.iterdir():
+            left.unlink()
+
+    monkeypatch.setattr(os, "fsync", remove)
+    with pytest.raises(FileNotFoundError):
+        write_atomic(tmp_path / "a.csv", b"content")
+
+
+def test_threads_that_write_at_once_do_not_mix(tmp_path):
+    path, contents = tmp_path / "a.csv", [bytes([i]) * 10_000 for i in range(40)]
+    with ThreadPoolExecutor(4) as pool:
+        list(pool.map(write_atomic, [path] * len(contents), contents))
+    assert path.read_bytes() in contents and os.listdir(tmp_path) == ["a.csv"]
 
 
 def full(*_: Any) -> None:
