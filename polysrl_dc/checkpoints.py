@@ -276,6 +276,31 @@ def check_tensors(what: str, own: Mapping[str, Tensor], tensors: Mapping[str, Te
         raise CheckpointError(f"{what}: {'; '.join(found)}")
 
 
+def flatten_optimizer(optimizer: torch.optim.Optimizer) -> dict[str, torch.Tensor]:
+    """State of an optimizer as tensors named ``optimizer.<parameter>.<entry>``."""
+    state = optimizer.state_dict()["state"]
+    return {
+        f"optimizer.{index}.{name}": torch.as_tensor(value)
+        for index, entries in state.items()
+        for name, value in entries.items()
+    }
+
+
+def unflatten_optimizer(optimizer: torch.optim.Optimizer, tensors: dict[str, Any]) -> None:
+    """Inverse of :func:`flatten_optimizer`; rates and weight decay stay those of ``optimizer``."""
+    state: dict[int, dict[str, torch.Tensor]] = {}
+    for key, value in tensors.items():
+        _, number, name = key.split(".", 2)
+        state.setdefault(int(number), {})[name] = value
+    own = dict(enumerate(p for group in optimizer.param_groups for p in group["params"]))
+    for index, entries in state.items():
+        expected = {"step": torch.zeros(()), "exp_avg": own[index], "exp_avg_sq": own[index]}
+        check_tensors(f"state {index} of the optimizer", expected, entries)
+    optimizer.load_state_dict(
+        {"state": state, "param_groups": optimizer.state_dict()["param_groups"]}
+    )
+
+
 def _digest(tensors: Mapping[str, Tensor], manifest: Any) -> str:
     """SHA-256 over the manifest and over name, type, shape and bytes of every tensor."""
     digest = hashlib.sha256(json.dumps(manifest, sort_keys=True).encode())

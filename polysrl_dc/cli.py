@@ -67,11 +67,14 @@ def main(arguments: Sequence[str] | None = None) -> int:
 
 
 def embed(options: argparse.Namespace) -> None:
-    """Formulas -> columns ``polymorphism`` and ``embedding_0`` ..."""
+    """Formulas -> columns ``polymorphism``, if the model tells it, and ``embedding_0`` ..."""
     frame, dataset = _formulas(options)
     model = PolySRLModel.from_pretrained(options.model)
     embedding = pd.DataFrame(model.predict_embedding(dataset)).add_prefix("embedding_")
-    embedding.insert(0, "polymorphism", model.predict_polymorphism(dataset))
+    if any(model.variance_trained):
+        embedding.insert(0, "polymorphism", model.predict_polymorphism(dataset))
+    else:
+        print(f"no column polymorphism: {options.model} has no trained variance", file=sys.stderr)
     write_table(frame, embedding, options.output)
 
 

@@ -13,8 +13,8 @@ from deepchem.models.optimizers import Adam, LearningRateSchedule
 from polysrl_dc.checkpoints import DEFAULT_ENCODER
 from polysrl_dc.config import PolySRLConfig
 from polysrl_dc.heads import PropertyNetwork
-from polysrl_dc.objectives import PretrainingNetwork
-from polysrl_dc.persistence import TRAINING_FIELDS
+from polysrl_dc.objectives import OBJECTIVES, PretrainingNetwork
+from polysrl_dc.persistence import TRAINING_FIELDS, trains_variance
 from polysrl_dc.training import TrainableModel
 
 TASKS = ("regression", "classification", "pretraining")
@@ -121,8 +121,12 @@ class PolySRLModel(TrainableModel):
             raise ValueError(f"task is {task!r}: must be one of {TASKS}")
         if schedule not in SCHEDULES:
             raise ValueError(f"schedule is {schedule!r}: must be one of {SCHEDULES}")
-        for name, value in (("n_tasks", n_tasks), ("n_ensemble", n_ensemble)):
-            if value < 1:
+        if objective not in OBJECTIVES:
+            raise ValueError(f"objective is {objective!r}: must be one of {OBJECTIVES}")
+        positive = {"n_tasks": n_tasks, "n_ensemble": n_ensemble}
+        positive |= {"polymorphs_per_batch": polymorphs_per_batch, "max_edges": max_edges}
+        for name, value in positive.items():
+            if value is not None and value < 1:
                 raise ValueError(f"{name} is {value}: must be at least 1")
         if not starts or n_ensemble % len(starts):
             raise ValueError(f"n_ensemble is {n_ensemble}: no multiple of {len(starts)} encoders")
@@ -169,11 +173,12 @@ class PolySRLModel(TrainableModel):
         self._run: dict[str, Any] | None = None
         self.provenance = {}
         self.calibration = None
+        self.variance_trained = [trains_variance(self.settings)] * self.settings["n_encoders"]
         default = None if task == "pretraining" else DEFAULT_ENCODER
         starts = [default if start == "default" else start for start in starts]
         for i, start in enumerate(starts):
             if start is not None:
-                self._load_encoder(start, self.model.encoders[i :: len(starts)])
+                self._load_encoder(start, slice(i, None, len(starts)))
 
     @staticmethod
     def _network(

@@ -48,8 +48,8 @@ class PretrainingNetwork(nn.Module):
         self.objective = objective
         self.encoders = nn.ModuleList([StoichiometryEncoder(config)])
         self.structure_encoder = StructureEncoder(config)
-        self.c = nn.Parameter(torch.tensor(config.c_init))
-        self.d = nn.Parameter(torch.tensor(config.d_init))
+        self.c = nn.Parameter(torch.tensor(float(config.c_init)))
+        self.d = nn.Parameter(torch.tensor(float(config.d_init)))
         self.parts: dict[str, Tensor] = {}
         self.encoder.mean_norm.adaptive = self.structure_encoder.norm.adaptive = True
 
@@ -57,11 +57,6 @@ class PretrainingNetwork(nn.Module):
     def encoder(self) -> StoichiometryEncoder:
         """The encoder of formulas, the one that is kept."""
         return cast(StoichiometryEncoder, self.encoders[0])
-
-    @property
-    def reads_structures(self) -> bool:
-        """Whether the loss depends on the structures."""
-        return self.objective != "graphcl"
 
     def member_parameters(self) -> list[list[nn.Parameter]]:
         """All parameters as one group for the clipping of gradients (Appendix B.3)."""

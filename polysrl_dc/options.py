@@ -86,7 +86,7 @@ def parser(commands: Sequence[Command]) -> argparse.ArgumentParser:
         sub.add_argument("--seed", type=_natural, default=0)
         sub.add_argument("--output-dir", type=_folder, required=True, help="of the model")
 
-    sub = add("embed", "Write the embedding of each formula and its polymorphism uncertainty.")
+    sub = add("embed", "Write the embedding of each formula and, if trained for, its polymorphism.")
     add_table(sub)
     sub.add_argument(
         "--model", default=DEFAULT_ENCODER, help="folder of a model, or name of a shipped encoder"

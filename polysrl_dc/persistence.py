@@ -3,7 +3,7 @@
 import os
 import shutil
 import tempfile
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Mapping
 from contextlib import nullcontext
 from dataclasses import asdict
 from pathlib import Path
@@ -11,6 +11,7 @@ from typing import Any
 
 import torch
 from deepchem.models import TorchModel
+from deepchem.models.optimizers import LearningRateSchedule, LinearCosineDecay, PolynomialDecay
 
 from polysrl_dc.checkpoints import (
     MODEL_FILE,
@@ -18,9 +19,11 @@ from polysrl_dc.checkpoints import (
     check_tensors,
     checkpoint_path,
     content_of,
+    flatten_optimizer,
     load_checkpoint,
     load_into,
     shipped_encoders,
+    unflatten_optimizer,
 )
 from polysrl_dc.checkpoints import save_checkpoint as save_tensors
 from polysrl_dc.config import PolySRLConfig
@@ -67,6 +70,9 @@ class PersistentModel(TorchModel):
     provenance: dict[str, Any]
     #: Of the standard deviations, if it has been done for these weights.
     calibration: Calibration | None
+    #: Of each encoder, whether its variance was trained by the objective ``polysrl`` or fitted by
+    #: :func:`~polysrl_dc.polymorph_variance.fit_polymorph_variance`, here or before it was read.
+    variance_trained: list[bool]
     _epoch: int
     #: Steps of the training before it was read from a file.
     _steps_before: int = 0
@@ -100,6 +106,7 @@ class PersistentModel(TorchModel):
             "training": self.training,
             "provenance": self.provenance,
             "calibration": asdict(self.calibration) if self.calibration else None,
+            "variance_trained": self.variance_trained,
             "step": self._global_step,
             "epoch": self._epoch,
             "schedule": self._lr_schedule.state_dict() if self._lr_schedule else None,
@@ -125,8 +132,8 @@ class PersistentModel(TorchModel):
         Parameters
         ----------
         path : str or path
-            Folder or file of a model, or the name of a shipped encoder, which is then a model of
-            ``task="pretraining"`` with both encoders.
+            Folder or file of a model, or the name of a shipped encoder: ``"polysrl-mp"`` is a model
+            of ``task="pretraining"`` with both encoders, the others are models of regression.
         **kwargs
             Constructor arguments that are not part of the network, e.g. ``device``. Those of
             training are by default what the model was trained with, but for a DeepChem learning
@@ -154,6 +161,7 @@ class PersistentModel(TorchModel):
         with content_of(file):
             load_into(model.model, tensors)
             model.calibration = model._calibration_of(manifest)
+            model.variance_trained = _variance_trained_of(manifest, n_encoders)
             model._steps_before, model._epoch = _position_of(manifest)
         model.provenance = manifest.get("provenance", {})
         model._lost_schedule = "learning_rate" not in training | kwargs
@@ -175,14 +183,22 @@ class PersistentModel(TorchModel):
         check_tensors(type(network).__name__, network.state_dict(), tensors)
 
     def reload(self) -> None:
-        """Read ``model.safetensors`` of ``model_dir`` back into this model."""
+        """Read ``model.safetensors`` of ``model_dir`` back into this model.
+
+        Training goes on as after :meth:`from_pretrained`, with a new optimizer.
+        """
         path = checkpoint_path(self.model_dir)
         tensors, manifest = load_checkpoint(path)
         with content_of(path):
             self._check_same(manifest)
             calibration = self._calibration_of(manifest)
+            trained = _variance_trained_of(manifest, self.settings["n_encoders"])
+            step, epoch = _position_of(manifest)
             load_into(self.model, tensors)
         self.calibration, self.provenance = calibration, manifest.get("provenance", {})
+        self.variance_trained = trained
+        self._steps_before, self._epoch = step, epoch
+        self._built, self._run = False, None  # another training, with an optimizer of its own
 
     def _calibration_of(self, manifest: dict[str, Any]) -> Calibration | None:
         """The calibration in a manifest; files had none before."""
@@ -207,14 +223,15 @@ class PersistentModel(TorchModel):
 
     def load_encoder(self, path: str | Path) -> None:
         """Start every encoder of this model from that of another one, or from a shipped one."""
-        self._load_encoder(path, self.model.encoders)
+        self._load_encoder(path, slice(None))
         self.calibration = None
 
-    def _load_encoder(self, path: str | Path, encoders: Iterable[torch.nn.Module]) -> None:
+    def _load_encoder(self, path: str | Path, chosen: slice) -> None:
         file = checkpoint_path(path)
         tensors, manifest = load_checkpoint(file)
         prefix = "encoders.0."
         encoder = {k.removeprefix(prefix): v for k, v in tensors.items() if k.startswith(prefix)}
+        encoders = self.model.encoders[chosen]
         found = {name.split(".")[1] for name in tensors if name.startswith("encoders.")}
         if len(found) > 1:
             raise CheckpointError(
@@ -228,8 +245,11 @@ class PersistentModel(TorchModel):
                         f"{field} is {theirs}, this configuration has {ours}; "
                         "pretrained=None starts from random weights"
                     )
+            trained = _variance_trained_of(manifest, 1) * len(encoders)
             for module in encoders:
                 load_into(module, encoder)
+        if not trains_variance(self.settings):
+            self.variance_trained[chosen] = trained
 
     def save_checkpoint(
         self, max_checkpoints_to_keep: int = 5, model_dir: str | None = None
@@ -279,6 +299,7 @@ class PersistentModel(TorchModel):
         with content_of(checkpoint):
             self._check_same(manifest)
             calibration = self._calibration_of(manifest)
+            trained = _variance_trained_of(manifest, self.settings["n_encoders"])
             if len(tensors) != len(weights) + len(optimizer):
                 raise CheckpointError("it holds more than a model and its optimizer")
             (step, epoch), run = _position_of(manifest), manifest["run"]
@@ -289,6 +310,7 @@ class PersistentModel(TorchModel):
             if self._lr_schedule and manifest["schedule"]:
                 load_schedule(self._lr_schedule, manifest["schedule"])
         self.calibration, self.provenance = calibration, manifest.get("provenance", {})
+        self.variance_trained = trained
 
 
 def _settings_of(manifest: dict[str, Any]) -> dict[str, Any]:
@@ -296,6 +318,25 @@ def _settings_of(manifest: dict[str, Any]) -> dict[str, Any]:
     settings = manifest["settings"]
     n_encoders = 1 if settings["freeze_encoder"] else settings["n_ensemble"]
     return {"n_encoders": n_encoders, **settings}
+
+
+def trains_variance(settings: dict[str, Any]) -> bool:
+    """Whether the training of a model with these settings reaches the variance."""
+    return settings["task"] == "pretraining" and settings["objective"] == "polysrl"
+
+
+def _variance_trained_of(manifest: dict[str, Any], n_encoders: int) -> list[bool]:
+    """Of each encoder, whether its variance was trained.
+
+    Files did not say it before: then their provenance does, and without one the answer is no.
+    """
+    provenance = manifest.get("provenance", {})
+    known = "variance" in provenance or provenance.get("objective") == "polysrl"
+    known |= trains_variance(manifest["settings"])
+    trained = manifest.get("variance_trained", [known] * n_encoders)
+    if len(trained) != n_encoders or {*map(type, trained)} != {bool}:
+        raise CheckpointError(f"variance_trained is {trained!r}: not {n_encoders} booleans")
+    return trained
 
 
 def _position_of(manifest: dict[str, Any]) -> tuple[int, int]:
@@ -315,26 +356,21 @@ def load_schedule(schedule: torch.optim.lr_scheduler.LRScheduler, state: dict[st
         group["lr"] = rate
 
 
-def flatten_optimizer(optimizer: torch.optim.Optimizer) -> dict[str, torch.Tensor]:
-    """State of an optimizer as tensors named ``optimizer.<parameter>.<entry>``."""
-    state = optimizer.state_dict()["state"]
-    return {
-        f"optimizer.{index}.{name}": torch.as_tensor(value)
-        for index, entries in state.items()
-        for name, value in entries.items()
-    }
+def deepchem_schedule(rate: LearningRateSchedule, optimizer: torch.optim.Optimizer) -> Any:
+    """A schedule of DeepChem, two of which give PyTorch a rate where it expects a factor."""
+    schedule = rate._create_pytorch_schedule(optimizer)
+    squared = optimizer.param_groups[0]["lr"] < rate.initial_rate / 2
+    if squared and isinstance(rate, PolynomialDecay | LinearCosineDecay):
+        for group in optimizer.param_groups:
+            group["lr"] = group["initial_lr"] = 1.0
+        schedule = rate._create_pytorch_schedule(optimizer)
+    return schedule
 
 
-def unflatten_optimizer(optimizer: torch.optim.Optimizer, tensors: dict[str, Any]) -> None:
-    """Inverse of :func:`flatten_optimizer`; rates and weight decay stay those of ``optimizer``."""
-    state: dict[int, dict[str, torch.Tensor]] = {}
-    for key, value in tensors.items():
-        _, number, name = key.split(".", 2)
-        state.setdefault(int(number), {})[name] = value
-    own = dict(enumerate(p for group in optimizer.param_groups for p in group["params"]))
-    for index, entries in state.items():
-        expected = {"step": torch.zeros(()), "exp_avg": own[index], "exp_avg_sq": own[index]}
-        check_tensors(f"state {index} of the optimizer", expected, entries)
-    optimizer.load_state_dict(
-        {"state": state, "param_groups": optimizer.state_dict()["param_groups"]}
-    )
+def described_rate(rate: float | LearningRateSchedule) -> float | str:
+    """A learning rate, or a schedule of DeepChem by its name and constants, to be compared."""
+    if not isinstance(rate, LearningRateSchedule):
+        return rate
+    plain = int | float | str | list | tuple | dict | None
+    values = [f"{k}={v}" for k, v in vars(rate).items() if isinstance(v, plain)]
+    return f"{type(rate).__name__}({', '.join(values)})"

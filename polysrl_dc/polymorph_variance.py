@@ -135,14 +135,14 @@ def fit_polymorph_variance(
     Returns
     -------
     list of float
-        Mean loss of each tenth of the steps.
+        Mean loss of each tenth of the steps, or of each step of fewer than ten.
 
     Raises
     ------
     InvalidInputError
         No formula has several structures.
     ValueError
-        The model has no structure encoder, or ``unknown`` is not between 0 and 1.
+        The model has no structure encoder, ``unknown`` is not between 0 and 1, or there is no step.
 
     Examples
     --------
@@ -160,6 +160,8 @@ def fit_polymorph_variance(
     """
     if not 0 <= unknown <= 1:
         raise ValueError(f"unknown is {unknown}: must be between 0 and 1")
+    if n_steps < 1:
+        raise ValueError(f"n_steps is {n_steps}: must be at least 1")
     rows, groups = np.unique(structures.groups, return_index=True, return_inverse=True)[1:]
     spread = polymorph_spread(model.predict_structure_embedding(structures), groups)
     counts = np.bincount(groups)
@@ -195,7 +197,8 @@ def fit_polymorph_variance(
         schedule.step()
         losses.append(loss.detach())
     model.model.train(training)
-    return [float(part.mean()) for part in torch.stack(losses).tensor_split(10)]
+    model.variance_trained = [True]
+    return [float(part.mean()) for part in torch.stack(losses).tensor_split(min(10, n_steps))]
 
 
 def _negative_log_likelihood(log_sigma: Tensor, variance: Tensor) -> Tensor:

@@ -122,8 +122,9 @@ class PredictingModel(PersistentModel):
         masks : None
             DeepChem's dropout masks; there is no dropout here.
         n_samples : int, optional
-            Samples of the Gaussian of each formula, for regression: what the polymorphs that it
-            may have add to the variance. They come from a fixed seed and are the same for all
+            For regression, samples of each formula's Gaussian in every encoder: what the polymorphs
+            that it may have add to the variance, where ``variance_trained``; elsewhere sigma is
+            nearly the same for all formulas. They come from a fixed seed and are the same for all
             rows, so a row does not depend on the others. 0: none, the representation is certain.
             Default: the calibrated standard deviation of a calibrated model, else 0. What is asked
             for by number is not calibrated.
@@ -139,16 +140,6 @@ class PredictingModel(PersistentModel):
             Nothing here makes a variance, ``n_samples`` is negative or meant for classification,
             or the model is not fitted.
 
-        Examples
-        --------
-        >>> import deepchem as dc, polysrl_dc
-        >>> graphs = dc.feat.StoichiometryGraphFeaturizer().featurize(["NaCl", "KCl", "MgO"])
-        >>> dataset = dc.data.NumpyDataset(graphs, np.array([8.5, 8.4, 7.8]))
-        >>> model = dc.models.PolySRLModel(freeze_encoder=True)
-        >>> loss = model.fit(dataset, nb_epoch=2)
-        >>> mean, std = model.predict_uncertainty(dataset, n_samples=16)
-        >>> mean.shape, std.shape
-        ((3, 1), (3, 1))
         """
         if masks is not None:
             raise ValueError("masks must be None: the uncertainty does not come from dropout")
@@ -188,7 +179,7 @@ class PredictingModel(PersistentModel):
         dataset : dc.data.Dataset
             X holds stoichiometry graphs, y labels; labels of weight 0 are missing.
         n_samples : int
-            As in :meth:`predict_uncertainty`; with 0 they do not know of polymorphs.
+            As in :meth:`predict_uncertainty`; 0, or no trained variance: nothing of polymorphs.
         predicted : tuple of numpy.ndarray, each of shape (n, n_tasks), optional
             Mean and standard deviation of these rows, made with ``n_samples``, where this model has
             learned from them: by models like it that have not, as
@@ -245,12 +236,24 @@ class PredictingModel(PersistentModel):
     def predict_polymorphism(self, dataset: Dataset) -> np.ndarray:
         """Uncertainty due to polymorphism, shape (n,): geometric mean of the variances, eq. 12.
 
-        Of several encoders it is that of the first.
+        Of several encoders it is that of the first with a trained variance, see
+        ``variance_trained``. Fine-tuning moves it although nothing trains it then, because sigma
+        reads layers that the mean reads as well.
+
+        Raises
+        ------
+        ValueError
+            No encoder has a trained variance.
         """
+        if not any(self.variance_trained):
+            raise ValueError(
+                "no encoder of this model is known to have a trained variance: use one pretrained "
+                'by the objective "polysrl", as PolySRLModel.from_pretrained("polysrl-mp") has'
+            )
+        encoder = self.model.encoders[self.variance_trained.index(True)]
 
         def variance(batch: StoichiometryBatch) -> Tensor:
-            log_sigma = self.model.encoders[0].log_sigma(batch)
-            return torch.exp(2 * log_sigma.mean(-1))
+            return torch.exp(2 * encoder.log_sigma(batch).mean(-1))
 
         return torch.cat(self._map(dataset, variance)).cpu().numpy()
 
@@ -299,11 +302,7 @@ class PredictingModel(PersistentModel):
         Examples
         --------
         >>> import deepchem as dc, polysrl_dc
-        >>> from pymatgen.core import Lattice, Structure
-        >>> cell = Structure.from_spacegroup("Fm-3m", Lattice.cubic(5.6), ["Na", "Cl"],
-        ...                                  [[0, 0, 0], [0.5, 0.5, 0.5]])
-        >>> candidates = polysrl_dc.PolymorphDataset([cell, Structure(cell.lattice, ["Na"],
-        ...                                           [[0, 0, 0]])], progress=False)
+        >>> candidates = polysrl_dc.PolymorphDataset("aflow", max_sites=8, progress=False)
         >>> graphs = dc.feat.StoichiometryGraphFeaturizer().featurize(["NaCl"])
         >>> model = dc.models.PolySRLModel.from_pretrained("polysrl-mp")
         >>> indices, probabilities = model.retrieve(dc.data.NumpyDataset(graphs), candidates, k=2)

@@ -14,11 +14,7 @@ from typing import Any
 import numpy as np
 import torch
 from deepchem.data import Dataset
-from deepchem.models.optimizers import (
-    LearningRateSchedule,
-    LinearCosineDecay,
-    PolynomialDecay,
-)
+from deepchem.models.optimizers import LearningRateSchedule
 from torch import Tensor, nn
 from torch.nn.parallel import DistributedDataParallel
 
@@ -28,7 +24,7 @@ from polysrl_dc.distributed import process_count
 from polysrl_dc.errors import InvalidInputError
 from polysrl_dc.featurizers import check_lengths
 from polysrl_dc.layers import FeatureNorm
-from polysrl_dc.persistence import load_schedule
+from polysrl_dc.persistence import deepchem_schedule, described_rate, load_schedule
 from polysrl_dc.prediction import PredictingModel
 
 logger = logging.getLogger(__name__)
@@ -74,7 +70,7 @@ class TrainableModel(PredictingModel):
             fused=True,
         )
         self._initial_rates = [group["lr"] for group in self._pytorch_optimizer.param_groups]
-        self._lr_schedule = _deepchem_schedule(rate, self._pytorch_optimizer) if scheduled else None
+        self._lr_schedule = deepchem_schedule(rate, self._pytorch_optimizer) if scheduled else None
 
     def fit(
         self,
@@ -286,7 +282,7 @@ class TrainableModel(PredictingModel):
             "deterministic": deterministic,
             "data": data.fingerprint(),
             **{name: self.training[name] for name in (*order, "weight_decay", "autocast")},
-            "learning_rate": _described(self.optimizer.learning_rate),
+            "learning_rate": described_rate(self.optimizer.learning_rate),
             "schedule": None if self._lr_schedule else self.schedule,
         }
         if restore and self._run is not None:
@@ -365,26 +361,6 @@ class TrainableModel(PredictingModel):
         if all_losses is not None:
             all_losses.append(average)
         return average
-
-
-def _deepchem_schedule(rate: LearningRateSchedule, optimizer: torch.optim.Optimizer) -> Any:
-    """A schedule of DeepChem, two of which give PyTorch a rate where it expects a factor."""
-    schedule = rate._create_pytorch_schedule(optimizer)
-    squared = optimizer.param_groups[0]["lr"] < rate.initial_rate / 2
-    if squared and isinstance(rate, PolynomialDecay | LinearCosineDecay):
-        for group in optimizer.param_groups:
-            group["lr"] = group["initial_lr"] = 1.0
-        schedule = rate._create_pytorch_schedule(optimizer)
-    return schedule
-
-
-def _described(rate: float | LearningRateSchedule) -> float | str:
-    """A learning rate, or a schedule of DeepChem by its name and constants, to be compared."""
-    if not isinstance(rate, LearningRateSchedule):
-        return rate
-    plain = int | float | str | list | tuple | dict | None
-    values = [f"{k}={v}" for k, v in vars(rate).items() if isinstance(v, plain)]
-    return f"{type(rate).__name__}({', '.join(values)})"
 
 
 def _copy(sources: Sequence[Tensor], targets: Sequence[Tensor]) -> None:

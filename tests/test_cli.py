@@ -84,9 +84,20 @@ def test_embed_prints_csv_without_output(capsys: pytest.CaptureFixture[str]) -> 
     np.testing.assert_allclose(first, second, atol=1e-5)
 
 
+@pytest.mark.parametrize("name", ["graphcl-mp", "formation-energy-mp"])
+def test_embed_leaves_out_a_variance_that_was_not_trained(
+    name: str, capsys: pytest.CaptureFixture[str]
+) -> None:
+    assert main(["embed", "TiO2", "--model", name]) == 0
+    captured = capsys.readouterr()
+    assert captured.out.startswith("formula,embedding_0,")
+    assert f"no column polymorphism: {name} has no trained variance\n" in captured.err
+
+
 def test_embed_with_a_trained_model(trained: Path, capsys: pytest.CaptureFixture[str]) -> None:
     assert main(["embed", "NaCl", "--model", str(trained)]) == 0
     with_model = capsys.readouterr().out
+    assert with_model.startswith("formula,polymorphism,")  # of its first encoder
     assert main(["embed", "NaCl", "--model", str(trained)]) == 0
     assert capsys.readouterr().out == with_model
 

@@ -100,6 +100,10 @@ def test_members_start_from_all_shipped_encoders():
         tensors = load_checkpoint(SHIPPED / f"{name}.formulas.safetensors")[0]
         for key, value in model.model.encoders[i].state_dict().items():
             assert torch.equal(value, tensors[f"encoders.0.{key}"]), (name, key)
+    of_one = dc.models.PolySRLModel.from_pretrained(DEFAULT_ENCODER)
+    assert model.variance_trained == [name == DEFAULT_ENCODER for name in shipped_encoders()]
+    polymorphism = [each.predict_polymorphism(dataset()) for each in (model, of_one)]
+    np.testing.assert_allclose(*polymorphism, rtol=1e-5)
 
 
 def test_its_means_fill_the_space_of_real_formulas(data_dir: Path):
@@ -206,6 +210,7 @@ def test_a_companion_is_one_file_with_a_card_of_its_own(objective, tmp_path: Pat
     path = tmp_path / "encoders" / "other.formulas.safetensors"
     shipped = dc.models.PolySRLModel.from_pretrained(path)
     assert shipped.settings["task"] == "regression" and shipped.provenance == model.provenance
+    assert shipped.variance_trained == [False]
     np.testing.assert_allclose(
         shipped.predict_embedding(dataset()), model.predict_embedding(dataset()), atol=1e-6
     )

@@ -419,17 +419,30 @@ def test_embeddings_of_encoders_stand_side_by_side(two_encoders, freeze_encoder)
     both, apart = model.predict_embedding(data()), [m.predict_embedding(data()) for m in singles]
     assert both.shape == (N, 32)
     np.testing.assert_allclose(both @ both.T, np.mean([x @ x.T for x in apart], 0), atol=1e-5)
-    first = singles[0].predict_polymorphism(data())
-    np.testing.assert_allclose(model.predict_polymorphism(data()), first, rtol=1e-5)
 
 
-def test_embeddings_have_unit_length_and_polymorphism_is_positive():
-    model = fitted(n_ensemble=2)
-    embedding = model.predict_embedding(data())
+def test_embeddings_have_unit_length():
+    embedding = fitted(n_ensemble=2).predict_embedding(data())
     assert embedding.shape == (N, 2 * 16)
     np.testing.assert_allclose(np.linalg.norm(embedding, axis=1), 1, rtol=1e-5)
-    polymorphism = model.predict_polymorphism(data())
-    assert polymorphism.shape == (N,) and (polymorphism > 0).all()
+
+
+@pytest.mark.parametrize("freeze_encoder", [False, True])
+def test_polymorphism_is_that_of_the_first_encoder_with_a_trained_variance(
+    two_encoders, freeze_encoder, tmp_path
+):
+    pretrained = make("pretraining", seed=12)
+    pretrained.save(tmp_path)
+    expected = pretrained.predict_polymorphism(data())
+    assert expected.shape == (N,) and (expected > 0).all()
+    starts = [two_encoders[0], tmp_path, two_encoders[1]]
+    model = make(pretrained=starts, freeze_encoder=freeze_encoder, n_ensemble=6)
+    assert model.variance_trained == [False, True, False] * (1 if freeze_encoder else 2)
+    np.testing.assert_allclose(model.predict_polymorphism(data()), expected, rtol=1e-5)
+    model.load_encoder(two_encoders[0])
+    for untrained in (model, make(n_ensemble=2), make("pretraining", objective="graphcl")):
+        with pytest.raises(ValueError, match=r"no encoder .* trained variance: use one"):
+            untrained.predict_polymorphism(data())
 
 
 def test_the_seed_decides_the_result_and_the_global_generators_do_not():

@@ -30,8 +30,9 @@ def chlorides():
     return PolymorphDataset(structures, progress=False, processes=1)
 
 
-def model_of(**changes):
-    return PolySRLModel("pretraining", config=replace(CONFIG, log_sigma_shift=-3.0, **changes))
+def model_of(objective="polysrl"):
+    config = replace(CONFIG, log_sigma_shift=-3.0)
+    return PolySRLModel("pretraining", config=config, objective=objective)
 
 
 def formulas(names):
@@ -70,11 +71,13 @@ def test_a_doped_formula_is_its_host_but_for_a_part_of_one_element():
 
 
 def test_only_what_the_variance_depends_on_is_trained(chlorides):
-    model = model_of()
+    model = model_of("without_sampling")
     model.model.train()
     asked = formulas([f"{cation}Cl" for cation in CATIONS])
     before, means = weights(model), model.predict_embedding(asked)
+    assert model.variance_trained == [False]
     fit_polymorph_variance(model, chlorides, n_steps=10, batch_size=4)
+    assert model.variance_trained == [True]
     after = weights(model)
     changed = {name for name in after if not torch.equal(after[name], before[name])}
     assert changed
@@ -113,7 +116,8 @@ def test_doped_formulas_get_the_variance_of_those_with_several_structures(chlori
 def test_the_same_seed_gives_the_same_weights(chlorides):
     models = [model_of() for _ in range(3)]
     for model, seed in zip(models, (0, 0, 1), strict=True):
-        fit_polymorph_variance(model, chlorides, n_steps=3, batch_size=4, seed=seed)
+        losses = fit_polymorph_variance(model, chlorides, n_steps=3, batch_size=4, seed=seed)
+        assert len(losses) == 3 and np.isfinite(losses).all()
     first, second, third = (model.predict_polymorphism(formulas(["NaCl"])) for model in models)
     assert first == second
     assert first != third
@@ -125,5 +129,7 @@ def test_what_cannot_be_fitted_is_refused(chlorides):
         fit_polymorph_variance(model_of(), single, n_steps=1)
     with pytest.raises(ValueError, match=r"unknown is 1\.5"):
         fit_polymorph_variance(model_of(), chlorides, unknown=1.5)
+    with pytest.raises(ValueError, match="n_steps is 0"):
+        fit_polymorph_variance(model_of(), chlorides, n_steps=0)
     with pytest.raises(ValueError, match="without a structure encoder"):
         fit_polymorph_variance(PolySRLModel(), chlorides, n_steps=1)
