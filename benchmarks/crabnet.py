@@ -321,6 +321,7 @@ class CrabNetModel:
         rise = config.half_cycle * math.ceil(len(data) / size)
         rates = CyclicLR(optimizer.optimizer, *config.learning_rates, rise, cycle_momentum=False)
         center, scale = data.label_statistics()
+        scale = torch.where(scale > 0, scale, 1.0)
         targets = (data.labels[:, 0] - center) / scale
         self.history, self._scale, failures = [], None, 0
         for epoch in range(1, self.epochs + 1):

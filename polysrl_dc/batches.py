@@ -10,12 +10,14 @@ import torch
 from deepchem.data import Dataset
 from torch import Tensor
 
+from polysrl_dc.config import PolySRLConfig
 from polysrl_dc.datasets import PolymorphDataset
 from polysrl_dc.distributed import process_count, process_rank
 from polysrl_dc.elements import has_embedding
 from polysrl_dc.errors import InvalidInputError
 from polysrl_dc.featurizers import check_lengths
 from polysrl_dc.graphs import StoichiometryBatch, StoichiometryGraph, StructureGraph
+from polysrl_dc.sources import PackSettings
 
 GREATEST_LABEL = 1e18  # squares of labels and errors must stay finite in single precision
 _LEAST_LABEL = 1e-30
@@ -188,7 +190,7 @@ class LabeledData:
         return digest.hexdigest()
 
     def label_statistics(self) -> tuple[Tensor, Tensor]:
-        """Weighted mean and standard deviation per task, each (n_tasks,); 1 where it is 0.
+        """Weighted mean and standard deviation per task, each (n_tasks,).
 
         Raises
         ------
@@ -201,7 +203,7 @@ class LabeledData:
             raise InvalidInputError(f"task {int(total.argmin())} has no label to learn from")
         mean = (labels * weights).sum(0) / total
         std = ((labels - mean) ** 2 * weights).sum(0).div(total).sqrt()
-        return mean.float(), torch.where(std > 1e-8 * mean.abs(), std, 1.0).float()
+        return mean.float(), torch.where(std > 1e-8 * mean.abs(), std, 0.0).float()
 
     def to(self, device: torch.device) -> "LabeledData":
         """Copy on ``device``."""
@@ -257,7 +259,9 @@ class PolymorphData:
     max_edges: int | None = None
 
     @classmethod
-    def from_dataset(cls, dataset: Dataset, least: int = 2, **sampling: Any) -> "PolymorphData":
+    def from_dataset(
+        cls, dataset: Dataset, config: PolySRLConfig, least: int = 2, **sampling: Any
+    ) -> "PolymorphData":
         """Check a dataset; one that is no PolymorphDataset is packed; errors name row and id."""
         if not isinstance(dataset, PolymorphDataset):
             for row, graph in enumerate(dataset.X):
@@ -266,10 +270,11 @@ class PolymorphData:
                         f"row {row} (id {dataset.ids[row]}) is {_what(graph)}: pretraining needs "
                         "the graphs of StructureGraphFeaturizer"
                     )
-            dataset = PolymorphDataset.from_graphs(dataset.X, dataset.ids)
+            settings = PackSettings(rounds=max(PackSettings.rounds, config.structure_layers))
+            dataset = PolymorphDataset.from_graphs(dataset.X, dataset.ids, settings)
         if len(dataset) < least:
             raise InvalidInputError("pretraining contrasts structures and needs at least two")
-        return cls(dataset, **sampling)
+        return cls(dataset.checked(config), **sampling)
 
     def __len__(self) -> int:
         return len(self.dataset)
@@ -280,7 +285,7 @@ class PolymorphData:
         return self.max_edges is None
 
     def fingerprint(self) -> str:
-        """What a checkpoint remembers of its data: the ids of the structures."""
+        """Hash of ids, formulas and sizes: what a checkpoint remembers of its data."""
         return self.dataset.fingerprint()
 
     def to(self, device: torch.device) -> "PolymorphData":

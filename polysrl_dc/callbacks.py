@@ -103,6 +103,18 @@ class EarlyStopping(ValidationCallback):
         if self._waited >= self.patience:
             raise StopTraining(f"no better score in {self.patience} evaluations")
 
+    def get_best_score(self) -> float:
+        """The best score of the last call of ``fit``.
+
+        Raises
+        ------
+        ValueError
+            There has been no evaluation.
+        """
+        if self._best_score is None:
+            raise ValueError(f"no evaluation so far: one comes every {self.interval} steps")
+        return super().get_best_score()
+
     def finish(self, model: Any) -> None:
         """Put the best weights back; called by ``fit`` when it ends, early or not."""
         if self._best_state is not None:

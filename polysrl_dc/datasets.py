@@ -110,10 +110,13 @@ class PolymorphDataset(Dataset):
 
     @classmethod
     def from_graphs(
-        cls, graphs: Sequence[StructureGraph] | np.ndarray, ids: Sequence[Any] | None = None
+        cls,
+        graphs: Sequence[StructureGraph] | np.ndarray,
+        ids: Sequence[Any] | None = None,
+        settings: PackSettings | None = None,
     ) -> "PolymorphDataset":
-        """A dataset in memory of graphs that a featurizer has made."""
-        settings = PackSettings()
+        """A dataset in memory of graphs that a featurizer has made; they have its limits."""
+        settings = settings or PackSettings()
         ids = range(len(graphs)) if ids is None else ids
         if len(ids) != len(graphs):
             raise ValueError(f"{len(ids)} ids for {len(graphs)} graphs")
@@ -145,9 +148,10 @@ class PolymorphDataset(Dataset):
         return digest.hexdigest()
 
     def checked(self, config: Any) -> "PolymorphDataset":
-        """Itself, if ``max_neighbors`` and ``cutoff`` are those of the configuration; else refused.
+        """Itself, if the configuration fits; else refused.
 
-        Graphs that a featurizer has made tell only whether they exceed them.
+        ``max_neighbors`` and ``cutoff`` must be equal; graphs that a featurizer has made tell only
+        whether they exceed them. ``rounds`` must be as many as ``structure_layers`` at least.
 
         Parameters
         ----------
@@ -173,6 +177,12 @@ class PolymorphDataset(Dataset):
                     f"{name} of the structures is {built[name]}, of the configuration {value}: set "
                     "both alike, the first in PackSettings or StructureGraphFeaturizer"
                 )
+        rounds, layers = self._settings.rounds, config.structure_layers
+        if rounds < layers:
+            raise InvalidInputError(
+                f"the structures were packed for {rounds} rounds of message passing, fewer than "
+                f"the {layers} structure_layers: settings=PackSettings(rounds={layers})"
+            )
         return self
 
     def __len__(self) -> int:

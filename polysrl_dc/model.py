@@ -28,7 +28,8 @@ class PolySRLModel(TrainableModel):
     Parameters
     ----------
     task : {"regression", "classification", "pretraining"}
-        What :meth:`fit` trains: a property of formulas, or the encoder itself on structures.
+        What :meth:`fit` trains: a property of formulas, or the encoder itself on structures, for
+        which ``n_tasks``, ``n_ensemble`` and ``freeze_encoder`` must be left alone.
     n_tasks : int
         Columns of the labels.
     config : str or PolySRLConfig
@@ -132,6 +133,12 @@ class PolySRLModel(TrainableModel):
             raise ValueError(f"n_ensemble is {n_ensemble}: no multiple of {len(starts)} encoders")
         if task == "pretraining" and len(starts) > 1:
             raise ValueError(f"pretrained has {len(starts)} encoders: pretraining has one")
+        if task == "pretraining":
+            for name, value in (("n_tasks", n_tasks), ("n_ensemble", n_ensemble)):
+                if value > 1:
+                    raise ValueError(f"{name} is {value}: must be 1 for pretraining")
+            if freeze_encoder:
+                raise ValueError(f"freeze_encoder is {freeze_encoder}: pretraining trains it")
         if batch_size < 2:
             raise ValueError(f"batch_size is {batch_size}: must be at least 2")
         if not 0 <= seed < 2**43:  # times a million, it seeds a generator of 64 bits

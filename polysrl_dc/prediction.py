@@ -1,5 +1,6 @@
 """Prediction and evaluation of a fitted model, with and without uncertainty."""
 
+import operator
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from typing import Any
@@ -212,6 +213,7 @@ class PredictingModel(PersistentModel):
         """
         if self.settings["task"] != "regression" or not self.model.fitted:
             raise ValueError("only a fitted model of regression has a std to scale")
+        n_samples = operator.index(n_samples)
         if predicted is None:
             predicted = self.predict_uncertainty(dataset, n_samples=n_samples)
         labels, weights = checked_labels(dataset, self.settings["n_tasks"], False)
@@ -265,7 +267,7 @@ class PredictingModel(PersistentModel):
         structures : PolymorphDataset, or dc.data.Dataset of structure graphs
         """
         network = self._matching_network()
-        rows = PolymorphData.from_dataset(structures, least=1).dataset.checked(self.config)
+        rows = PolymorphData.from_dataset(structures, self.config, least=1).dataset
         starts, parts = tqdm(range(0, len(rows), _STRUCTURES), disable=len(rows) <= _STRUCTURES), []
         with self._evaluating():
             for start in starts:
@@ -297,7 +299,7 @@ class PredictingModel(PersistentModel):
         Raises
         ------
         ValueError
-            The model is not one of pretraining, or ``k`` is not between 1 and m.
+            The model is not one of pretraining, ``k`` not in 1 ... m, or ``n_samples`` below 1.
 
         Examples
         --------
@@ -312,6 +314,8 @@ class PredictingModel(PersistentModel):
         network = self._matching_network()
         if not 1 <= k <= len(structures):
             raise ValueError(f"k is {k}: must be between 1 and {len(structures)}, the candidates")
+        if n_samples < 1:
+            raise ValueError(f"n_samples is {n_samples}: must be at least 1")
         crystals = torch.from_numpy(self.predict_structure_embedding(structures)).to(self.device)
         generator = torch.Generator(self.device).manual_seed(0)
         noise = torch.randn(n_samples, crystals.shape[1], generator=generator, device=self.device)

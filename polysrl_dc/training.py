@@ -119,15 +119,16 @@ class TrainableModel(PredictingModel):
         Returns
         -------
         float
-            Mean loss of the last logging interval.
+            Mean loss of the last logging interval; NaN if there was no step to do.
 
         Raises
         ------
         InvalidInputError
             A row that is no graph, a label that is NaN or infinite, naming row and id; structures
-            that were built with other limits than the configuration has; or ``restore`` finds a
-            call of ``fit`` that was interrupted, with another number of epochs, other data, another
-            order of batches, learning rate, schedule, weight decay or ``autocast``.
+            that were built with other limits than the configuration has; an epoch in which
+            ``max_edges`` leaves every structure alone; or ``restore`` finds a call of ``fit`` that
+            was interrupted, with another number of epochs, other data, another order of batches,
+            learning rate, schedule, weight decay or ``autocast``.
         FloatingPointError
             A loss or gradient is not finite; weights, running statistics and checkpoints stay as
             before that step.
@@ -144,7 +145,7 @@ class TrainableModel(PredictingModel):
         if restore:
             self.restore()
         if nb_epoch == 0:
-            return 0.0
+            return math.nan
         if self._lost_schedule:
             rate = self.optimizer.learning_rate
             logger.warning("the learning rate is %g: no file keeps the schedule it had", rate)
@@ -180,7 +181,7 @@ class TrainableModel(PredictingModel):
         shared = self._shared(network)
         generator = torch.Generator(self.device)
         losses: list[Tensor] = []
-        average = 0.0
+        average = math.nan
         network.train()
         adapting = [m for m in network.modules() if isinstance(m, FeatureNorm) and m.training]
         running = [buffer for module in adapting for buffer in module.buffers()]
@@ -236,20 +237,19 @@ class TrainableModel(PredictingModel):
     def _training_data(self, dataset: Dataset) -> LabeledData | PolymorphData:
         """All graphs as tensors, labels checked; the first call sets the label statistics."""
         if self.settings["task"] == "pretraining":
-            polymorphs = PolymorphData.from_dataset(
+            return PolymorphData.from_dataset(
                 dataset,
+                self.config,
                 polymorphs_per_batch=self.training["polymorphs_per_batch"],
                 max_edges=self.training["max_edges"],
             )
-            polymorphs.dataset.checked(self.config)
-            return polymorphs
         network = self.model
         data = LabeledData.from_dataset(dataset, self.settings["n_tasks"], network.classification)
         if not network.fitted:
             mean, std = data.label_statistics()
             if not network.classification:
                 network.label_mean.copy_(mean)
-                network.label_std.copy_(std)
+                network.label_std.copy_(torch.where(std > 0, std, 1.0))
             network.fitted.fill_(True)
         elif not network.classification:
             self._compare_labels(*data.label_statistics())
@@ -264,7 +264,7 @@ class TrainableModel(PredictingModel):
         """Warn of labels in other units, or of something else, than those learned from first."""
         first, spread = self.model.label_mean.cpu(), self.model.label_std.cpu()
         far = (mean - first).abs() > _FAR * spread
-        far |= (std / spread).log().abs() > math.log(_FAR)
+        far |= ((std / spread).log().abs() > math.log(_FAR)) & (std > 0)  # not of one row
         for task in torch.nonzero(far).ravel().tolist():
             logger.warning(
                 "labels of task %d have mean %.4g and std %.4g, those it learned from first %.4g "
@@ -296,7 +296,17 @@ class TrainableModel(PredictingModel):
             return self._run
         epochs = range(self._epoch, self._epoch + nb_epoch)
         counted = epochs[:1] if data.equal_epochs else epochs
-        steps = sum(sum(1 for _ in self._epoch_rows(data, e, deterministic)) for e in counted)
+        sizes = [
+            [rows.shape[1] for rows in self._epoch_rows(data, epoch, deterministic)]
+            for epoch in counted
+        ]
+        steps, left_out = sum(map(len, sizes)), len(data) - min(map(sum, sizes))
+        if not data.equal_epochs and left_out:
+            text = "max_edges is %d: up to %d of %d structures of an epoch are alone and left out"
+            told = self.training["max_edges"], left_out, len(data)
+            if not all(sizes):
+                raise InvalidInputError(text % told)
+            logger.warning(text, *told)
         self._run = {
             **plan,
             "first_step": self._global_step,

@@ -6,7 +6,7 @@ import deepchem as dc
 import numpy as np
 import pytest
 import torch
-from models import FORMULAS, data
+from models import CONFIG, FORMULAS, data
 from processes import crystals, pretraining
 
 from polysrl_dc.batches import (
@@ -175,7 +175,7 @@ def test_fingerprints_tell_data_apart():
 
 def test_featurized_structures_are_packed_to_the_same_batches():
     graphs = dc.data.NumpyDataset(crystals().X, ids=crystals().ids)
-    packed, rows = PolymorphData.from_dataset(graphs), np.arange(9)
+    packed, rows = PolymorphData.from_dataset(graphs, CONFIG), np.arange(9)
     assert packed.fingerprint() == PolymorphData(crystals()).fingerprint()
     formulas, structures, groups = packed.dataset.batch(rows)
     expected = crystals().batch(rows)

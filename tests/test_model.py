@@ -31,6 +31,13 @@ from polysrl_dc.graphs import StoichiometryBatch
         {"schedule": "cosine"},
         {"config": "papre"},
         {"task": "pretraining", "objective": "none"},
+        {"objective": "none"},
+        {"task": "pretraining", "n_tasks": 2},
+        {"task": "pretraining", "n_ensemble": 3},
+        {"task": "pretraining", "freeze_encoder": True},
+        {"task": "pretraining", "polymorphs_per_batch": 0},
+        {"polymorphs_per_batch": -1},
+        {"max_edges": 0},
         {"seed": -1},
         {"seed": 2**43},
         {"weight_decay": -1.0},
@@ -39,7 +46,8 @@ from polysrl_dc.graphs import StoichiometryBatch
     ids=str,
 )
 def test_values_that_mean_nothing_are_refused(kwargs):
-    with pytest.raises(ValueError, match=str(next(reversed(kwargs.values())))):
+    name, value = list(kwargs.items())[-1]
+    with pytest.raises(ValueError, match=rf"{name}.* {value!r}"):
         make(**kwargs)
 
 
@@ -525,6 +533,15 @@ def test_early_stopping_keeps_the_highest_score_where_higher_is_better():
 
 def stopper(valid, **kwargs):
     return polysrl_dc.EarlyStopping(valid, MAE, interval=1, output_file=io.StringIO(), **kwargs)
+
+
+@pytest.mark.parametrize("save_on_minimum", [True, False])
+def test_early_stopping_without_an_evaluation_has_no_score(save_on_minimum):
+    stop = stopper(data(), patience=1, save_on_minimum=save_on_minimum)
+    stop.interval = 99
+    fitted().fit(data(), nb_epoch=1, callbacks=stop)
+    with pytest.raises(ValueError, match="no evaluation so far: one comes every 99 steps"):
+        stop.get_best_score()
 
 
 def test_early_stopping_forgets_one_model_when_it_meets_another():

@@ -71,7 +71,7 @@ def test_rows_far_too_certain_or_without_error_give_no_calibration():
 def test_a_calibrated_model_has_another_std_and_nothing_else(n_samples):
     model = fitted(n_ensemble=2)
     mean, own = model.predict_uncertainty(data(), n_samples=n_samples)
-    calibration = model.calibrate(data(OTHER), n_samples)
+    calibration = model.calibrate(data(OTHER), np.int64(n_samples))
     again, std = model.predict_uncertainty(data())
     np.testing.assert_array_equal(mean, again)
     np.testing.assert_array_equal(mean, model.predict(data()))
@@ -192,6 +192,8 @@ def test_what_has_no_std_cannot_be_calibrated():
         fitted(task="classification", dataset=data((SIGNAL > 0).astype(float))).calibrate(data())
     with pytest.raises(ValueError, match=nothing):
         make().calibrate(data(), predicted=(KNOWN, KNOWN))
+    with pytest.raises(TypeError, match="float"):
+        fitted().calibrate(None, 8.5)  # before anything is read
     with pytest.raises(ValueError, match="n_samples is -1"):
         fitted().calibrate(data(), -1)
     with pytest.raises(InvalidInputError, match="row 2 "):

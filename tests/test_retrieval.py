@@ -94,3 +94,5 @@ def test_what_cannot_be_asked_is_refused(prototypes):
     for k in (0, len(prototypes) + 1):
         with pytest.raises(ValueError, match=f"k is {k}"):
             model.retrieve(asked, prototypes, k=k)
+    with pytest.raises(ValueError, match="n_samples is 0"):
+        model.retrieve(asked, prototypes, n_samples=0)

@@ -206,6 +206,53 @@ def test_a_finished_run_that_is_restored_trains_more_epochs(name, tmp_path):
     assert again._epoch == 5
 
 
+def test_a_run_restored_after_its_last_step_has_no_loss(tmp_path):
+    with pytest.raises(Interrupted):
+        trained("ensemble", tmp_path, Record(15), checkpoint_interval=5)
+    model = regression(model_dir=str(tmp_path))
+    assert np.isnan(model.fit(data(), nb_epoch=3, restore=True))
+    assert (model.get_global_step(), model.epochs_trained, model.interrupted) == (15, 3, False)
+
+
+def test_structures_of_more_rounds_are_packed_for_more_layers(tmp_path):
+    deeper, salts = replace(SMALL, structure_layers=4), crystals().select(range(9))
+    graphs = dc.data.NumpyDataset(salts.X, ids=salts.ids)
+    pretraining(config=deeper).fit(graphs, nb_epoch=1, checkpoint_interval=0)
+    with pytest.raises(InvalidInputError, match=r"3 rounds.* 4 .*PackSettings\(rounds=4\)"):
+        pretraining(config=deeper).fit(salts, nb_epoch=1)
+    packed = PolymorphDataset.from_graphs(salts.X, settings=PackSettings(rounds=4))
+    pretraining(config=deeper).fit(packed, nb_epoch=1, checkpoint_interval=0)
+
+
+def test_an_epoch_without_a_batch_is_refused_and_structures_left_out_are_counted(caplog):
+    n_edges = crystals().n_edges
+    cap = int(n_edges.max())
+    largest = crystals().select(np.flatnonzero(n_edges > cap / 2))
+    alone = f"max_edges is {cap}: up to {len(largest)} of {len(largest)} structures"
+    model = pretraining(max_edges=cap)
+    before = state(model)
+    with pytest.raises(InvalidInputError, match=alone):
+        model.fit(largest, nb_epoch=2)
+    assert_same_state(before, state(model))
+    pretraining(max_edges=cap).fit(crystals(), nb_epoch=4, checkpoint_interval=0)
+    assert len(caplog.messages) == 1
+    assert f" of {len(crystals())} structures of an epoch are alone" in caplog.messages[0]
+
+
+def test_labels_of_one_row_have_no_other_scale(caplog):
+    model = make()
+    model.fit(data(1000 * SIGNAL), nb_epoch=1, checkpoint_interval=0)
+    few = data(1000 * SIGNAL).select(range(2))
+    model.fit_on_batch(few.X[:1], few.y[:1], few.w[:1], checkpoint=False)
+    assert caplog.messages == []
+    model.fit(few.select([0]), nb_epoch=1, checkpoint_interval=0)
+    model.fit(data(np.full(N, 1000.0)), nb_epoch=1, checkpoint_interval=0)
+    assert caplog.messages == []
+    model.fit(data(np.full(N, 1e5)), nb_epoch=1, checkpoint_interval=0)
+    model.fit(data(), nb_epoch=1, checkpoint_interval=0)
+    assert len(caplog.messages) == 2
+
+
 def test_the_learning_rate_rises_and_falls_over_one_call():
     rates = []
 
@@ -234,7 +281,7 @@ def test_a_fit_too_short_for_a_cycle_does_not_start_from_the_rate_of_an_interrup
 def test_no_epochs_leave_a_new_model_unfitted_and_less_are_refused(tmp_path):
     model = regression(model_dir=str(tmp_path))
     before = state(model)
-    assert model.fit(data(), nb_epoch=0) == 0.0
+    assert np.isnan(model.fit(data(), nb_epoch=0))
     assert_same_state(before, state(model))
     assert not model.model.fitted and model.get_checkpoints() == []
     with pytest.raises(ValueError, match="nb_epoch is -1"):
