@@ -1,4 +1,7 @@
-"""The one exception class that bad user input ends in."""
+"""The one exception class that bad user input ends in, and methods that are refused."""
+
+from collections.abc import Callable
+from typing import Any
 
 
 class InvalidInputError(ValueError):
@@ -10,3 +13,13 @@ class InvalidInputError(ValueError):
     >>> issubclass(InvalidInputError, ValueError)
     True
     """
+
+
+def refused(name: str, instead: str) -> Callable[..., Any]:
+    """A method of a base class that cannot do what it says here and says what can."""
+
+    def method(self: Any, *args: Any, **kwargs: Any) -> Any:
+        raise NotImplementedError(f"{name} is not supported: use {instead}")
+
+    method.__doc__ = f"Refused: use {instead}."
+    return method

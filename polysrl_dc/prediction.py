@@ -15,6 +15,7 @@ from tqdm import tqdm
 
 from polysrl_dc import losses
 from polysrl_dc.batches import PolymorphData, checked_labels, stoichiometries
+from polysrl_dc.errors import refused
 from polysrl_dc.featurizers import check_lengths
 from polysrl_dc.graphs import StoichiometryBatch
 from polysrl_dc.metrics import masked_scores
@@ -26,25 +27,15 @@ _STRUCTURES = 256  # structures embedded at once
 _PAIRS = 5_000_000  # pairs of a sample and a structure compared at once: 20 MB
 
 
-def _refuse(name: str, instead: str) -> Callable[..., Any]:
-    """A method of ``TorchModel`` that cannot do what it says here and says what can."""
-
-    def refused(self: Any, *args: Any, **kwargs: Any) -> Any:
-        raise NotImplementedError(f"{name} is not supported: use {instead}")
-
-    refused.__doc__ = f"Refused: use {instead}."
-    return refused
-
-
 class PredictingModel(PersistentModel):
     """What a :class:`~polysrl_dc.model.PolySRLModel` answers; nothing here changes a weight."""
 
-    fit_generator = _refuse("fit_generator", "fit(dataset)")
-    predict_on_generator = _refuse("predict_on_generator", "predict(dataset)")
-    evaluate_generator = _refuse("evaluate_generator", "evaluate(dataset, metrics)")
-    predict_uncertainty_on_batch = _refuse("predict_uncertainty_on_batch", "predict_uncertainty")
-    compute_saliency = _refuse("compute_saliency", "predict(dataset)")
-    load_from_pretrained = _refuse("load_from_pretrained", "load_encoder or from_pretrained")
+    fit_generator = refused("fit_generator", "fit(dataset)")
+    predict_on_generator = refused("predict_on_generator", "predict(dataset)")
+    evaluate_generator = refused("evaluate_generator", "evaluate(dataset, metrics)")
+    predict_uncertainty_on_batch = refused("predict_uncertainty_on_batch", "predict_uncertainty")
+    compute_saliency = refused("compute_saliency", "predict(dataset)")
+    load_from_pretrained = refused("load_from_pretrained", "load_encoder or from_pretrained")
 
     @contextmanager
     def _evaluating(self) -> Iterator[None]:
@@ -141,6 +132,16 @@ class PredictingModel(PersistentModel):
             Nothing here makes a variance, ``n_samples`` is negative or meant for classification,
             or the model is not fitted.
 
+        Examples
+        --------
+        >>> import deepchem as dc, polysrl_dc
+        >>> graphs = dc.feat.StoichiometryGraphFeaturizer().featurize(["NaCl", "KCl", "MgO"])
+        >>> dataset = dc.data.NumpyDataset(graphs, np.array([8.5, 8.4, 7.8]))
+        >>> model = dc.models.PolySRLModel(freeze_encoder=True)
+        >>> loss = model.fit(dataset, nb_epoch=2)
+        >>> mean, std = model.predict_uncertainty(dataset, n_samples=16)
+        >>> mean.shape, std.shape
+        ((3, 1), (3, 1))
         """
         if masks is not None:
             raise ValueError("masks must be None: the uncertainty does not come from dropout")
@@ -224,9 +225,8 @@ class PredictingModel(PersistentModel):
     def predict_embedding(self, dataset: Dataset) -> np.ndarray:
         """Representation of each formula, z_mu of eq. 11, shape (n, F), of unit length.
 
-        Those of several encoders stand side by side, (n, n_encoders F): their spaces are unrelated,
-        or become so in training. The scalar product of two formulas is then the mean over the
-        encoders.
+        Those of several encoders, whose spaces are unrelated, stand side by side, (n, n_encoders
+        F); the scalar product of two formulas is then the mean over the encoders.
         """
 
         def mean(batch: StoichiometryBatch) -> Tensor:
@@ -238,9 +238,8 @@ class PredictingModel(PersistentModel):
     def predict_polymorphism(self, dataset: Dataset) -> np.ndarray:
         """Uncertainty due to polymorphism, shape (n,): geometric mean of the variances, eq. 12.
 
-        Of several encoders it is that of the first with a trained variance, see
-        ``variance_trained``. Fine-tuning moves it although nothing trains it then, because sigma
-        reads layers that the mean reads as well.
+        Of several encoders, that of the first with a trained variance (``variance_trained``). Fine-
+        tuning moves it, though nothing trains it then, as sigma reads layers that the mean reads.
 
         Raises
         ------
