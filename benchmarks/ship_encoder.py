@@ -59,7 +59,8 @@ Configuration, where it differs from the published one:
 
 {diagnostics}Wet-lab data, representation protocol (encoder frozen, the paper's head on the
 unit-length mean, five folds, {seeds} seeds); mean absolute error beside that of a random start
-(`{baseline}` in `benchmarks/wetlab_scores.csv`) on the same folds:
+(`{baseline}` in `benchmarks/wetlab_scores.csv`) on the same folds; half: of the 95 % interval of
+the difference, p: of its paired test (`benchmarks/paired.py`):
 
 {scores}
 
