@@ -108,7 +108,7 @@ def save_checkpoint(
     header = {
         "format": FORMAT,
         "version": VERSION,
-        "sha256": _digest(own, plain),
+        "sha256": content_digest(own, plain),
         "manifest": plain,
     }
     content = save(own, metadata={_KEY: json.dumps(header, sort_keys=True)})
@@ -222,7 +222,7 @@ def load_checkpoint(path: str | os.PathLike[str]) -> tuple[dict[str, Tensor], di
         raise CheckpointError(
             f"{path} has version {header['version']!r} of {FORMAT}; this program reads {VERSION}"
         )
-    if header["sha256"] != _digest(tensors, header["manifest"]):
+    if header["sha256"] != content_digest(tensors, header["manifest"]):
         raise CheckpointError(f"{path} is damaged: its content does not have its own sha256")
     return tensors, header["manifest"]
 
@@ -301,11 +301,17 @@ def unflatten_optimizer(optimizer: torch.optim.Optimizer, tensors: dict[str, Any
     )
 
 
-def _digest(tensors: Mapping[str, Tensor], manifest: Any) -> str:
-    """SHA-256 over the manifest and over name, type, shape and bytes of every tensor."""
+def content_digest(tensors: Mapping[str, Tensor], manifest: Any) -> str:
+    """SHA-256 over the manifest and over name, type, shape and bytes of every tensor.
+
+    Examples
+    --------
+    >>> content_digest({"w": torch.ones(2)}, {"epoch": 3})[:8]
+    '952b7ad7'
+    """
     digest = hashlib.sha256(json.dumps(manifest, sort_keys=True).encode())
     for name in sorted(tensors):
         tensor = tensors[name]
         digest.update(json.dumps([name, str(tensor.dtype), list(tensor.shape)]).encode())
-        digest.update(tensor.reshape(-1).view(torch.uint8).numpy().data)
+        digest.update(tensor.cpu().reshape(-1).view(torch.uint8).numpy().data)
     return digest.hexdigest()

@@ -3,6 +3,7 @@
 import argparse
 import os
 import re
+import shutil
 import sys
 import warnings
 from collections.abc import Iterator, Sequence
@@ -24,6 +25,7 @@ from polysrl_dc.featurizers import StoichiometryGraphFeaturizer, StructureGraphF
 from polysrl_dc.model import PolySRLModel
 from polysrl_dc.options import check, follow_recipe, parser
 from polysrl_dc.recalibration import UncalibratedWarning
+from polysrl_dc.resumption import UNFINISHED, fit_in
 from polysrl_dc.sources import read_structure
 from polysrl_dc.tables import check_table, numbers, predictions, read_table, ungrouped, write_table
 
@@ -54,7 +56,9 @@ def main(arguments: Sequence[str] | None = None) -> int:
         check(options)
         options.command(options)
     except KeyboardInterrupt:
-        print(f"polysrl {options.name}: interrupted", file=sys.stderr)
+        left = (Path(getattr(options, "output_dir", "")) / UNFINISHED).exists()
+        more = "; the same command goes on from its last checkpoint" if left else ""
+        print(f"polysrl {options.name}: interrupted{more}", file=sys.stderr)
         return 130
     except BrokenPipeError:  # the reader of standard output has seen enough
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
@@ -133,6 +137,7 @@ def train(options: argparse.Namespace) -> None:
         if options.predictions:
             found = predictions(mean, std, options.target)
             write_table(frame.loc[held_out.ids], found, options.predictions)
+    shutil.rmtree(Path(options.output_dir) / UNFINISHED, ignore_errors=True)
 
 
 def predict(options: argparse.Namespace) -> None:
@@ -195,8 +200,9 @@ def pretrain(options: argparse.Namespace) -> None:
     """Crystal structures -> a folder with a pretrained encoder."""
     dataset = _structures(options.structures, options.on_error)
     model = PolySRLModel("pretraining", **_training(options))
-    _fit(model, dataset, options.epochs)
-    model.save(options.output_dir)
+    unfinished = Path(options.output_dir) / UNFINISHED
+    fit_in(unfinished, model, dataset, options.epochs).save(options.output_dir)
+    shutil.rmtree(unfinished, ignore_errors=True)
     print(f"encoder written to {options.output_dir}", file=sys.stderr)
 
 
@@ -334,14 +340,7 @@ def _trained(options: argparse.Namespace, dataset: dc.data.Dataset) -> PolySRLMo
         **_training(options),
     )
     model.provenance |= {"targets": options.target, "recipe": options.recipe}
-    _fit(model, dataset, options.epochs)
-    return model
-
-
-def _fit(model: PolySRLModel, dataset: dc.data.Dataset, epochs: int) -> None:
-    steps = epochs * -(-len(dataset) // model.batch_size)
-    with tqdm(total=steps, unit="step", disable=None) as bar:
-        model.fit(dataset, nb_epoch=epochs, callbacks=[lambda model, step: bar.update()])
+    return fit_in(Path(options.output_dir) / UNFINISHED, model, dataset, options.epochs)
 
 
 def _calibrate(

@@ -234,8 +234,8 @@ class TrainableModel(PredictingModel):
             self.save_checkpoint(max_checkpoints_to_keep)
         return average
 
-    def _training_data(self, dataset: Dataset) -> LabeledData | PolymorphData:
-        """All graphs as tensors, labels checked; the first call sets the label statistics."""
+    def _tensors(self, dataset: Dataset) -> LabeledData | PolymorphData:
+        """All graphs as tensors, labels checked."""
         if self.settings["task"] == "pretraining":
             return PolymorphData.from_dataset(
                 dataset,
@@ -243,8 +243,15 @@ class TrainableModel(PredictingModel):
                 polymorphs_per_batch=self.training["polymorphs_per_batch"],
                 max_edges=self.training["max_edges"],
             )
-        network = self.model
-        data = LabeledData.from_dataset(dataset, self.settings["n_tasks"], network.classification)
+        return LabeledData.from_dataset(
+            dataset, self.settings["n_tasks"], self.model.classification
+        )
+
+    def _training_data(self, dataset: Dataset) -> LabeledData | PolymorphData:
+        """The tensors to learn from; the first call sets the label statistics."""
+        data, network = self._tensors(dataset), self.model
+        if isinstance(data, PolymorphData):
+            return data
         if not network.fitted:
             mean, std = data.label_statistics()
             if not network.classification:

@@ -448,11 +448,11 @@ def test_labels_that_cannot_be_read_leave_those_beside_them(
     path, learned = tmp_path / "bad.csv", []
     path.write_text("formula,gap,size\nNaCl,8.5,1\nKCl,large,2\nLiF,x,\nMgO,,\nCaO,7.1,3\nZnO,3,\n")
 
-    def trained(model: PolySRLModel, dataset: Any, epochs: int) -> None:
+    def trained(model: PolySRLModel, dataset: Any, *_: Any, **__: Any) -> None:
         learned.append((dataset.ids.tolist(), dataset.y.tolist(), dataset.w.tolist()))
         model.model.fitted.fill_(True)
 
-    monkeypatch.setattr(cli, "_fit", trained)
+    monkeypatch.setattr(PolySRLModel, "fit", trained)
     monkeypatch.setitem(LEAST_ROWS, "fine-tuned", 5)  # of six rows, four have a label
     command = ["train", "--input", str(path), "--target", "gap", "size", "--epochs", "1"]
     command += ["--output-dir", str(tmp_path / "model")]
