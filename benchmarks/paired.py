@@ -122,6 +122,7 @@ def comparison(
         Models that the paper has; others stand beside its ``polysrl``.
     """
     tables = []
+    scores = scores[scores["task"].isin(targets)]
     for protocol in ("representation", "transfer"):
         table = paired_differences(scores, model, baseline, protocol, suite)
         if model == baseline or not len(table):
@@ -130,7 +131,7 @@ def comparison(
             table = errors.groupby("task", sort=False)["value"].agg(["mean", "std", "count"])
         if not len(table):
             continue
-        table = table.reindex([name for name in targets if name in table.index])
+        table = table.loc[[name for name in targets if name in table.index]]
         known = model if model in of_paper else "polysrl"
         if (paper := published(data_dir, protocol, known)) is not None:
             table = table.join(paper.rename(f"paper, {known}"))

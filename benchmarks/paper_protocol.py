@@ -298,5 +298,6 @@ def main(
     names = [target.name for target in arguments.targets]
     known = (arguments.suite, names, arguments.data_dir, (*MODELS, *PEERS))
     for model in arguments.models:
-        print(comparison(scores, model, arguments.baseline, *known), end="\n\n")
+        if text := comparison(scores, model, arguments.baseline, *known):
+            print(text, end="\n\n")
     return scores

@@ -248,7 +248,7 @@ class TrainableModel(PredictingModel):
         )
 
     def _training_data(self, dataset: Dataset) -> LabeledData | PolymorphData:
-        """The tensors to learn from; the first call sets the label statistics."""
+        """The tensors to learn from; the first call sets label statistics and task names."""
         data, network = self._tensors(dataset), self.model
         if isinstance(data, PolymorphData):
             return data
@@ -258,6 +258,9 @@ class TrainableModel(PredictingModel):
                 network.label_mean.copy_(mean)
                 network.label_std.copy_(torch.where(std > 0, std, 1.0))
             network.fitted.fill_(True)
+            names = [str(name) for name in dataset.get_task_names() if isinstance(name, str)]
+            if len(set(names)) == self.settings["n_tasks"]:  # else they are numbers
+                self.provenance.setdefault("targets", names)
         elif not network.classification:
             self._compare_labels(*data.label_statistics())
         data = data.to(self.device)

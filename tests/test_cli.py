@@ -112,6 +112,25 @@ def test_predict_gives_prediction_and_std(trained: Path, tmp_path: Path) -> None
     assert (frame["std"] > 0).all()
 
 
+def test_predictions_of_a_model_from_python_have_the_names_of_its_tasks(tmp_path: Path) -> None:
+    frame = pd.DataFrame({"formula": FORMULAS, "gap": np.arange(12.0), "size": np.arange(12.0)})
+    frame.to_csv(tmp_path / "data.csv", index=False)
+    featurizer = StoichiometryGraphFeaturizer()
+    loader = dc.data.CSVLoader(["gap", "size"], feature_field="formula", featurizer=featurizer)
+    part = loader.create_dataset(str(tmp_path / "data.csv")).select(range(8))
+    for names, dataset in (
+        (["gap", "size"], part),
+        ([0, 1], dc.data.NumpyDataset(part.X, part.y)),  # which has no names
+    ):
+        model = PolySRLModel(n_tasks=2, freeze_encoder=True)
+        model.fit(dataset, nb_epoch=1)
+        model.save(tmp_path / "model")
+        output = str(tmp_path / "out.csv")
+        assert main(["predict", "--model", f"{tmp_path}/model", "NaCl", "--output", output]) == 0
+        columns = [f"{column}_{name}" for column in ("prediction", "std") for name in names]
+        assert pd.read_csv(output).columns.tolist() == ["formula", *columns]
+
+
 def test_train_scores_on_held_out_formulas(
     table: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:

@@ -12,7 +12,7 @@ import run_wetlab
 import transfer
 from check_submission import check_records
 from magpie import magpie_features, predict_baseline
-from paired import paired_differences
+from paired import comparison, paired_differences
 from paper_models import MODELS, encoder_embeddings, encoder_of
 from paper_protocol import FOLDS, part_of_training
 from paper_records import load_record, prediction_scores, record_path
@@ -236,6 +236,25 @@ def test_scores_are_in_reported_units():
     table = prediction_scores(target, predictions, target.splits(), "s", "p", "m", 3)
     assert list(table.columns) == COLUMNS and len(table) == 10
     np.testing.assert_allclose(table[table["metric"] == "mae"]["value"], 2.5)
+
+
+def test_the_comparison_is_of_the_targets_that_are_asked_for():
+    columns = ["suite", "protocol", "metric", "task", "model", "seed", "fold", "value"]
+    rows = [
+        ("wetlab", protocol, "mae", task, model, 0, fold, value + fold / 10)
+        for protocol, task in (("representation", "gap"), ("transfer", "density"))
+        for model, value in (("new", 1.0), ("old", 2.0))
+        for fold in range(5)
+    ]
+    scores = pd.DataFrame(rows, columns=columns)
+    texts = {
+        task: comparison(scores, "new", "old", "wetlab", [task], None, [])
+        for task in ("gap", "density", "other")
+    }
+    assert "new, representation" in texts["gap"] and "transfer" not in texts["gap"]
+    assert "new, transfer" in texts["density"] and "representation" not in texts["density"]
+    assert texts["gap"].endswith("new is better than old on 1 of 1 targets")
+    assert texts["other"] == ""
 
 
 def test_paired_differences():
