@@ -118,9 +118,10 @@ def train(options: argparse.Namespace) -> None:
     with _naming(options.target):
         if options.folds:
             chosen = {"seed": options.seed, "groups": groups}
-            each = partial(_trained, options)
+            folds = (f"without fold {fold + 1} of {options.folds}" for fold in range(options.folds))
+            each = partial(_trained, options, folds)
             predicted = cross_val_predict(each, dataset, options.folds, **chosen)
-        model = _trained(options, dataset)
+        model = _trained(options, iter(["the model"]), dataset)
     if options.task == "regression":
         if held_out is None:
             print("std is not calibrated and too small: --folds 5 calibrates it", file=sys.stderr)
@@ -330,7 +331,9 @@ def _training(options: argparse.Namespace) -> dict[str, Any]:
     }
 
 
-def _trained(options: argparse.Namespace, dataset: dc.data.Dataset) -> PolySRLModel:
+def _trained(
+    options: argparse.Namespace, names: Iterator[str], dataset: dc.data.Dataset
+) -> PolySRLModel:
     model = PolySRLModel(
         options.task,
         len(options.target),
@@ -340,7 +343,8 @@ def _trained(options: argparse.Namespace, dataset: dc.data.Dataset) -> PolySRLMo
         **_training(options),
     )
     model.provenance |= {"targets": options.target, "recipe": options.recipe}
-    return fit_in(Path(options.output_dir) / UNFINISHED, model, dataset, options.epochs)
+    unfinished = Path(options.output_dir) / UNFINISHED
+    return fit_in(unfinished, model, dataset, options.epochs, next(names))
 
 
 def _calibrate(

@@ -16,7 +16,9 @@ UNFINISHED = "unfinished"
 INTERVAL = 300.0
 
 
-def fit_in(folder: Path, model: PolySRLModel, dataset: Dataset, nb_epoch: int) -> PolySRLModel:
+def fit_in(
+    folder: Path, model: PolySRLModel, dataset: Dataset, nb_epoch: int, name: str = "training"
+) -> PolySRLModel:
     """Train with a progress bar; or return what the same call has trained before.
 
     The same call is one on a model of the same weights and settings with the same data, which are
@@ -31,6 +33,8 @@ def fit_in(folder: Path, model: PolySRLModel, dataset: Dataset, nb_epoch: int) -
         Not trained so far.
     dataset : dc.data.Dataset
     nb_epoch : int
+    name : str
+        Stands before the progress bar.
 
     Returns
     -------
@@ -53,7 +57,7 @@ def fit_in(folder: Path, model: PolySRLModel, dataset: Dataset, nb_epoch: int) -
     >>> bool((first.predict(dataset) == again.predict(dataset)).all())
     True
     """
-    told = {
+    key = {
         "config": model.config.to_dict(),
         "settings": model.settings,
         "training": model.training,
@@ -61,7 +65,7 @@ def fit_in(folder: Path, model: PolySRLModel, dataset: Dataset, nb_epoch: int) -
         "epochs": nb_epoch,
         "data": model._tensors(dataset).fingerprint(),
     }
-    place = folder / content_digest(model.model.state_dict(), told)[:16]
+    place = folder / content_digest(model.model.state_dict(), key)[:16]
     if (place / MODEL_FILE).exists():
         return PolySRLModel.from_pretrained(place)
     if model.model_dir_is_temp:
@@ -71,14 +75,21 @@ def fit_in(folder: Path, model: PolySRLModel, dataset: Dataset, nb_epoch: int) -
 
     def keep(model: PolySRLModel, step: int) -> None:
         nonlocal written
+        if not bar.n:  # steps done before it was interrupted say nothing of the rate
+            bar.initial = bar.n = step - 1
         bar.update(step - bar.n)
         if time.monotonic() >= written + INTERVAL:
             model.save_checkpoint(max_checkpoints_to_keep=1)
             written = time.monotonic()
 
     steps = nb_epoch * -(-len(dataset) // model.batch_size)
-    with tqdm(total=steps, unit="step", disable=None) as bar:
-        begun = bool(model.get_checkpoints())
-        model.fit(dataset, nb_epoch, checkpoint_interval=0, restore=begun, callbacks=keep)
+    with tqdm(desc=name, total=steps, unit="step", disable=None) as bar:
+        model.fit(
+            dataset,
+            nb_epoch=nb_epoch,
+            checkpoint_interval=0,
+            restore=bool(model.get_checkpoints()),
+            callbacks=keep,
+        )
     model.save()
     return model

@@ -569,9 +569,9 @@ def test_rows_of_a_group_are_scored_together(
     command += ["--output-dir", folder, "--group", "doi"]
     learned, kind = [], cli._trained
 
-    def trained(options: Any, dataset: Any) -> Any:
+    def trained(options: Any, names: Any, dataset: Any) -> Any:
         learned.append({sources[row] for row in dataset.ids.astype(int)})
-        return kind(options, dataset)
+        return kind(options, names, dataset)
 
     monkeypatch.setattr(cli, "_trained", trained)
     assert main([*command, "--folds", "5"]) == 0
