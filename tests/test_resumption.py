@@ -83,13 +83,13 @@ def test_a_pretraining_goes_on_where_it_was_interrupted(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     paths = []
-    for element in ("Li", "Na", "K", "Rb"):
+    for element in ("Li", "Na"):
         for anion, length in (("F", 4.6), ("Cl", 5.6), ("Br", 6.0)):
             cell, sites = Lattice.cubic(length), [[0, 0, 0], [0.5, 0.5, 0.5]]
             structure = Structure.from_spacegroup("Fm-3m", cell, [element, anion], sites)
             paths.append(str(tmp_path / f"{element}{anion}.cif"))
             structure.to(paths[-1])
-    command = ["pretrain", *paths, "--epochs", "3", "--batch-size", "4", "--output-dir"]
+    command = ["pretrain", *paths, "--epochs", "3", "--batch-size", "2", "--output-dir"]
     assert main([*command, str(tmp_path / "whole")]) == 0
     steps = interrupt(5, monkeypatch)
     assert main([*command, str(tmp_path / "parts")]) == 130
