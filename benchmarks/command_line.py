@@ -12,6 +12,7 @@ from __future__ import annotations
 
 import argparse
 import logging
+import os
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
@@ -22,13 +23,16 @@ from targets import Target
 
 from polysrl_dc.errors import InvalidInputError
 
+#: Where results lie: beside the runners, wherever they are started from.
+HERE = Path(os.path.relpath(Path(__file__).parent))
+
 
 def runner_parser(
     description: str | None,
     data: str = "layout of the shared data; or POLYSRL_DATA",
     *,
     cache: bool = False,
-    output_dir: Path | None = Path("benchmarks"),
+    output_dir: Path | None = HERE,
     **settings: Any,
 ) -> argparse.ArgumentParser:
     """A parser with ``--data-dir``, ``--output-dir`` and, if asked for, ``--cache-dir``.
@@ -44,7 +48,7 @@ def runner_parser(
     cache : bool
         Whether crystal structures are read.
     output_dir : path, optional
-        Default of ``--output-dir``; None: it must be given.
+        Default of ``--output-dir``; None: it must be given. By default the folder of the runners.
     settings
         Of :class:`argparse.ArgumentParser`.
     """

@@ -13,6 +13,7 @@ from pathlib import Path
 
 import numpy as np
 import pandas as pd
+from command_line import HERE
 from matplotlib.figure import Figure
 from scipy.stats import spearmanr
 from search import BETAS, N_SAMPLES, finished_rows, table
@@ -108,7 +109,7 @@ def curve_figure(curve: pd.DataFrame, name: str) -> Figure:
 def main(argv: list[str] | None = None) -> None:
     """Print each curve with its trends, and draw it."""
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("--output-dir", type=Path, default=Path("benchmarks"))
+    parser.add_argument("--output-dir", type=Path, default=HERE)
     folder = parser.parse_args(argv).output_dir
     found = curves(finished_rows(folder / "pretraining_search.csv"))
     for name, curve in found.groupby("curve", sort=False):

@@ -1,8 +1,10 @@
 """Runners of the benchmarks without the data, or the records, that they read."""
 
 import importlib
+import runpy
 from pathlib import Path
 
+import command_line
 import pandas as pd
 import pytest
 from command_line import runner_parser
@@ -27,6 +29,14 @@ def ended(name, *options):
         return importlib.import_module(name).main([*ARGUMENTS.get(name, ()), *options])
     except SystemExit as error:
         return error.code
+
+
+def test_results_lie_beside_the_runners_wherever_they_are_started_from(tmp_path, monkeypatch):
+    place = Path(command_line.__file__).resolve()
+    for folder in (place.parent, place.parents[1], tmp_path):
+        monkeypatch.chdir(folder)
+        parser = runpy.run_path(str(place))["runner_parser"]("")
+        assert parser.parse_args([]).output_dir.resolve() == place.parent
 
 
 @pytest.mark.parametrize("name", RUNNERS)
