@@ -56,7 +56,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
         check(options)
         options.command(options)
     except KeyboardInterrupt:
-        left = (Path(getattr(options, "output_dir", "")) / UNFINISHED).exists()
+        left = hasattr(options, "output_dir") and _unfinished(options).exists()
         more = "; the same command goes on from its last checkpoint" if left else ""
         print(f"polysrl {options.name}: interrupted{more}", file=sys.stderr)
         return 130
@@ -138,7 +138,7 @@ def train(options: argparse.Namespace) -> None:
         if options.predictions:
             found = predictions(mean, std, options.target)
             write_table(frame.loc[held_out.ids], found, options.predictions)
-    shutil.rmtree(Path(options.output_dir) / UNFINISHED, ignore_errors=True)
+    shutil.rmtree(_unfinished(options), ignore_errors=True)
 
 
 def predict(options: argparse.Namespace) -> None:
@@ -201,9 +201,8 @@ def pretrain(options: argparse.Namespace) -> None:
     """Crystal structures -> a folder with a pretrained encoder."""
     dataset = _structures(options.structures, options.on_error)
     model = PolySRLModel("pretraining", **_training(options))
-    unfinished = Path(options.output_dir) / UNFINISHED
-    fit_in(unfinished, model, dataset, options.epochs).save(options.output_dir)
-    shutil.rmtree(unfinished, ignore_errors=True)
+    fit_in(_unfinished(options), model, dataset, options.epochs).save(options.output_dir)
+    shutil.rmtree(_unfinished(options), ignore_errors=True)
     print(f"encoder written to {options.output_dir}", file=sys.stderr)
 
 
@@ -343,8 +342,12 @@ def _trained(
         **_training(options),
     )
     model.provenance |= {"targets": options.target, "recipe": options.recipe}
-    unfinished = Path(options.output_dir) / UNFINISHED
-    return fit_in(unfinished, model, dataset, options.epochs, next(names))
+    return fit_in(_unfinished(options), model, dataset, options.epochs, next(names))
+
+
+def _unfinished(options: argparse.Namespace) -> Path:
+    """Where the parts of a training lie until the command ends."""
+    return Path(options.output_dir) / UNFINISHED
 
 
 def _calibrate(
