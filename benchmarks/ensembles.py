@@ -14,7 +14,7 @@ from pathlib import Path
 import numpy as np
 import pandas as pd
 from command_line import refusing, runner_parser
-from paper_records import load_record, prediction_scores
+from paper_records import load_seeds, prediction_scores
 from scores import merge_scores
 from targets import Target, wetlab_targets
 from tasks import find_data_dir
@@ -30,14 +30,14 @@ def mean_of_seeds(target: Target, model: str, output_dir: Path) -> np.ndarray:
     ------
     FileNotFoundError
         A seed is not recorded.
+    InvalidInputError
+        The seeds were made by different settings.
     """
-    found = []
+    found = load_seeds(target, output_dir, model, "transfer")
     for seed in SEEDS:
-        record = load_record(output_dir, target.suite, model, "transfer", seed)
-        if target.name not in record:
+        if seed not in found:
             raise FileNotFoundError(f"no record of {model}, transfer, seed {seed}, {target.name}")
-        found.append(record[target.name].predictions)
-    return np.mean(found, axis=0)
+    return np.mean([record.predictions for record in found.values()], axis=0)
 
 
 def main(argv: list[str] | None = None) -> None:

@@ -10,7 +10,7 @@ from __future__ import annotations
 import functools
 import json
 import re
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -18,11 +18,13 @@ import magpie
 import numpy as np
 import pandas as pd
 import peers
-from scores import COLUMNS, KEYS, drop_scores, merge_scores, read_scores
+from scores import COLUMNS, KEYS, keep_scores, merge_scores, read_scores
 from sklearn.metrics import mean_absolute_error, r2_score
 from submission import RESULTS_FILE, read_benchmark, record_fold, recorded_fold, write_record
 from targets import Splits, Target
 from tasks import FOLD_RULE_KEYS
+
+from polysrl_dc.errors import InvalidInputError
 
 #: What ``info.json`` says of the records of models that are not ours.
 ABOUT = {**magpie.ABOUT, **peers.ABOUT}
@@ -126,6 +128,30 @@ def _load(path: Path, _changed: int) -> dict[str, Record]:
     return found
 
 
+def load_seeds(target: Target, output_dir: Path, model: str, protocol: str) -> dict[int, Record]:
+    """The records of a target by seed, of the first three; empty if there are none.
+
+    Raises
+    ------
+    InvalidInputError
+        They were made by different settings.
+    """
+    records = {
+        seed: load_record(output_dir, target.suite, model, protocol, seed).get(target.name)
+        for seed in range(3)
+    }
+    found = {seed: record for seed, record in records.items() if record}
+    ways = [_that_count(record.settings) for record in found.values()]
+    if any(way != ways[0] for way in ways):
+        what = f"{model}, {protocol}, {target.name}"
+        raise InvalidInputError(f"{what}: different settings made the seeds {list(found)}")
+    return found
+
+
+def _that_count(settings: dict[str, Any]) -> dict[str, Any]:
+    return {name: value for name, value in settings.items() if name not in ("arguments", "seed")}
+
+
 @dataclass(frozen=True)
 class Run:
     """A seed of a model: what makes its predictions, its record and its scores.
@@ -133,8 +159,8 @@ class Run:
     Attributes
     ----------
     settings : dict
-        All that changes the predictions, of which ``model`` and ``protocol`` name the run; and
-        ``arguments`` of the command that repeats it, which do not count.
+        All that changes the predictions, of which ``model`` and ``protocol`` name the run; and,
+        which do not count, the seed and ``arguments`` of the command that repeats it.
     seed : int
     output_dir : path
     table : str
@@ -156,8 +182,7 @@ class Run:
     @property
     def made_by(self) -> dict[str, Any]:
         """The settings that count, as they are read back from a record."""
-        made_by = {name: value for name, value in self.settings.items() if name != "arguments"}
-        return json.loads(json.dumps(made_by))
+        return json.loads(json.dumps(_that_count(self.settings)))
 
     def load(self, target: Target) -> Record | None:
         """The record of a target if it was made by the same settings, else None."""
@@ -180,10 +205,13 @@ class Run:
         params: list[dict[str, Any]],
         std: np.ndarray | None = None,
     ) -> None:
-        """Record predictions; without the scores of earlier ones, if a run is killed in between."""
-        model, protocol, seed = self._name
-        if not self.load(target):
-            drop_scores(self.output_dir / self.table, target.name, protocol, model, seed)
+        """Record predictions; scores that other settings made, of whatever seed, go before."""
+        model, protocol, _ = self._name
+
+        def is_same(seed: int) -> bool:
+            return replace(self, seed=seed).load(target) is not None
+
+        keep_scores(self.output_dir / self.table, target.name, protocol, model, is_same)
         place = (self.output_dir, target, *self._name)
         save_predictions(*place, predictions, params, self.settings, self.runner, std)
 
@@ -203,13 +231,13 @@ def absolute_errors(target: Target, output_dir: Path, model: str) -> np.ndarray:
     ------
     FileNotFoundError
         No seed is recorded.
+    InvalidInputError
+        The seeds were made by different settings.
     """
-    run = (output_dir, target.suite, model, "representation")
-    records = [load_record(*run, seed) for seed in range(3)]
-    known = [record[target.name] for record in records if target.name in record]
+    known = load_seeds(target, output_dir, model, "representation")
     if not known:
         raise FileNotFoundError(f"no record of {model}, representation, {target.name}")
-    found = [np.abs(record.predictions - target.values) for record in known]
+    found = [np.abs(record.predictions - target.values) for record in known.values()]
     return np.mean(found, axis=0) * target.scale
 
 

@@ -162,7 +162,8 @@ def train_missing(target: Target, recipe: str, seed: int, arguments: argparse.Na
     if run.is_done(target, target.suite):
         return
     calls = [(recipe, seed)] * N_FOLDS
-    predictions, std, params = train_folds(target, predict_fold, calls, run.made_by, arguments)
+    key = {**run.made_by, "seed": seed}
+    predictions, std, params = train_folds(target, predict_fold, calls, key, arguments)
     if seed == 0 and std is not None:
         keep(arguments.output_dir, score_own(target, recipe, "recipe", predictions, std))
     run.save(target, predictions, params, std)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -82,14 +83,18 @@ def merge_rows(
     return table
 
 
-def drop_scores(path: Path, task: str, protocol: str, model: str, seed: int) -> None:
-    """Take the scores of a run on a task, on whatever folds, out of a CSV file."""
+def keep_scores(
+    path: Path, task: str, protocol: str, model: str, keeps: Callable[[int], bool]
+) -> None:
+    """Of the scores of a model on a task, on whatever folds, keep those of some seeds only."""
     with locked(Path(path).parent):
         if Path(path).exists():
             table = read_scores(path)
-            run = pd.Series({"task": task, "protocol": protocol, "model": model, "seed": seed})
-            other = (table[run.index] != run).any(axis=1)
-            write_csv(path, table[other], digits=None)
+            runs = pd.Series({"task": task, "protocol": protocol, "model": model})
+            kept = (table[runs.index] != runs).any(axis=1)
+            for seed in table["seed"][~kept].unique():
+                kept |= (table["seed"] == seed) & keeps(seed)
+            write_csv(path, table[kept], digits=None)
 
 
 def read_scores(path: Path) -> pd.DataFrame:

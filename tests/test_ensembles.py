@@ -33,3 +33,9 @@ def test_predictions_are_averaged_before_they_are_scored(tmp_path, monkeypatch, 
     with pytest.raises(SystemExit):
         main([*command, "--models", "roost"])
     assert "no record of roost, transfer, seed 0, band_gap" in capsys.readouterr().err
+
+    run = ("polysrl", "transfer", 2, target.values, [{}] * 5, {"arguments": [], "epochs": 7})
+    save_predictions(tmp_path, target, *run, "run_wetlab.py")
+    with pytest.raises(SystemExit):
+        main(command)
+    assert "band_gap: different settings made the seeds [0, 1, 2]" in capsys.readouterr().err

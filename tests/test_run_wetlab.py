@@ -15,7 +15,7 @@ from magpie import magpie_features, predict_baseline
 from paired import comparison, paired_differences
 from paper_models import MODELS, encoder_embeddings, encoder_of
 from paper_protocol import FOLDS, part_of_training
-from paper_records import load_record, prediction_scores, record_path
+from paper_records import absolute_errors, load_record, prediction_scores, record_path
 from run_wetlab import main
 from scipy import stats
 from sklearn.metrics import mean_absolute_error
@@ -23,6 +23,7 @@ from targets import Target, wetlab_targets
 
 from polysrl_dc import PolySRLModel
 from polysrl_dc.checkpoints import checkpoint_path, load_checkpoint
+from polysrl_dc.errors import InvalidInputError
 
 COLUMNS = ["suite", "task", "protocol", "model", "seed", "fold", "metric", "value"]
 
@@ -110,6 +111,19 @@ def test_scores_of_another_encoder_do_not_stay(quick, tmp_path):
         chosen = ("--encoder", str(tmp_path / str(seed)), "--name", "mine", "--folds", folds)
         scores = quick(*chosen, "--protocols", "representation", "--targets", "one")
         assert set(scores["suite"]) == ({"wetlab"} if seed else {"wetlab", "wetlab_grouped"})
+
+
+def test_scores_of_another_configuration_do_not_stay_beside_its_own(quick):
+    command = ("--models", "rand_init", "--protocols", "representation")
+    assert set(quick(*command, "--seeds", "3")["seed"]) == {0, 1, 2}
+    scores = quick(*command, "--config", "paper", "--targets", "one")
+    assert set(scores.query("task == 'one'")["seed"]) == {0}
+    assert set(scores.query("task == 'two'")["seed"]) == {0, 1, 2}
+    with pytest.raises(InvalidInputError, match=r"one: different settings made the seeds \[0, 1, 2"):
+        absolute_errors(quick.targets[0], quick.folder, "rand_init")
+    scores = quick(*command, "--config", "paper", "--seeds", "3")
+    assert set(scores["seed"]) == {0, 1, 2} and len(scores) == 3 * 2 * 5 * 2
+    assert absolute_errors(quick.targets[0], quick.folder, "rand_init").shape == (20,)
 
 
 def test_folds_by_publication_are_of_targets_that_name_theirs(quick):
