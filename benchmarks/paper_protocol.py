@@ -104,7 +104,10 @@ def run_transfer(
     model: str, encoder: str | None, targets: list[Target], arguments: argparse.Namespace
 ) -> None:
     """Train the folds of a model that are missing, seed after seed; write records and scores."""
-    for run in runs_of(model, encoder, "transfer", arguments, transfer.EPOCHS):
+    runs = runs_of(model, encoder, "transfer", arguments, transfer.EPOCHS)
+    if model not in PEERS and RATE_SEED not in arguments.seeds:
+        runs.insert(0, replace(runs[0], seed=RATE_SEED))  # whose rates the others take
+    for run in runs:
         for target in targets:
             if run.is_done(target, arguments.suite):
                 continue
@@ -196,17 +199,15 @@ def runs_of(
     if model not in (*MODELS, *BASELINES, *PEERS):
         # a record names no folder of the machine it was made on
         named = f"--encoder {Path(str(encoder)).name} --name {model}"
+    command = f"{named} --protocols {protocol} --seeds {arguments.seeds[-1] + 1}"
+    if arguments.config != "default":
+        command += f" --config {arguments.config}"
     made_by = {"encoder": source, "config": arguments.config, "epochs": epochs}
     if model in BASELINES:
         made_by["encoder"] = "none"
     elif model in PEERS:
         made_by = peer_settings(model)
-    settings = {
-        "model": model,
-        "protocol": protocol,
-        **made_by,
-        "arguments": f"{named} --protocols {protocol} --seeds {len(arguments.seeds)}".split(),
-    }
+    settings = {"model": model, "protocol": protocol, **made_by, "arguments": command.split()}
     suite = arguments.suite
     place = (arguments.output_dir, f"{suite}_scores.csv", RUNNERS[suite])
     return [Run(settings, seed, *place) for seed in arguments.seeds]
@@ -229,7 +230,7 @@ def arguments_of(
     add("--name", help="label of --encoder in the column model; default: name of its folder")
     add("--config", default="default", choices=("paper", "default"), help="of random weights")
     add("--baseline", default="rand_init", help="model to compare with, fold by fold")
-    add("--seed", type=int, default=0, help="first seed")
+    add("--seed", type=int, default=0, help="first seed; transfer trains seed 0 before it")
     add("--seeds", type=int, default=1, help="number of seeds")
     add("--jobs", type=int, default=1, help="folds trained at once in transfer, a process each")
     add("--threads", type=int, default=1, help="of the representation protocol")
@@ -248,6 +249,10 @@ def arguments_of(
         arguments.models = {
             model: encoder_of(model) if model in MODELS else None for model in arguments.models
         }
+    random = arguments.models == {"rand_init": None} and arguments.protocols == ["representation"]
+    if arguments.config != "default" and not random:
+        needed = "--models rand_init --protocols representation"
+        parser.error(f"--config {arguments.config} is of random weights only: give {needed}")
     with refusing(parser):
         arguments.data_dir = find_data_dir(arguments.data_dir)
         targets = targets_of(arguments.data_dir)
