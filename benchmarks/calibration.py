@@ -12,9 +12,10 @@ the one with the smallest residuals.
 
 Three methods (``intervals.py``), with and without the variance of the polymorphs: ``scaled``
 (Gaussian), ``normalized`` and ``constant`` conformal. Writes ``calibration.csv``, in units of the
-targets; finished folds are kept, ``--again`` makes them anew. ``--peers`` scores in the same way
-what Roost and CrabNet say themselves in the records of ``compare.py``, as they say it and
-calibrated by the errors of the other folds, and trains nothing.
+targets. Of the settings it names encoder and protocol only; unless the others are the default ones,
+results are printed and not written. Finished folds are kept, ``--again`` makes them anew.
+``--peers`` scores in the same way what Roost and CrabNet say themselves in the records of
+``compare.py``, as they say it and calibrated by the errors of the other folds, and trains nothing.
 """
 
 from __future__ import annotations
@@ -371,6 +372,10 @@ def run(
     targets: Sequence[Target], trials: Sequence[Settings], arguments: argparse.Namespace
 ) -> pd.DataFrame:
     """Scores of all folds, written target by target; trials differ in their epochs."""
+    named = {name: getattr(arguments, name) for name in ("encoder", "fine_tune", "device")}
+    default = list(trials) == [Settings(**named, epochs=epochs) for epochs in EPOCHS]
+    if not default:
+        print("not the default settings: calibration.csv stays as it is")
     fingerprints, tables = [settings.fingerprint() for settings in trials], []
     for target in targets:
         start = time.monotonic()
@@ -390,7 +395,8 @@ def run(
         table = pd.concat(scores, ignore_index=True)
         protocol = "transfer" if arguments.fine_tune else "representation"
         table = table.assign(encoder=arguments.encoder, protocol=protocol, target=target.name)
-        keep(arguments.output_dir, table)
+        if default:
+            keep(arguments.output_dir, table)
         tables.append(table)
         print(f"{target.name}: epochs {chosen}, {time.monotonic() - start:.0f} s")
     return pd.concat(tables, ignore_index=True)

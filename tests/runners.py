@@ -57,8 +57,7 @@ def by_recipe(folder: Path) -> Any:
 
 
 def calibrating(folder: Path) -> Any:
-    job = ["--targets", "metallic", "--epochs", "1", "--ensemble", "1", "--inner-folds", "2"]
-    return loaded.calibration.main([*job, "--n-samples", "2", "--output-dir", str(folder)])
+    return loaded.calibration.main(["--targets", "metallic", "--output-dir", str(folder)])
 
 
 def with_encoder(seed: int) -> Callable[[Path], Any]:
@@ -264,6 +263,9 @@ def _cut_targets() -> None:
     run_wetlab.wetlab_targets = lambda _: [small["metallic"], small["estm600_seebeck"]]
     search.wetlab_targets = recipes.wetlab_targets = run_wetlab.wetlab_targets
     calibration.all_targets = run_wetlab.wetlab_targets
+    calibration.EPOCHS = (1,)
+    cut = {"ensemble": 1, "inner_folds": 2, "n_samples": 2}
+    calibration.Settings = functools.partial(calibration.Settings, **cut)
     recipes.RECIPES = {name: replace(one, epochs=1) for name, one in recipes.RECIPES.items()}
     calibration.cross_predict = noting(
         calibration.cross_predict,

@@ -296,9 +296,10 @@ def job(tmp_path, monkeypatch):
 
     monkeypatch.setattr(calibration, "all_targets", lambda data_dir: [toy_target()])
     monkeypatch.setattr(calibration, "cross_predict", counted)
+    monkeypatch.setattr(calibration, "EPOCHS", (1,))
 
     def run(*more):
-        calibration.main(["--output-dir", str(tmp_path), "--epochs", "1", *more])
+        calibration.main(["--output-dir", str(tmp_path), *more])
         path = tmp_path / "calibration.csv"
         return len(trained), pd.read_csv(path) if path.exists() else None
 
@@ -315,11 +316,21 @@ def test_the_command_keeps_what_is_finished(job, capsys):
     count, again = job()
     assert count == 5
     pd.testing.assert_frame_equal(table, again)
-    assert job("--again")[0] == 10 and job("--seed", "1")[0] == 15
+    assert job("--again")[0] == 10
     count, both = job("--fine-tune")
-    assert count == 20 and len(both) == 2 * len(table)
+    assert count == 15 and len(both) == 2 * len(table)
     with pytest.raises(SystemExit):
         job("--targets", "nothing")
+
+
+@pytest.mark.parametrize("other", ["epochs", "ensemble", "inner-folds", "n-samples", "seed"])
+def test_the_table_is_of_the_default_settings(job, other, capsys):
+    _, table = job()
+    capsys.readouterr()
+    count, same = job(f"--{other}", "3")
+    said = capsys.readouterr().out
+    assert count == 10 and "calibration.csv stays as it is" in said and "| toy " in said
+    pd.testing.assert_frame_equal(same, table)
 
 
 def test_epochs_are_chosen_by_the_residuals_of_the_training_fold(
@@ -338,7 +349,8 @@ def test_epochs_are_chosen_by_the_residuals_of_the_training_fold(
         return found
 
     monkeypatch.setattr(calibration, "cross_predict", trained)
-    _, table = job("--epochs", "10", "20")
+    monkeypatch.setattr(calibration, "EPOCHS", (10, 20))
+    _, table = job()
     assert "epochs [10, 20, 10, 20, 10]" in capsys.readouterr().out
     errors = table[table["metric"] == "mae"].groupby("fold")["value"].mean()
     np.testing.assert_allclose(errors, [0, 5, 0, 5, 0])
