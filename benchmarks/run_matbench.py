@@ -32,7 +32,7 @@ from protocols import (
     defaults_of,
     train_and_predict,
 )
-from scores import merge_scores, score_rows, summary
+from scores import KEYS, merge_rows, score_rows, summary
 from targets import matbench_targets
 from tasks import (
     EMBEDDED_FORMULAS,
@@ -154,8 +154,8 @@ def store_of(arguments: argparse.Namespace, settings: Settings, task: MatbenchTa
 
 
 def restore(task: MatbenchTask, store: FoldStore) -> None:
-    """Record every fold of the task that its store holds."""
-    for fold in task.folds:
+    """Record every fold of the task that its store holds and that is not yet recorded."""
+    for fold in (number for number in task.folds if not task.is_recorded[number]):
         kept = store.load(fold, task.validation[task.folds_map[fold]].test)
         if kept is not None:
             submission.record_fold(task, fold, kept["predictions"], kept["std"], kept["params"])
@@ -201,9 +201,13 @@ def _learn(fold: int, learner: Learner, *args: Any) -> tuple[int, tuple[Any, Any
 def write_results(
     task: MatbenchTask, arguments: argparse.Namespace, settings: Settings, store: FoldStore
 ) -> Path | None:
-    """Add a task to the score table and, when all its folds are there, to the submission."""
+    """Put a task into the score table and, when all its folds are there, into the submission.
+
+    The table keeps no fold of the run that is not of the store: it was made by other settings.
+    """
+    restore(task, store)  # what other processes have finished meanwhile
     fresh = score_rows(task, arguments.suite, arguments.protocol, MODEL, settings.seed)
-    merge_scores(arguments.output_dir / "scores.csv", fresh)
+    merge_rows(arguments.output_dir / "scores.csv", fresh, KEYS, digits=None)
     folder = submission.record_folder(arguments.output_dir, task.benchmark_name, arguments.protocol)
     description = {
         "arguments": repeat_arguments(arguments, settings, task.dataset_name),

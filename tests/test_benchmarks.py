@@ -347,6 +347,27 @@ def test_single_folds_add_up_to_a_record(toy_embedded, tmp_path, capsys):
     assert record.user_metadata["tasks"]["embedded_seebeck"]["n_samples"] == 60
 
 
+def test_folds_of_other_settings_do_not_stay_in_the_table(toy_embedded, tmp_path):
+    command = ["--suite", "embedded", "--tasks", "seebeck"]
+    run(tmp_path, *command)
+    run(tmp_path, *command, "--folds", "0", "--epochs", "7")
+    assert set(pd.read_csv(tmp_path / "scores.csv")["fold"]) == {0}
+    run(tmp_path, *command, "--folds", "0")
+    assert set(pd.read_csv(tmp_path / "scores.csv")["fold"]) == {0, 1, 2, 3, 4}
+
+
+def test_two_processes_share_a_task(toy_embedded, tmp_path):
+    command = ["--suite", "embedded", "--tasks", "seebeck", "--folds"]
+
+    def learner(*arguments):
+        run(tmp_path, *command, "1", "2", "3", "4")  # meanwhile
+        return dummy_learner(*arguments)
+
+    run(tmp_path, *command, "0", learner=learner)
+    assert set(pd.read_csv(tmp_path / "scores.csv")["fold"]) == {0, 1, 2, 3, 4}
+    assert (tmp_path / "embedded_v0.1_PolySRL").exists()
+
+
 def test_dry_run_writes_nothing(toy_embedded, tmp_path, capsys):
     output = tmp_path / "output"
     assert run(output, "--suite", "embedded", "--dry-run", learner=None) == 0
