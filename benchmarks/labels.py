@@ -13,6 +13,7 @@ from targets import matbench_target, wetlab_targets
 from tasks import MATBENCH_TASKS, load_task, task_inputs
 
 from polysrl_dc.checkpoints import checkpoint_path, load_checkpoint
+from polysrl_dc.errors import InvalidInputError
 
 #: Models pretrained on DFT labels, and the table of these.
 MP_PROPERTIES = {"mp_band_gap": "matbench_mp_gap", "mp_formation_energy": "matbench_mp_e_form"}
@@ -82,6 +83,14 @@ def has_learned(encoder: str | Path, task: str, folds: Iterable[int]) -> bool:
     data = manifest.get("provenance", {}).get("data", {})
     spared = data.get("excluded") == "test-folds" and set(folds) == {0}
     return data.get("labels") == task and not spared
+
+
+def refuse_learned(encoder: str | Path, task: str, folds: Iterable[int]) -> None:
+    """Raise InvalidInputError if :func:`has_learned`."""
+    if has_learned(encoder, task, folds):
+        raise InvalidInputError(
+            f"{encoder} was pretrained on labels of test rows of {task}: no score there is fair"
+        )
 
 
 def _compositions(data_dir: str | Path, name: str) -> pd.Series:

@@ -14,6 +14,7 @@ from __future__ import annotations
 
 import argparse
 from collections.abc import Iterator
+from itertools import product
 from pathlib import Path
 from typing import Any, TypeAlias
 
@@ -24,10 +25,12 @@ import torch
 from command_line import refusing, runner_parser
 from folds import output_folder, readable, split_validation
 from graph_data import graph_dataset
+from labels import refuse_learned
 from matbench.constants import REG_KEY
 from matbench.task import MatbenchTask
 from scores import COLUMNS, KEYS, merge_scores, read_scores
 from sklearn.metrics import mean_absolute_error, roc_auc_score
+from targets import N_FOLDS
 from tasks import find_data_dir, load_task, task_inputs
 from tqdm import tqdm
 
@@ -132,6 +135,10 @@ def main(argv: list[str] | None = None) -> None:
     with refusing(parser):
         data_dir = find_data_dir(arguments.data_dir)
         tasks = [load_task(name, data_dir) for name in arguments.tasks]
+        ways = [WAYS[recipe].settings for recipe in arguments.recipes]
+        encoders = {encoder for settings in ways for encoder in recipes.encoders_of(settings)}
+        for encoder, task in product(encoders, tasks):
+            refuse_learned(encoder, task.dataset_name, range(N_FOLDS))
     planned = [run for task in tasks for run in runs(task, arguments)]
     if arguments.dry_run:
         there = finished(path)

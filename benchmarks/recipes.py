@@ -15,7 +15,7 @@ along to ``calibration.csv``. What is there is not trained again.
 from __future__ import annotations
 
 import argparse
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -195,6 +195,11 @@ def uncertainties(table: pd.DataFrame) -> pd.DataFrame:
     return found.loc[[recipe for recipe in RECIPES if recipe in found.index]]
 
 
+def encoders_of(settings: Mapping[str, Any]) -> Sequence[str]:
+    """Encoders that a recipe of such settings starts from; none: random weights."""
+    return settings.get("pretrained", (DEFAULT_ENCODER,)) or ()
+
+
 def settings_of(recipe: str, seed: int) -> dict[str, Any]:
     """Everything that changes the predictions, and the recipe's name.
 
@@ -203,9 +208,7 @@ def settings_of(recipe: str, seed: int) -> dict[str, Any]:
     """
     way = RECIPES[recipe]
     model = PolySRLModel(seed=seed, **way.settings)
-    start, encoders = "random weights", way.settings.get("pretrained", [DEFAULT_ENCODER])
-    if encoders is not None:
-        start = ", ".join(representation_digest(name) for name in encoders)
+    start = ", ".join(map(representation_digest, encoders_of(way.settings))) or "random weights"
     key = {**model.settings, **model.training, "epochs": way.epochs, "start": start}
     del key["n_encoders"]  # follows from the start
     parts = {"held_out": way.held_out, "folds": way.folds}

@@ -22,7 +22,7 @@ import paper_protocol
 import submission
 from command_line import runner_parser
 from folds import FoldStore, in_parallel, output_folder
-from labels import has_learned
+from labels import refuse_learned
 from matbench.task import MatbenchTask
 from protocols import (
     DEFAULTS,
@@ -238,11 +238,7 @@ def main(argv: list[str] | None = None, learner: Learner = train_and_predict) ->
     arguments = parse_arguments(argv)
     try:
         for encoder, name in product(arguments.pretrained, arguments.tasks):
-            if has_learned(encoder, name, arguments.folds):
-                raise InvalidInputError(
-                    f"{encoder} was pretrained on labels of test rows of {name}: no score there "
-                    "is a fair one"
-                )
+            refuse_learned(encoder, name, arguments.folds)
         tasks = [load_task(name, arguments.data_dir) for name in arguments.tasks]
     except (DataNotFoundError, InvalidInputError, OSError) as error:
         print(f"error: {error}", file=sys.stderr)

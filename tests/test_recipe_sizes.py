@@ -1,6 +1,7 @@
 """Recipes by the number of rows: nested parts of one training fold, no test row, kept scores."""
 
 from dataclasses import replace
+from types import SimpleNamespace
 
 import numpy as np
 import pandas as pd
@@ -86,6 +87,15 @@ def test_a_dry_run_says_what_is_missing_and_writes_nothing(command, tmp_path, ca
     expected = [f"{name}, 20 rows, single, 0, is there", f"{name}, 40 rows, single, 0, would run"]
     assert capsys.readouterr().out.splitlines() == expected
     assert (tmp_path / "recipe_sizes.csv").read_bytes() == there
+
+
+def test_an_encoder_that_has_learned_the_labels_is_refused(command, tmp_path, monkeypatch, capsys):
+    task = SimpleNamespace(dataset_name="matbench_mp_e_form")
+    monkeypatch.setattr(recipe_sizes, "load_task", lambda *_: task)
+    with pytest.raises(SystemExit):
+        recipe_sizes.main([*command, "--recipes", "single", "fine-tuned"])
+    said = "formation-energy-mp was pretrained on labels of test rows of matbench_mp_e_form"
+    assert said in capsys.readouterr().err and not list(tmp_path.iterdir())
 
 
 def test_missing_data_end_it_in_one_line(tmp_path, monkeypatch, capsys):
