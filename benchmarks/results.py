@@ -35,7 +35,8 @@ Key = tuple[str, str, str, str, str]
 class Cell:
     """Mean of a score over the folds, after that over the seeds, and its paired comparison.
 
-    ``half`` and ``difference_half`` are half widths of 95 % intervals, NaN for a single fold.
+    ``half`` and ``difference_half`` are half widths of 95 % intervals, NaN for a single fold. Not
+    ``fair`` is a model that was pretrained on the very labels it is scored on.
     """
 
     mean: float
@@ -45,6 +46,7 @@ class Cell:
     difference: float = np.nan
     difference_half: float = np.nan
     p: float = np.nan
+    fair: bool = True
 
     @property
     def size(self) -> str:
@@ -256,6 +258,8 @@ def cells_of(scores: pd.DataFrame, baseline: str) -> Cells:
     table = table.join(over_folds(pairs).rename(columns=names))
     table = table.assign(**{name: size.stack() for name, size in sizes.items()})
     table = table.astype({"seeds": int, "folds": int})
+    tasks, models = (table.index.get_level_values(name) for name in ("task", "model"))
+    table["fair"] = [MP_PROPERTIES.get(m) != t for m, t in zip(models, tasks, strict=True)]
     return {
         key: Cell(**cell) for key, cell in zip(table.index, table.to_dict("records"), strict=True)
     }
@@ -264,15 +268,12 @@ def cells_of(scores: pd.DataFrame, baseline: str) -> Cells:
 def numbers_of(cells: Cells, paper: pd.DataFrame) -> tuple[Numbers, Numbers]:
     """Errors by table, ours and the paper's; those of peers are the paper's where not run.
 
-    Ours are NaN where a model was pretrained on the very labels it is scored on.
+    Ours are NaN where they are not fair.
     """
     ours, theirs = {}, {}
     rows = [*MODELS, *SUPERVISED]
     for table in TABLES:
         own = _means(cells, table).reindex(rows)
-        for model, task in MP_PROPERTIES.items():
-            if task in own:
-                own.loc[model, task] = np.nan
         other = table.published(paper)["mean"].astype(float).unstack()
         other = other.reindex(index=rows, columns=list(table.tasks))
         own.loc[list(SUPERVISED)] = own.loc[list(SUPERVISED)].fillna(other)
@@ -308,8 +309,8 @@ def shortfall(cells: Cells, table: Table) -> str:
 
 
 def best_of(rows: Sequence[Sequence[Cell | None]], metric: str) -> list[float]:
-    """The best mean of each column, least for MAE and else largest; NaN where nothing was run."""
-    table = pd.DataFrame([[np.nan if c is None else c.mean for c in row] for row in rows])
+    """The best fair mean of each column, least for MAE and else largest; NaN without any."""
+    table = pd.DataFrame([list(map(_fair_mean, row)) for row in rows])
     return list(table.min() if metric == "mae" else table.max())
 
 
@@ -343,7 +344,10 @@ def reached(cells: Cells, paper: pd.DataFrame, table: Table, tasks: Sequence[str
 
 def _means(cells: Cells, table: Table) -> pd.DataFrame:
     rows = {
-        model: [np.nan if cell is None else cell.mean for cell in table.row(cells, model)]
-        for model in (*MODELS, *SUPERVISED)
+        model: list(map(_fair_mean, table.row(cells, model))) for model in (*MODELS, *SUPERVISED)
     }
     return pd.DataFrame.from_dict(rows, "index", dtype=float, columns=list(table.tasks))
+
+
+def _fair_mean(cell: Cell | None) -> float:
+    return cell.mean if cell and cell.fair else np.nan

@@ -16,7 +16,6 @@ import pandas as pd
 from claims import CLAIMS, MATBENCH, NOT_JUDGED, PROPERTIES, RULES, SHORT, WETLAB, ZT, verdict
 from command_line import runner_parser
 from crabnet_matbench import beside_published
-from labels import MP_PROPERTIES
 from paired import LEVEL, read_paper
 from rates import UNIT, chosen_rates, rate_cells
 from recipe_sizes import by_rows
@@ -111,19 +110,20 @@ def markdown(head: Sequence[str], rows: Sequence[Sequence[str]]) -> list[str]:
 
 
 def mean_text(cell: Cell | None, best: float) -> str:
-    """The mean, in bold if it is the best at the digits shown."""
+    """The mean, in bold if it is fair and the best at the digits shown."""
     if cell is None:
         return NOT_RUN
     text = f"{cell.mean:.3f}"
-    return f"**{text}**" if text == f"{best:.3f}" else text
+    return f"**{text}**" if cell.fair and text == f"{best:.3f}" else text
 
 
 def cell_text(cell: Cell | None, best: float) -> str:
-    """Mean, half width and, if the run is short, its size."""
+    """Mean, half width, the size of a run that is short, and a mark if the score is not fair."""
     if cell is None:
         return NOT_RUN
     half = "" if np.isnan(cell.half) else f" ± {cell.half:.3f}"
-    return mean_text(cell, best) + half + f" [{cell.size}]" * bool(cell.size)
+    marks = f" [{cell.size}]" * bool(cell.size) + f" {DAGGER}" * (not cell.fair)
+    return mean_text(cell, best) + half + marks
 
 
 def paper_text(cell: Cell | None, paper: pd.Series, metric: str) -> str:
@@ -144,7 +144,6 @@ def score_lines(cells: Cells, paper: pd.DataFrame, table: Table) -> list[str]:
         line = [model]
         for task, cell, top in zip(table.tasks, row, best, strict=True):
             text = cell_text(cell, top)
-            text += f" {DAGGER}" * (MP_PROPERTIES.get(model) == task)
             if (model, task) in theirs.index:
                 text += paper_text(cell, theirs.loc[(model, task)], table.metric)
             line.append(text)
@@ -155,9 +154,11 @@ def score_lines(cells: Cells, paper: pd.DataFrame, table: Table) -> list[str]:
 
 
 def difference_text(cell: Cell | None) -> str:
-    """Difference to the baseline, half width, and p."""
+    """Difference to the baseline, half width, and p; of a score that is not fair, its mark."""
     if cell is None or np.isnan(cell.difference):
         return NOT_RUN
+    if not cell.fair:
+        return DAGGER
     if np.isnan(cell.p):
         return f"{cell.difference:+.3f}"
     text = f"{cell.difference:+.3f} ± {cell.difference_half:.3f}"
@@ -169,7 +170,7 @@ def difference_lines(cells: Cells, table: Table, baseline: str) -> list[str]:
     """A table of paired differences to the baseline; nothing if there is none."""
     sign, lines = 1 if table.metric == "mae" else -1, []
     for model, row in table.rows(cells).items():
-        pairs = [cell for cell in row if cell is not None and not np.isnan(cell.difference)]
+        pairs = [cell for cell in row if cell and cell.fair and not np.isnan(cell.difference)]
         if pairs:
             better = [cell for cell in pairs if sign * cell.difference < 0]
             worse = [cell for cell in pairs if sign * cell.difference > 0]
