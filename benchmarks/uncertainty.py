@@ -4,8 +4,8 @@
 
 For each encoder: uncertainty against the number of known structures (Figure 4a), of pure and impure
 thermoelectrics (4b), of named formulas beside their structures (5, F.6), and by the error of band
-gaps (10a), each with the statistic of its trend. Writes ``uncertainty.csv``,
-``uncertainty_cases.csv`` and figures; ``UNCERTAINTY.md`` quotes them.
+gaps (10a), each with the statistic of its trend. Writes ``uncertainty.csv``, where other encoders
+stay as they are, ``uncertainty_cases.csv`` and figures; ``UNCERTAINTY.md`` quotes them.
 """
 
 from __future__ import annotations
@@ -28,6 +28,7 @@ from polymorphs import (
 )
 from pretrain import split
 from scipy.stats import mannwhitneyu, spearmanr
+from scores import merge_rows
 from targets import Target, wetlab_targets
 from tasks import required_data_dir, structures_path
 from uncertainty_figures import count_figure, group_figure, save
@@ -214,7 +215,7 @@ def main(argv: list[str] | None = None) -> None:
         found.append(table)
         print(table.round(3).to_markdown(index=False))
     folder = arguments.output_dir
-    write_csv(folder / "uncertainty.csv", pd.concat(found), digits=4)
+    merge_rows(folder / "uncertainty.csv", pd.concat(found), ["encoder", "trend"], digits=4)
     named = cases(model, path, known, list(gap.formulas))
     print(named.round(4).to_markdown(index=False))
     write_csv(folder / "uncertainty_cases.csv", named, digits=4)

@@ -1,5 +1,7 @@
 """What is known of a formula's structures, and the trends of the uncertainty with it."""
 
+from types import SimpleNamespace
+
 import numpy as np
 import pandas as pd
 import pytest
@@ -12,6 +14,7 @@ from polymorphs import (
     structures_of,
 )
 from pymatgen.core import Lattice, Structure
+from targets import Target
 from uncertainty_figures import count_figure, group_figure
 
 from polysrl_dc.errors import InvalidInputError
@@ -83,6 +86,33 @@ def test_the_shipped_encoder_is_less_certain_of_formulas_with_many_structures():
     many = uncertainty.uncertainties(model, ["MgO", "ZnO", "SiO2", "TiO2", "ZnS", "C"])
     one = uncertainty.uncertainties(model, ["CaS", "HgCl", "RbF", "LaP", "YbTe", "SrSe"])
     assert np.log(many).mean() > np.log(one).mean() + 0.1
+
+
+def test_the_table_keeps_the_encoders_that_are_not_asked_for(tmp_path, monkeypatch):
+    names = ("band_gap", *uncertainty.THERMOELECTRICS.values())
+    salt, structures = (np.array(["NaCl"]), np.ones(1)), SimpleNamespace(formulas=["NaCl"])
+    one, other = {"trend": ["rising", "above"], "p": [0.25, 0.5]}, {"trend": ["rising"], "p": 0.75}
+    found = {
+        "required_data_dir": tmp_path,
+        "structures_path": tmp_path,
+        "wetlab_targets": [Target(name, "eV", *salt, 1.0, 8) for name in names],
+        "PolymorphDataset": structures,
+        "split": (structures, structures),
+        "cases": pd.DataFrame(),
+        **dict.fromkeys(("structure_counts", "uncertainties"), np.ones(1)),
+        **dict.fromkeys(("count_figure", "group_figure", "save")),
+    }
+    for name, value in found.items():
+        monkeypatch.setattr(uncertainty, name, lambda *_, value=value, **__: value)
+    for encoder, rows in (("a=polysrl-mp", one), ("polysrl-mp", other)):
+        monkeypatch.setattr(uncertainty, "trends", lambda *_, rows=rows: pd.DataFrame(rows))
+        uncertainty.main(["--encoders", encoder, "--output-dir", str(tmp_path)])
+    table = pd.read_csv(tmp_path / "uncertainty.csv").set_index(["encoder", "trend"])["p"]
+    assert table.to_dict() == {
+        ("a", "above"): 0.5,
+        ("a", "rising"): 0.25,
+        ("polysrl-mp", "rising"): 0.75,
+    }
 
 
 def test_figures_hold_every_group():
