@@ -21,6 +21,7 @@ from tempfile import TemporaryDirectory
 from typing import Any
 
 import pandas as pd
+from command_line import HERE
 from paired import paired_differences
 
 from polysrl_dc import PolySRLConfig, PolySRLModel
@@ -137,7 +138,7 @@ def main(argv: list[str] | None = None) -> None:
     add("--name", default="polysrl-mp")
     add("--model", required=True, help="its name in wetlab_scores.csv")
     add("--baseline", default="rand_init", help="random start in wetlab_scores.csv")
-    add("--scores", type=Path, default=Path("benchmarks/wetlab_scores.csv"))
+    add("--scores", type=Path, default=HERE / "wetlab_scores.csv")
     add("--folder", type=Path, default=SHIPPED, help="where to put it; default: the package")
     add("--formulas-only", action="store_true", help="leave out the encoder of structures")
     add("--dry-run", action="store_true", help="print the card; write nothing")

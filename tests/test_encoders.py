@@ -156,9 +156,10 @@ def test_the_card_holds_what_was_measured(tmp_path: Path, monkeypatch):
         for name, value in (("rand_init", 2.0), ("mine", 1.5))
         for fold in range(2)
     ]
-    pd.DataFrame(scores).to_csv(tmp_path / "scores.csv")
+    pd.DataFrame(scores).to_csv(tmp_path / "wetlab_scores.csv")
     monkeypatch.setattr(ship_encoder, "SHIPPED", tmp_path / "encoders")
-    ship_encoder.main([str(run), "--model", "mine", "--scores", str(tmp_path / "scores.csv")])
+    monkeypatch.setattr(ship_encoder, "HERE", tmp_path)
+    ship_encoder.main([str(run), "--model", "mine"])
     card = (tmp_path / "encoders" / f"{DEFAULT_ENCODER}.md").read_text()
     said_there = ("71.0%", "of the means 41.0", "-0.5", "`whitening`: 0.5", "power 0.7")
     for said in said_there:
