@@ -233,3 +233,6 @@ def test_the_search_compares_rows_fold_by_fold(tmp_path: Path, monkeypatch, caps
     search.main(["--dry-run", "--output-dir", str(tmp_path)])
     assert capsys.readouterr().out.count("\n") == len(search.ROWS)
     assert not list(tmp_path.iterdir())
+    with pytest.raises(SystemExit):
+        search.main(["--seed", "1", "--dry-run", "--output-dir", str(tmp_path)])
+    assert "unrecognized arguments: --seed 1" in capsys.readouterr().err
