@@ -233,7 +233,7 @@ def collect(
     runs : list of Run
         By protocol, model and temperature, where at least one seed has all three targets.
     notes : list of str
-        What is missing, by model and protocol, and where the seeds are not of one encoder.
+        What is missing, by model and protocol, and where the seeds are not of the same settings.
     """
     runs, notes = [], []
     for protocol, model in itertools.product(protocols, models):
@@ -241,7 +241,7 @@ def collect(
             continue
         records = {seed: load_record(output_dir, SUITE, model, protocol, seed) for seed in seeds}
         missing: dict[str, list[int]] = {}
-        encoders: set[Any] = set()
+        ways: set[tuple[Any, ...]] = set()
         for measured in sets:
             names, scaled = [f"estm{measured.kelvin}_{name}" for name in TARGETS], {}
             for seed, record in records.items():
@@ -251,14 +251,15 @@ def collect(
                     missing.setdefault(name, []).append(seed)
                 if not lacking:
                     scaled[seed] = np.stack([record[name].predictions for name in names])
-                    encoders |= {record[name].settings.get("encoder") for name in names}
+                    used = [record[name].settings for name in names]
+                    ways |= {tuple(map(one.get, ("encoder", "config", "epochs"))) for one in used}
             if scaled:
                 by_seed = {seed: measured.physical(values) for seed, values in scaled.items()}
                 mean = measured.physical(np.mean(list(scaled.values()), axis=0))
                 runs.append(Run(model, protocol, measured, by_seed, mean))
         gaps = [f"no {name} of seeds {sorted(set(found))}" for name, found in missing.items()]
-        if len(encoders) > 1:
-            gaps.append(f"{len(encoders)} encoders are mixed")
+        if len(ways) > 1:
+            gaps.append(f"{len(ways)} settings are mixed")
         if gaps:
             notes.append(f"{model}, {protocol}: {'; '.join(gaps)}")
     return runs, notes

@@ -21,11 +21,11 @@ def estm(data_dir):
 def record(estm, tmp_path):
     """Write records of true values plus an error in units of the targets."""
 
-    def write(model, seed=0, error=0.0, leave_out=(), protocol="representation", encoder="none"):
+    def write(model, seed=0, error=0.0, leave_out=(), protocol="representation", **changed):
         for name, target in estm.items():
             if name not in leave_out:
                 run = (model, protocol, seed, target.values + error, [{}] * 5)
-                settings = {**SETTINGS, "encoder": encoder}
+                settings = {**SETTINGS, **changed}
                 save_predictions(tmp_path, target, *run, settings, "run_wetlab.py")
 
     return write
@@ -128,7 +128,7 @@ def test_what_is_missing_is_named_and_skipped(record, command, data_dir, tmp_pat
     record("polysrl")
     record("graphcl", leave_out=["estm600_seebeck"])
     record("infomax3d", error=0.1, encoder="a")
-    record("infomax3d", seed=1, error=0.1, encoder="b")
+    record("infomax3d", seed=1, error=0.1, encoder="a", config="paper")
     models = ["polysrl", "graphcl", "rand_init", "infomax3d"]
     sets = [Measured(kelvin, estm_rows(data_dir, kelvin)) for kelvin in (300, 600)]
     runs, notes = collect(tmp_path, models, ["representation"], [0, 1], sets)
@@ -144,7 +144,7 @@ def test_what_is_missing_is_named_and_skipped(record, command, data_dir, tmp_pat
         "polysrl, representation: no record of seeds [1]",
         "graphcl, representation: no record of seeds [1]; no estm600_seebeck of seeds [0]",
         "rand_init, representation: no record of seeds [0, 1]",
-        "infomax3d, representation: 2 encoders are mixed",
+        "infomax3d, representation: 2 settings are mixed",
     ]
     assert command("--models", *models, "--protocols", "representation", "--seeds", "2") == 0
     assert capsys.readouterr().out.splitlines()[-1].endswith(" | ".join(notes))
