@@ -32,7 +32,7 @@ from protocols import (
     defaults_of,
     train_and_predict,
 )
-from scores import KEYS, merge_rows, score_rows, summary
+from scores import KEYS, merge_rows, other_folds, score_rows, summary
 from targets import matbench_targets
 from tasks import (
     EMBEDDED_FORMULAS,
@@ -203,11 +203,16 @@ def write_results(
 ) -> Path | None:
     """Put a task into the score table and, when all its folds are there, into the submission.
 
-    The table keeps no fold of the run that is not of the store: it was made by other settings.
+    Where the table has folds that the store lacks, other settings have made them, or the store is
+    gone: the table then stays as it is until all folds are there.
     """
     restore(task, store)  # what other processes have finished meanwhile
     fresh = score_rows(task, arguments.suite, arguments.protocol, MODEL, settings.seed)
-    merge_rows(arguments.output_dir / "scores.csv", fresh, KEYS, digits=None)
+    path = arguments.output_dir / "scores.csv"
+    if others := other_folds(path, fresh):
+        print(f"{path} stays as it is: its folds {others} of {task.dataset_name} are of another run")
+    else:
+        merge_rows(path, fresh, KEYS, digits=None)
     folder = submission.record_folder(arguments.output_dir, task.benchmark_name, arguments.protocol)
     description = {
         "arguments": repeat_arguments(arguments, settings, task.dataset_name),

@@ -83,6 +83,15 @@ def merge_rows(
     return table
 
 
+def other_folds(path: Path, fresh: pd.DataFrame) -> list[int]:
+    """Folds that a CSV file of scores has of the same runs, and that are not in ``fresh``."""
+    if not Path(path).exists():
+        return []
+    earlier = read_scores(path)
+    same = pd.MultiIndex.from_frame(earlier[KEYS]).isin(pd.MultiIndex.from_frame(fresh[KEYS]))
+    return sorted({*earlier.loc[same, "fold"].tolist()} - {*fresh["fold"].tolist()})
+
+
 def keep_scores(
     path: Path, task: str, protocol: str, model: str, keeps: Callable[[int], bool]
 ) -> None:

@@ -1,5 +1,6 @@
 """Tasks, folds and the runner of the benchmarks; a simple learner stands in for the model."""
 
+import io
 import json
 import runpy
 import shutil
@@ -347,13 +348,22 @@ def test_single_folds_add_up_to_a_record(toy_embedded, tmp_path, capsys):
     assert record.user_metadata["tasks"]["embedded_seebeck"]["n_samples"] == 60
 
 
-def test_folds_of_other_settings_do_not_stay_in_the_table(toy_embedded, tmp_path):
+def test_folds_of_other_settings_never_mix_in_the_table(toy_embedded, tmp_path, capsys):
+    def learner(task_type, *arguments):
+        predictions, std, params = dummy_learner(task_type, *arguments)
+        return predictions + 1, std, params
+
     command = ["--suite", "embedded", "--tasks", "seebeck"]
     run(tmp_path, *command)
-    run(tmp_path, *command, "--folds", "0", "--epochs", "7")
-    assert set(pd.read_csv(tmp_path / "scores.csv")["fold"]) == {0}
-    run(tmp_path, *command, "--folds", "0")
-    assert set(pd.read_csv(tmp_path / "scores.csv")["fold"]) == {0, 1, 2, 3, 4}
+    before = (tmp_path / "scores.csv").read_bytes()
+    run(tmp_path, *command, "--folds", "0", "--epochs", "7", learner=learner)
+    assert "its folds [1, 2, 3, 4] of embedded_seebeck are of another" in capsys.readouterr().out
+    assert (tmp_path / "scores.csv").read_bytes() == before
+    run(tmp_path, *command, "--epochs", "7", learner=learner)
+    assert "stays as it is" not in capsys.readouterr().out
+    after = pd.read_csv(tmp_path / "scores.csv")
+    assert set(after["fold"]) == {0, 1, 2, 3, 4}
+    assert not after["value"].isin(pd.read_csv(io.BytesIO(before))["value"]).any()
 
 
 def test_two_processes_share_a_task(toy_embedded, tmp_path):
