@@ -116,7 +116,8 @@ def checked_labels(
     if not w.any():
         raise InvalidInputError("all weights are zero: every label is missing")
     known = w != 0
-    refuse(known & ~(np.abs(y) <= GREATEST_LABEL), "label", y, "mark missing ones by weight 0")
+    refuse(known & ~np.isfinite(y), "label", y, "mark missing ones by weight 0")
+    refuse(known & ~(np.abs(y) <= GREATEST_LABEL), "label", y, f"more than {GREATEST_LABEL:g}")
     if classification:
         refuse(known & ~np.isin(y, (0, 1)), "label", y, "classes are 0 and 1")
     return np.where(known, y, 0.0), w
@@ -156,8 +157,8 @@ class LabeledData:
     ----------
     inputs : StoichiometryBatch
     labels, weights : torch.Tensor, shape (n_graphs, n_tasks), float32
-        Labels of weight 0 are missing and stored as 0. Weights are relative to the greatest.
-    embeddings : torch.Tensor, shape (1, n_graphs, F), optional
+        Labels of weight 0 are missing and stored as 0. The others have a mean weight of 1.
+    embeddings : torch.Tensor, shape (n_encoders, n_graphs, F), optional
     """
 
     #: Whether all epochs have the same number of batches.
@@ -173,10 +174,11 @@ class LabeledData:
         """Read and check a whole dataset; errors name row and id."""
         labels, weights = checked_labels(dataset, n_tasks, classification)
         _refuse_lost_differences(labels, weights)
+        weights = weights / weights.max()  # so that their sum is finite
         return cls(
             stoichiometries(dataset.X, dataset.ids),
             torch.as_tensor(labels, dtype=torch.float32),
-            torch.as_tensor(weights / weights.max(), dtype=torch.float32),
+            torch.as_tensor(weights / weights[weights > 0].mean(), dtype=torch.float32),
         )
 
     def __len__(self) -> int:
@@ -207,9 +209,9 @@ class LabeledData:
 
     def to(self, device: torch.device) -> "LabeledData":
         """Copy on ``device``."""
-        return LabeledData(
-            self.inputs.to(device), self.labels.to(device), self.weights.to(device)
-        )
+        tensors = (self.labels, self.weights, self.embeddings)
+        moved = (None if tensor is None else tensor.to(device) for tensor in tensors)
+        return LabeledData(self.inputs.to(device), *moved)
 
     def with_embeddings(self, embeddings: Tensor) -> "LabeledData":
         """With the output of a frozen encoder, which is then not run again."""
@@ -285,7 +287,7 @@ class PolymorphData:
         return self.max_edges is None
 
     def fingerprint(self) -> str:
-        """Hash of ids, formulas and sizes: what a checkpoint remembers of its data."""
+        """Hash of ids, formulas and graphs: what a checkpoint remembers of its data."""
         return self.dataset.fingerprint()
 
     def to(self, device: torch.device) -> "PolymorphData":

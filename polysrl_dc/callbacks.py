@@ -13,6 +13,7 @@ from deepchem.data import Dataset
 from deepchem.metrics import Metric
 from deepchem.models import ValidationCallback
 
+from polysrl_dc.checkpoints import write_atomic
 from polysrl_dc.datasets import PolymorphDataset
 from polysrl_dc.distributed import process_count, process_rank
 from polysrl_dc.losses import effective_rank, retrieval_at_k
@@ -167,6 +168,9 @@ class PretrainingLog:
         self.path, self.held_out, self.batch_size = Path(path), held_out, batch_size
         self._key = f"sums of {self.path.name}"  # in the plan of the run
         self._writer: Any = None
+
+    def begin(self, model: Any) -> None:
+        """Start the clock of the first epoch."""
         self._start_epoch()
 
     def _start_epoch(self) -> None:
@@ -208,9 +212,7 @@ class PretrainingLog:
         if self.path.exists():
             old = pd.read_csv(self.path, float_precision="round_trip")
             table = pd.concat([old[old["epoch"] < row["epoch"]], table], ignore_index=True)
-        temporary = self.path.with_name(f".{self.path.name}.tmp")
-        table.to_csv(temporary, index=False)
-        temporary.replace(self.path)
+        write_atomic(self.path, table.to_csv(index=False).encode())
         if self._writer is None:
             try:
                 from torch.utils.tensorboard import SummaryWriter

@@ -25,7 +25,7 @@ class PolymorphDataset(Dataset):
 
     The first use of a source packs it (:func:`polysrl_dc.packing.pack`), later ones map the cache;
     memory stays that of a batch, and some 100 bytes per structure. ``X`` builds the graphs of all
-    rows and is for small selections. There are no labels: ``y`` is zero and ``w`` one.
+    rows and is for small selections. There are no labels: ``y`` and ``w`` are zero.
 
     Parameters
     ----------
@@ -139,12 +139,16 @@ class PolymorphDataset(Dataset):
         self._rows = np.arange(len(arrays["ids"]))
 
     def fingerprint(self) -> str:
-        """Hash of ids, formulas and sizes of the rows: what a checkpoint remembers of its data."""
+        """Hash of ids, formulas and merged graphs: what a checkpoint remembers of its data."""
         digest = hashlib.sha256()
         for name in ("ids", "formulas"):
             digest.update(b"\n".join(self._arrays[name][self._rows].tolist()))
         for what in ("site", "pair", "node", "edge"):
             digest.update(self._arrays[f"{what}_counts"][self._rows].tobytes())
+        for part in np.array_split(self._rows, len(self) // 4096 + 1):
+            edges = _ranges(self._starts["edge"][part], self._arrays["edge_counts"][part])
+            for name in ("edge_neighbors", "edge_steps", "edge_multiplicity"):
+                digest.update(self._arrays[name][edges].tobytes())
         return digest.hexdigest()
 
     def checked(self, config: Any) -> "PolymorphDataset":
@@ -266,8 +270,8 @@ class PolymorphDataset(Dataset):
 
     @property
     def w(self) -> np.ndarray:
-        """Ones, shape (n, 1)."""
-        return np.ones((len(self), 1))
+        """Zeros, shape (n, 1), as DeepChem marks missing labels."""
+        return np.zeros((len(self), 1))
 
     @property
     def ids(self) -> np.ndarray:
@@ -302,7 +306,7 @@ class PolymorphDataset(Dataset):
     def itersamples(self) -> Iterator[tuple[StructureGraph, np.ndarray, np.ndarray, Any]]:
         """X, y, w and id of one row after the other."""
         for row, name in enumerate(self.ids):
-            yield self.graph(row), np.zeros(1), np.ones(1), name
+            yield self.graph(row), np.zeros(1), np.zeros(1), name
 
     def select(self, indices: Any, select_dir: str | None = None) -> "PolymorphDataset":
         """A view of some rows, in the given order; nothing is copied.

@@ -4,9 +4,12 @@ Negatives are shared: each process embeds its part of a batch, and the loss is t
 batch on every process. Outside of ``torchrun`` all of this is the identity.
 """
 
+from typing import Any
+
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 from torch import distributed as dist
+from torch.nn.parallel import DistributedDataParallel
 
 
 def process_count() -> int:
@@ -17,6 +20,18 @@ def process_count() -> int:
 def process_rank() -> int:
     """Number of this process, from 0."""
     return dist.get_rank() if process_count() > 1 else 0
+
+
+def share(network: nn.Module, **options: Any) -> nn.Module:
+    """The network, for training over several processes if there are any.
+
+    Parameters
+    ----------
+    network : torch.nn.Module
+    **options
+        Of ``DistributedDataParallel``.
+    """
+    return network if process_count() == 1 else DistributedDataParallel(network, **options)
 
 
 def gather_rows(rows: Tensor) -> Tensor:

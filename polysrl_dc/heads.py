@@ -144,7 +144,10 @@ class PropertyNetwork(nn.Module):
         return location, _apply(self.scale_heads, embeddings.detach())
 
     def loss(self, embeddings: Tensor, labels: Tensor, weights: Tensor) -> Tensor:
-        """Weighted mean loss per label, summed over the members, which do not share parameters.
+        """Mean of weight times loss over the labels, summed over the members.
+
+        The members share no parameters. A label counts by its weight in the whole dataset, so it is
+        the labels of a batch that are counted, not their weights that are added up.
 
         Parameters
         ----------
@@ -169,7 +172,8 @@ class PropertyNetwork(nn.Module):
             losses = error
             if self.heteroscedastic:
                 losses = error + error.detach() * torch.exp(-log_scale) + log_scale
-        per_member = (losses * weights).sum((1, 2)) / weights.sum((1, 2)).clamp_min(1e-12)
+        known = weights.count_nonzero((1, 2)).clamp_min(1)
+        per_member = (losses * weights).sum((1, 2)) / known
         return per_member.sum()
 
     def forward(

@@ -1,5 +1,7 @@
 """Set2Set pooling over compositions, and the feature normalization both encoders end with."""
 
+from collections.abc import Iterator
+from contextlib import contextmanager
 from typing import cast
 
 import torch
@@ -201,3 +203,23 @@ class FeatureNorm(nn.BatchNorm1d):
         variances, directions = torch.linalg.eigh(self.covariance)
         scales = variances.clamp_min(self.eps) ** (-power / 2)
         self.decorrelation.copy_((directions * scales) @ directions.T)
+
+
+@contextmanager
+def restored_if_it_fails(network: nn.Module) -> Iterator[None]:
+    """Put running statistics back where a step fails or is interrupted: there has been none.
+
+    Parameters
+    ----------
+    network : torch.nn.Module
+        Its feature norms in training mode are meant.
+    """
+    norms = [m for m in network.modules() if isinstance(m, FeatureNorm) and m.training]
+    running = [buffer for norm in norms for buffer in norm.buffers()]
+    before = [buffer.clone() for buffer in running]
+    try:
+        yield
+    except BaseException:
+        for buffer, value in zip(running, before, strict=True):
+            buffer.copy_(value)
+        raise

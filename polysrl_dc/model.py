@@ -14,7 +14,7 @@ from polysrl_dc.checkpoints import DEFAULT_ENCODER
 from polysrl_dc.config import PolySRLConfig
 from polysrl_dc.heads import PropertyNetwork
 from polysrl_dc.objectives import OBJECTIVES, PretrainingNetwork
-from polysrl_dc.persistence import TRAINING_FIELDS, trains_variance
+from polysrl_dc.persistence import TRAINING_FIELDS
 from polysrl_dc.training import TrainableModel
 
 TASKS = ("regression", "classification", "pretraining")
@@ -180,7 +180,7 @@ class PolySRLModel(TrainableModel):
         self._run: dict[str, Any] | None = None
         self.provenance = {}
         self.calibration = None
-        self.variance_trained = [trains_variance(self.settings)] * self.settings["n_encoders"]
+        self.variance_trained = [False] * self.settings["n_encoders"]
         default = None if task == "pretraining" else DEFAULT_ENCODER
         starts = [default if start == "default" else start for start in starts]
         for i, start in enumerate(starts):

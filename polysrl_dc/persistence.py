@@ -248,8 +248,7 @@ class PersistentModel(TorchModel):
             trained = _variance_trained_of(manifest, 1) * len(encoders)
             for module in encoders:
                 load_into(module, encoder)
-        if not trains_variance(self.settings):
-            self.variance_trained[chosen] = trained
+        self.variance_trained[chosen] = trained
 
     def save_checkpoint(
         self, max_checkpoints_to_keep: int = 5, model_dir: str | None = None

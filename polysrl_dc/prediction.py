@@ -11,10 +11,8 @@ from deepchem.data import Dataset, NumpyDataset
 from deepchem.trans import Transformer, undo_transforms
 from deepchem.utils.evaluate import _process_metric_input
 from torch import Tensor, nn
-from tqdm import tqdm
 
-from polysrl_dc import losses
-from polysrl_dc.batches import PolymorphData, checked_labels, stoichiometries
+from polysrl_dc.batches import checked_labels, stoichiometries
 from polysrl_dc.errors import refused
 from polysrl_dc.featurizers import check_lengths
 from polysrl_dc.graphs import StoichiometryBatch
@@ -22,9 +20,7 @@ from polysrl_dc.metrics import masked_scores
 from polysrl_dc.persistence import PersistentModel
 from polysrl_dc.recalibration import Calibration
 
-_CHUNK = 1024  # formulas embedded at once: their activations stay in the cache of a core
-_STRUCTURES = 256  # structures embedded at once
-_PAIRS = 5_000_000  # pairs of a sample and a structure compared at once: 20 MB
+CHUNK = 1024  # formulas embedded at once: their activations stay in the cache of a core
 
 
 class PredictingModel(PersistentModel):
@@ -54,7 +50,7 @@ class PredictingModel(PersistentModel):
         check_lengths(dataset)
         results, row = [], 0
         with self._evaluating():
-            for X, _, _, ids in dataset.iterbatches(_CHUNK, deterministic=True):
+            for X, _, _, ids in dataset.iterbatches(CHUNK, deterministic=True):
                 results.append(function(stoichiometries(X, ids, row).to(self.device)))
                 row += len(X)
         return results
@@ -218,6 +214,8 @@ class PredictingModel(PersistentModel):
         if predicted is None:
             predicted = self.predict_uncertainty(dataset, n_samples=n_samples)
         labels, weights = checked_labels(dataset, self.settings["n_tasks"], False)
+        if np.shape(predicted[0]) != labels.shape:
+            raise ValueError(f"the mean has shape {np.shape(predicted[0])}, not {labels.shape}")
         errors = labels - predicted[0]
         self.calibration = Calibration.fit(errors, predicted[1], weights != 0, n_samples)
         return self.calibration
@@ -257,89 +255,6 @@ class PredictingModel(PersistentModel):
             return torch.exp(2 * encoder.log_sigma(batch).mean(-1))
 
         return torch.cat(self._map(dataset, variance)).cpu().numpy()
-
-    def predict_structure_embedding(self, structures: Dataset) -> np.ndarray:
-        """Representation of each structure, z^b of eq. 1, shape (n, F), of unit length.
-
-        Parameters
-        ----------
-        structures : PolymorphDataset, or dc.data.Dataset of structure graphs
-        """
-        network = self._matching_network()
-        rows = PolymorphData.from_dataset(structures, self.config, least=1).dataset
-        starts, parts = tqdm(range(0, len(rows), _STRUCTURES), disable=len(rows) <= _STRUCTURES), []
-        with self._evaluating():
-            for start in starts:
-                chosen = np.arange(start, min(start + _STRUCTURES, len(rows)))
-                parts.append(network.structure_encoder(rows.batch(chosen)[1].to(self.device)))
-        return torch.cat(parts).cpu().numpy()
-
-    def retrieve(
-        self, formulas: Dataset, structures: Dataset, k: int = 10, n_samples: int = 64
-    ) -> tuple[np.ndarray, np.ndarray]:
-        """Structures that a formula is most likely to have, by the match probability of eq. 4.
-
-        Parameters
-        ----------
-        formulas : dc.data.Dataset of n stoichiometry graphs
-        structures : PolymorphDataset, or dc.data.Dataset of m structure graphs, the candidates
-        k : int
-            Candidates to return, at most m.
-        n_samples : int
-            J, samples of each Gaussian, the same noise for all: none depends on the other rows.
-
-        Returns
-        -------
-        indices : numpy.ndarray, shape (n, k), int64
-            Rows of ``structures``, the likeliest first.
-        probabilities : numpy.ndarray, shape (n, k)
-            That formula and structure match.
-
-        Raises
-        ------
-        ValueError
-            The model is not one of pretraining, ``k`` not in 1 ... m, or ``n_samples`` below 1.
-
-        Examples
-        --------
-        >>> import deepchem as dc, polysrl_dc
-        >>> candidates = polysrl_dc.PolymorphDataset("aflow", max_sites=8, progress=False)
-        >>> graphs = dc.feat.StoichiometryGraphFeaturizer().featurize(["NaCl"])
-        >>> model = dc.models.PolySRLModel.from_pretrained("polysrl-mp")
-        >>> indices, probabilities = model.retrieve(dc.data.NumpyDataset(graphs), candidates, k=2)
-        >>> indices.shape, bool(probabilities[0, 0] >= probabilities[0, 1])
-        ((1, 2), True)
-        """
-        network = self._matching_network()
-        if not 1 <= k <= len(structures):
-            raise ValueError(f"k is {k}: must be between 1 and {len(structures)}, the candidates")
-        if n_samples < 1:
-            raise ValueError(f"n_samples is {n_samples}: must be at least 1")
-        crystals = torch.from_numpy(self.predict_structure_embedding(structures)).to(self.device)
-        generator = torch.Generator(self.device).manual_seed(0)
-        noise = torch.randn(n_samples, crystals.shape[1], generator=generator, device=self.device)
-        together = max(1, _PAIRS // (n_samples * len(crystals)))
-
-        def likeliest(batch: StoichiometryBatch) -> tuple[Tensor, Tensor]:
-            found = []
-            means, log_sigmas = (part.split(together) for part in network.encoder(batch))
-            for mean, log_sigma in zip(means, log_sigmas, strict=True):
-                samples = mean.unsqueeze(1) + log_sigma.exp().unsqueeze(1) * noise
-                logits = losses.match_logits(samples, crystals, network.c, network.d)
-                found.append(losses.log_match_probability(logits, network.config.match_form))
-            return torch.topk(torch.cat(found), k, dim=1)
-
-        logs, indices = zip(*self._map(formulas, likeliest), strict=True)
-        return torch.cat(indices).cpu().numpy(), torch.cat(logs).exp().cpu().numpy()
-
-    def _matching_network(self) -> Any:
-        """The network with both encoders."""
-        if self.settings["task"] != "pretraining":
-            raise ValueError(
-                f"the model is one of {self.settings['task']}, without a structure encoder: use a "
-                'pretraining model, e.g. PolySRLModel.from_pretrained("polysrl-mp")'
-            )
-        return self.model
 
     def evaluate(
         self,

@@ -77,13 +77,13 @@ def fit_in(
         nonlocal written
         if not bar.n:  # steps done before it was interrupted say nothing of the rate
             bar.initial = bar.n = step - 1
+            bar.total = model._run["steps"]
         bar.update(step - bar.n)
         if time.monotonic() >= written + INTERVAL:
             model.save_checkpoint(max_checkpoints_to_keep=1)
             written = time.monotonic()
 
-    steps = nb_epoch * -(-len(dataset) // model.batch_size)
-    with tqdm(desc=name, total=steps, unit="step", disable=None) as bar:
+    with tqdm(desc=name, unit="step", disable=None) as bar:
         model.fit(
             dataset,
             nb_epoch=nb_epoch,

@@ -19,7 +19,7 @@ import pyarrow.compute as pc
 import pyarrow.parquet as pq
 from monty.io import zopen
 from monty.serialization import loadfn
-from pymatgen.core import Composition, Structure
+from pymatgen.core import Composition, IStructure, Structure
 from pymatgen.io.cif import CifFile, CifParser, str2float
 
 from polysrl_dc.errors import InvalidInputError
@@ -257,7 +257,7 @@ def open_source(source: Any) -> tuple[list[Any], Callable[[], list[Part]]]:
         structures = list(source)
         digest = hashlib.sha256()
         for structure in structures:
-            described = structure.as_dict() if isinstance(structure, Structure) else str(structure)
+            described = structure.as_dict() if isinstance(structure, IStructure) else str(structure)
             digest.update(json.dumps(described, sort_keys=True, default=str).encode())
         index = source.index if isinstance(source, pd.Series) else range(len(structures))
         names = [str(x) if _is_id(x) else _refuse_id(x, row) for row, x in enumerate(index)]

@@ -20,6 +20,7 @@ _OPENING = {")": "(", "]": "[", "}": "{"}
 _DECIMAL = r"(?<!(?<![0-9])0)\.[0-9]+"  # with a dot that may be no decimal point, unlike 0.5
 _LIGAND = re.compile(rf"{_DECIMAL}[(\[]?(?:H2O|OH2|NH3|N2H4|CH3|C[2-9]H)")
 _ONE_DOT = re.compile(rf"([^.]+){_DECIMAL}([^.]+)")
+_ZERO_FIRST = re.compile("0[0-9]")  # Ti02, typed for TiO2
 _KEY = re.compile(r"[A-Z][a-z]?([0-9]*\.?[0-9]*[+-])?(,.*)?|[0-9]+")  # Fe, Fe2+, 26; not Fe2
 _MONTY = ("@module", "@class", "@version")  # what matminer stores beside the amounts
 _LINE_END = re.compile("[\n\r\v\f\x1c-\x1e\x85\u2028\u2029]")
@@ -54,9 +55,10 @@ def parse_formula(value: str | Mapping) -> tuple[np.ndarray, np.ndarray]:
     Raises
     ------
     InvalidInputError
-        Not a formula: empty, not a number where an amount should be, zero or negative amounts,
-        charges, isotopes (``D``), dummy species (``Xx2O3``), elements without an embedding; or a
-        formula of two meanings (``CuSO4.5H2O``; write ``CuSO4(H2O)5``).
+        Not a formula: empty, not a number where an amount should be, zero or negative amounts, a
+        zero typed for oxygen (``Ti02``), charges, isotopes (``D``), dummy species (``Xx2O3``),
+        elements without an embedding; or a formula of two meanings (``CuSO4.5H2O``; write
+        ``CuSO4(H2O)5``).
 
     Examples
     --------
@@ -125,6 +127,8 @@ def _amount(token: str, written: str) -> float:
         raise InvalidInputError(f"the amount of {token} is {written}") from None
     if amount == 0:
         raise InvalidInputError(f"the amount of {token} is zero")
+    if _ZERO_FIRST.match(written):
+        raise InvalidInputError(f"the amount of {token} is {written}: is its 0 meant as oxygen, O?")
     return amount
 
 

@@ -16,23 +16,23 @@ import torch
 from deepchem.data import Dataset
 from deepchem.models.optimizers import LearningRateSchedule
 from torch import Tensor, nn
-from torch.nn.parallel import DistributedDataParallel
 
 from polysrl_dc.batches import LabeledData, PolymorphData
 from polysrl_dc.callbacks import StopTraining
-from polysrl_dc.distributed import process_count
+from polysrl_dc.distributed import process_count, share
 from polysrl_dc.errors import InvalidInputError
 from polysrl_dc.featurizers import check_lengths
-from polysrl_dc.layers import FeatureNorm
-from polysrl_dc.persistence import deepchem_schedule, described_rate, load_schedule
-from polysrl_dc.prediction import PredictingModel
+from polysrl_dc.layers import restored_if_it_fails
+from polysrl_dc.persistence import deepchem_schedule, described_rate, load_schedule, trains_variance
+from polysrl_dc.prediction import CHUNK
+from polysrl_dc.retrieval import RetrievingModel
 
 logger = logging.getLogger(__name__)
 
 _FAR = 10  # standard deviations, or times as large or small
 
 
-class TrainableModel(PredictingModel):
+class TrainableModel(RetrievingModel):
     """What a :class:`~polysrl_dc.model.PolySRLModel` learns with."""
 
     schedule: str
@@ -149,6 +149,8 @@ class TrainableModel(PredictingModel):
         if self._lost_schedule:
             rate = self.optimizer.learning_rate
             logger.warning("the learning rate is %g: no file keeps the schedule it had", rate)
+        if self.calibration:
+            logger.warning("its std is no longer calibrated when it has learned more")
         if callbacks is None or isinstance(callbacks, Sequence):
             callbacks = list(callbacks or ())
         else:
@@ -156,6 +158,7 @@ class TrainableModel(PredictingModel):
         keeping = max_checkpoints_to_keep, checkpoint_interval
         labelled = self.settings["task"] != "pretraining"
         unfitted, step = labelled and not self.model.fitted, self._global_step
+        provenance = dict(self.provenance)
         try:
             data = self._training_data(dataset)
             run = self._begin(data, nb_epoch, deterministic, restore)
@@ -164,6 +167,7 @@ class TrainableModel(PredictingModel):
             self.model.eval()  # so that no prediction has to switch it while others run
             if unfitted and self._global_step == step:
                 self.model.fitted.fill_(False)
+                self.provenance = provenance
 
     def _train(
         self,
@@ -183,38 +187,22 @@ class TrainableModel(PredictingModel):
         losses: list[Tensor] = []
         average = math.nan
         network.train()
-        adapting = [m for m in network.modules() if isinstance(m, FeatureNorm) and m.training]
-        running = [buffer for module in adapting for buffer in module.buffers()]
-        before = [buffer.clone() for buffer in running]
-        self.calibration = None  # of other weights
         _call(callbacks, "begin", self)
         try:
             for rows, last in self._batches(data, run, deterministic):
-                _copy(running, before)  # a thousandth of a step
                 generator.manual_seed(self.training["seed"] * 1_000_003 + self._global_step)
-                with torch.autocast(
-                    self.device.type, torch.bfloat16, enabled=self.training["autocast"]
-                ):
-                    batch_loss = data.loss(shared, rows, generator)
                 optimizer.zero_grad(set_to_none=True)
-                batch_loss.backward()
-                norms = [
-                    nn.utils.clip_grad_norm_(parameters, self.config.grad_clip)
-                    for parameters in network.member_parameters()
-                ]
-                values = torch.stack([batch_loss.detach(), *norms])
-                if not torch.isfinite(values).all():
-                    _copy(before, running)
-                    raise FloatingPointError(
-                        f"loss {float(values[0])}, gradient norm {float(values[1:].max())} at step "
-                        f"{self._global_step + 1}; weights and checkpoints are those before it"
-                    )
+                with restored_if_it_fails(network):
+                    batch_loss = self._backward(data, shared, rows, generator)
                 optimizer.step()
+                self.calibration = None  # of other weights
+                if trains_variance(self.settings):
+                    self.variance_trained = [True]
                 if schedule is not None:
                     schedule.step()
                 self._global_step += 1
-                losses.append(batch_loss.detach())
-                _call(callbacks, "end_step", self, batch_loss.detach(), rows.size)
+                losses.append(batch_loss)
+                _call(callbacks, "end_step", self, batch_loss, rows.size)
                 if self._global_step % self.log_frequency == 0:
                     average = self._log(losses, all_losses)
                 if last:
@@ -233,6 +221,29 @@ class TrainableModel(PredictingModel):
         if checkpoint_interval:
             self.save_checkpoint(max_checkpoints_to_keep)
         return average
+
+    def _backward(
+        self,
+        data: LabeledData | PolymorphData,
+        network: nn.Module,
+        rows: np.ndarray,
+        generator: torch.Generator,
+    ) -> Tensor:
+        """Loss of a batch; its gradients, clipped, stay with the parameters if all are finite."""
+        with torch.autocast(self.device.type, torch.bfloat16, enabled=self.training["autocast"]):
+            loss = data.loss(network, rows, generator)
+        loss.backward()
+        norms = [
+            nn.utils.clip_grad_norm_(parameters, self.config.grad_clip)
+            for parameters in self.model.member_parameters()
+        ]
+        values = torch.stack([loss.detach(), *norms])
+        if not torch.isfinite(values).all():
+            raise FloatingPointError(
+                f"loss {float(values[0])}, gradient norm {float(values[1:].max())} at step "
+                f"{self._global_step + 1}; weights and checkpoints are those before it"
+            )
+        return loss.detach()
 
     def _tensors(self, dataset: Dataset) -> LabeledData | PolymorphData:
         """All graphs as tensors, labels checked."""
@@ -267,7 +278,9 @@ class TrainableModel(PredictingModel):
         if network.frozen:
             network.eval()
             with torch.no_grad():
-                data = data.with_embeddings(network.embed(data.inputs))
+                parts = torch.arange(len(data), device=self.device).split(CHUNK)
+                found = [network.embed(data.inputs[part]) for part in parts]
+            data = data.with_embeddings(torch.cat(found, dim=1))
         return data
 
     def _compare_labels(self, mean: Tensor, std: Tensor) -> None:
@@ -368,12 +381,9 @@ class TrainableModel(PredictingModel):
 
     def _shared(self, network: nn.Module) -> nn.Module:
         """The network, for training over several processes if there are any."""
-        if process_count() == 1:
-            return network
-        if self.settings["task"] != "pretraining":
+        if process_count() > 1 and self.settings["task"] != "pretraining":
             raise ValueError("only pretraining is shared between processes")
-        unused = self.settings["objective"] != "polysrl"
-        return DistributedDataParallel(network, find_unused_parameters=unused)
+        return share(network, find_unused_parameters=self.settings["objective"] != "polysrl")
 
     def _log(self, losses: list[Tensor], all_losses: list[float] | None) -> float:
         average = float(torch.stack(losses).mean())
@@ -381,12 +391,6 @@ class TrainableModel(PredictingModel):
         if all_losses is not None:
             all_losses.append(average)
         return average
-
-
-def _copy(sources: Sequence[Tensor], targets: Sequence[Tensor]) -> None:
-    """Copy tensors into others."""
-    for source, target in zip(sources, targets, strict=True):
-        target.copy_(source)
 
 
 def _call(callbacks: Sequence[Callable], method: str, *arguments: Any) -> None:

@@ -160,6 +160,11 @@ def test_members_of_an_ensemble_meet_the_rows_in_orders_of_their_own():
     assert len(np.unique(order, axis=0)) == 3
 
 
+def test_frozen_embeddings_move_with_their_data():
+    labeled = LabeledData.from_dataset(data(), 1, False).with_embeddings(torch.ones(3, 36, 2))
+    assert torch.equal(labeled.to(torch.device("cpu")).embeddings, labeled.embeddings)
+
+
 def test_fingerprints_tell_data_apart():
     labeled = [LabeledData.from_dataset(d, 1, False).fingerprint() for d in (
         data(), data(), data(np.arange(36.0)), data(w=np.r_[2.0, np.ones(35)]),

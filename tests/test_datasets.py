@@ -360,7 +360,9 @@ def test_a_polymorph_dataset_is_a_dataset_of_deepchem(polymorphs):
     assert polymorphs.get_shape() == ((20,), (20, 1), (20, 1), (20,))
     arrays = polymorphs.X, polymorphs.y, polymorphs.w, polymorphs.ids
     assert tuple(array.shape for array in arrays) == polymorphs.get_shape()
-    assert not polymorphs.y.any() and (polymorphs.w == 1).all()
+    assert not polymorphs.y.any() and not polymorphs.w.any()
+    with pytest.raises(InvalidInputError, match="every label is missing"):
+        dc.models.PolySRLModel().fit(polymorphs, nb_epoch=1)
     assert len(polymorphs.get_task_names()) == 1
     assert polymorphs.ids.tolist() == [f"mp-{i}" for i in range(20)]
     expected = dc.feat.StructureGraphFeaturizer()(crystals())
@@ -382,7 +384,7 @@ def test_iteration(polymorphs):
     assert [len(ids) for *_, ids in batches] == [8, 8, 4] * 2
     for a, b, c, d in zip(*(np.concatenate(p) for p in zip(*batches, strict=True)), strict=True):
         row = int(d.removeprefix("mp-"))
-        assert same_graph(a, X[row]) and (b, c) == (0, 1)
+        assert same_graph(a, X[row]) and (b, c) == (0, 0)
     ids = np.concatenate([ids for *_, ids in batches])
     np.testing.assert_array_equal(ids, np.tile(polymorphs.ids, 2))
     shuffled = [ids for *_, ids in polymorphs.iterbatches(batch_size=20)]
@@ -417,7 +419,7 @@ def test_a_selection_is_a_view_in_the_given_order(polymorphs):
         polymorphs.select([20])
 
 
-def test_a_fingerprint_tells_formulas_and_sizes_apart_beside_equal_ids():
+def test_a_fingerprint_tells_formulas_sizes_and_distances_apart_beside_equal_ids():
     def fingerprint(anion="Cl", cells=1, a=5.7, ids=None):
         made = [
             Structure(Lattice.cubic(a), [metal, anion], [[0.0] * 3, [0.5] * 3]) * (1, 1, cells)
@@ -428,7 +430,7 @@ def test_a_fingerprint_tells_formulas_and_sizes_apart_beside_equal_ids():
 
     assert fingerprint() == fingerprint()
     others = [fingerprint("F"), fingerprint(cells=2), fingerprint(a=8.5), fingerprint(ids="abcd")]
-    assert len({fingerprint(), *others}) == 5
+    assert len({fingerprint(), fingerprint(a=5.75), *others}) == 6
 
 
 def test_splitters_keep_polymorphs_together(polymorphs):

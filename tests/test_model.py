@@ -207,12 +207,24 @@ def test_weights_are_used():
     assert model.predict(data()).mean() > 0.5
 
 
-@pytest.mark.parametrize("value", [np.nan, np.inf, -np.inf, 1e39])
-def test_a_label_that_is_no_number_is_refused_by_row_and_id(value):
+@pytest.mark.parametrize("batch_size", [8, 64])
+def test_a_weight_counts_in_the_whole_dataset_not_in_its_batch(batch_size):
+    labels, weights = np.repeat([0.0, 1.0], [4, 60]), np.repeat([1.0, 0.01], [4, 60])
+    dataset = data(labels, weights, ["NaCl"] * 64)
+    settings = {"batch_size": batch_size, "freeze_encoder": True}
+    model = fitted(dataset=dataset, nb_epoch=4 * batch_size, **settings)
+    assert abs(model.predict(dataset)).max() < 0.1  # the weighted median; the mean is 0.13
+
+
+@pytest.mark.parametrize(
+    ("value", "rule"),
+    [*((value, "weight 0") for value in (np.nan, np.inf, -np.inf)), (1e39, r"more than 1e\+18")],
+)
+def test_a_label_that_is_no_number_is_refused_by_row_and_id(value, rule):
     y = SIGNAL.copy()
     y[5] = value
     dataset = dc.data.NumpyDataset(data().X, y, ids=[f"mp-{i}" for i in range(N)])
-    with pytest.raises(InvalidInputError, match=r"row 5 \(id mp-5\).*weight 0"):
+    with pytest.raises(InvalidInputError, match=rf"row 5 \(id mp-5\).*{rule}"):
         make().fit(dataset)
 
 
@@ -440,6 +452,7 @@ def test_polymorphism_is_that_of_the_first_encoder_with_a_trained_variance(
     two_encoders, freeze_encoder, tmp_path
 ):
     pretrained = make("pretraining", seed=12)
+    pretrained.variance_trained = [True]
     pretrained.save(tmp_path)
     expected = pretrained.predict_polymorphism(data())
     assert expected.shape == (N,) and (expected > 0).all()

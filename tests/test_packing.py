@@ -16,7 +16,7 @@ import pyarrow.parquet as pq
 import pytest
 import torch
 from crystals import AFLOW
-from pymatgen.core import Lattice, Structure
+from pymatgen.core import IStructure, Lattice, Structure
 
 from polysrl_dc import PolymorphDataset, StructureGraphFeaturizer, packing, sources
 from polysrl_dc.errors import InvalidInputError
@@ -610,3 +610,10 @@ def test_other_errors_of_a_build_are_not_hidden(tmp_path, monkeypatch):
     with pytest.raises(OSError, match="No space left"):
         build(structures(), tmp_path)
     assert not list(tmp_path.glob("*/manifest.json")) and not list(tmp_path.glob("*/.*"))
+
+
+@pytest.mark.parametrize("kind", [Structure, IStructure])
+def test_structures_that_differ_in_the_seventh_digit_are_other_content(kind):
+    cells = (Lattice.cubic(a) for a in (3.4, 3.4000004))
+    first, second = (sources.open_source([kind(cell, ["Po"], [[0, 0, 0]])])[0] for cell in cells)
+    assert first != second

@@ -63,7 +63,10 @@ def test_provenance_comes_back_with_the_weights(tmp_path):
 
 
 def test_which_variances_were_trained_is_kept_in_the_file(tmp_path):
-    make("pretraining").save(tmp_path / "encoder")
+    encoder = make("pretraining")
+    assert encoder.variance_trained == [False]
+    encoder.fit(prototypes(), nb_epoch=1)
+    encoder.save(tmp_path / "encoder")
     model = make(pretrained=[None, tmp_path / "encoder"], model_dir=str(tmp_path))
     model.fit(data(), nb_epoch=1)
     model.save()

@@ -329,18 +329,34 @@ def test_rows_of_epochs_that_are_run_again_are_replaced(tmp_path):
     assert pd.read_csv(path)["epoch"].tolist() == [1]
 
 
+def test_the_clock_of_the_log_starts_with_the_training(tmp_path, monkeypatch):
+    clock = [0.0]
+
+    class Ticks:
+        def end_step(self, model, loss, n_rows):
+            clock[0] += 1  # a second for each batch of 8
+
+        def __call__(self, model, step):
+            pass
+
+    monkeypatch.setattr("polysrl_dc.callbacks.time.perf_counter", lambda: clock[0])
+    log = PretrainingLog(tmp_path / "log.csv", crystals().select([]))
+    clock[0] = 60.0
+    train = crystals().select(range(24))
+    pretraining(batch_size=8).fit(train, 2, checkpoint_interval=0, callbacks=[Ticks(), log])
+    assert pd.read_csv(tmp_path / "log.csv")["structures_per_second"].tolist() == [8, 8]
+
+
 def test_the_log_is_either_complete_or_as_before(tmp_path, monkeypatch):
     path = tmp_path / "log.csv"
     log = PretrainingLog(path, crystals().select(range(8)))
     log._write({"epoch": 1, "step": 5, "loss": 0.5})
     before = path.read_text()
 
-    def cut(self, target, **kwargs):
-        with open(target, "w") as file:
-            file.write("epoch,st")
+    def full(*_):
         raise OSError("disk full")
 
-    monkeypatch.setattr(pd.DataFrame, "to_csv", cut)
+    monkeypatch.setattr("os.replace", full)
     with pytest.raises(OSError, match="disk full"):
         log._write({"epoch": 2, "step": 10, "loss": 0.4})
     assert path.read_text() == before

@@ -1,12 +1,15 @@
 """Commands that train, interrupted and given again."""
 
+import io
 from pathlib import Path
 
 import numpy as np
 import pandas as pd
 import pytest
+from models import data, make
 from pymatgen.core import Lattice, Structure
 from test_cli import FORMULAS
+from tqdm import tqdm
 
 from polysrl_dc import PolySRLModel, resumption
 from polysrl_dc.cli import main
@@ -96,3 +99,16 @@ def test_a_pretraining_goes_on_where_it_was_interrupted(
     assert main([*command, str(tmp_path / "parts")]) == 0
     assert steps == list(range(1, 10))
     assert files(tmp_path / "parts") == files(tmp_path / "whole")
+
+
+def test_the_bar_ends_when_all_steps_are_made(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    shown = io.StringIO()
+
+    def bar(**arguments: object) -> tqdm:
+        return tqdm(**{**arguments, "disable": False, "file": shown})
+
+    monkeypatch.setattr(resumption, "tqdm", bar)
+    resumption.fit_in(tmp_path, make(batch_size=7), data(), 3)  # 36 rows: the last is not alone
+    assert "15/15" in shown.getvalue()

@@ -22,9 +22,16 @@ def formulas_of(dataset):
     return dc.data.NumpyDataset(StoichiometryGraphFeaturizer().featurize(dataset.formulas))
 
 
+def matching(config=CONFIG, seed=0):
+    """A model as if it had been trained: what it answers does not depend on it."""
+    model = PolySRLModel("pretraining", config=config, seed=seed)
+    model.variance_trained = [True]
+    return model
+
+
 def test_the_order_is_that_of_the_match_probability(prototypes):
     config = replace(CONFIG, log_sigma_shift=-4.0)  # else the probability is one of rare samples
-    model = PolySRLModel("pretraining", config=config, seed=1)
+    model = matching(config, seed=1)
     candidates, asked = prototypes.select(range(20)), formulas_of(prototypes.select(range(5)))
     model.model.train()
     indices, probabilities = model.retrieve(asked, candidates, k=20, n_samples=4000)
@@ -55,18 +62,18 @@ def test_the_shipped_encoder_finds_structures_of_real_formulas(prototypes):
 
 
 def test_other_rows_do_not_matter(prototypes, monkeypatch):
-    model = PolySRLModel("pretraining", config=CONFIG)
+    model = matching()
     candidates = prototypes.select(range(20))
     indices, probabilities = model.retrieve(formulas_of(prototypes), candidates)
     last = formulas_of(prototypes.select([len(prototypes) - 1]))
-    monkeypatch.setattr("polysrl_dc.prediction._PAIRS", 1)
+    monkeypatch.setattr("polysrl_dc.retrieval._PAIRS", 1)
     alone, probability = model.retrieve(last, candidates)
     np.testing.assert_array_equal(alone[0], indices[-1])
     np.testing.assert_allclose(probability[0], probabilities[-1], rtol=1e-5)
 
 
 def test_structures_of_other_limits_are_refused(prototypes):
-    model = PolySRLModel("pretraining", config=replace(CONFIG, max_neighbors=6))
+    model = matching(replace(CONFIG, max_neighbors=6))
     with pytest.raises(InvalidInputError, match=r"max_neighbors .* is 12, .* 6: set"):
         model.retrieve(formulas_of(prototypes), prototypes)
 
@@ -74,7 +81,7 @@ def test_structures_of_other_limits_are_refused(prototypes):
 def test_chunks_do_not_matter(prototypes, monkeypatch):
     model = PolySRLModel("pretraining", config=CONFIG)
     whole = model.predict_structure_embedding(prototypes)
-    monkeypatch.setattr("polysrl_dc.prediction._STRUCTURES", 7)
+    monkeypatch.setattr("polysrl_dc.retrieval._STRUCTURES", 7)
     np.testing.assert_allclose(model.predict_structure_embedding(prototypes), whole, atol=1e-5)
     np.testing.assert_allclose(np.linalg.norm(whole, axis=1), 1, atol=1e-5)
 
@@ -90,7 +97,12 @@ def test_what_cannot_be_asked_is_refused(prototypes):
     asked = formulas_of(prototypes.select(range(2)))
     with pytest.raises(ValueError, match="without a structure encoder"):
         PolySRLModel(pretrained=None).retrieve(asked, prototypes)
-    model = PolySRLModel("pretraining", config=CONFIG)
+    graphcl = PolySRLModel("pretraining", config=CONFIG, objective="graphcl")
+    graphcl.fit(prototypes.select(range(4)), nb_epoch=1)
+    for model in (PolySRLModel("pretraining", config=CONFIG), graphcl):
+        with pytest.raises(ValueError, match="nothing has trained the encoder of structures"):
+            model.retrieve(asked, prototypes)
+    model = matching()
     for k in (0, len(prototypes) + 1):
         with pytest.raises(ValueError, match=f"k is {k}"):
             model.retrieve(asked, prototypes, k=k)

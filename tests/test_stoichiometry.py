@@ -76,6 +76,7 @@ def test_messages_name_the_value_and_what_is_wrong():
         ("Xx2O3", "Xx2O3.*not a chemical element"),
         ("RfO2", "RfO2.*Rf has no embedding"),
         ("Fe0O3", "Fe0O3.*amount of Fe is zero"),
+        ("SrTi03", "amount of Ti is 03: is its 0 meant as oxygen"),
         ("D2O", "D2O.*isotope D"),
         ({"Fe": -1.5}, "-1.5, must be positive"),
         (3.5, "3.5 of type float"),

@@ -429,8 +429,9 @@ def test_labels_of_a_call_without_a_step_are_forgotten(error, monkeypatch):
     with monkeypatch.context() as patch:
         patch.setattr(LabeledData, "loss", functools.partial(fail, error))
         with pytest.raises(error):
-            model.fit(data(1000 * SIGNAL + 7), nb_epoch=1)
-    assert not model.model.fitted and not model.model.training
+            other = data(1000 * SIGNAL + 7)
+            model.fit(dc.data.DiskDataset.from_numpy(other.X, other.y, tasks=["gap"]), nb_epoch=1)
+    assert not model.model.fitted and not model.model.training and model.provenance == {}
     with pytest.raises(ValueError, match="not fitted"):
         model.predict(data())
     for each in (model, new):
@@ -451,6 +452,25 @@ def test_a_failing_call_leaves_a_fitted_model_fitted(monkeypatch):
         model.fit(data(), nb_epoch=1)
     assert model.model.fitted
     assert_same_state(before, state(model))
+
+
+def test_an_interrupted_step_leaves_running_statistics_and_calibration(monkeypatch, caplog):
+    model = make()
+    model.fit(data(), nb_epoch=1, checkpoint_interval=0)
+    calibration, before = model.calibrate(data()), state(model)
+    assert not caplog.messages
+    loss = LabeledData.loss
+
+    def interrupted(*arguments):
+        loss(*arguments)  # which moves the statistics
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(LabeledData, "loss", interrupted)
+    with pytest.raises(KeyboardInterrupt):
+        model.fit(data(), nb_epoch=1)
+    assert_same_state(before, state(model))
+    assert model.calibration == calibration
+    assert caplog.messages == ["its std is no longer calibrated when it has learned more"]
 
 
 @pytest.mark.parametrize("labels", [SIGNAL + 50, 100 * SIGNAL, 0.01 * SIGNAL])

@@ -1,0 +1,110 @@
+"""Structures beside formulas: their representation, and those that a formula is likely to have."""
+
+from typing import Any
+
+import numpy as np
+import torch
+from deepchem.data import Dataset
+from torch import Tensor
+from tqdm import tqdm
+
+from polysrl_dc import losses
+from polysrl_dc.batches import PolymorphData
+from polysrl_dc.graphs import StoichiometryBatch
+from polysrl_dc.prediction import PredictingModel
+
+_STRUCTURES = 256  # structures embedded at once
+_PAIRS = 5_000_000  # pairs of a sample and a structure compared at once: 20 MB
+
+
+class RetrievingModel(PredictingModel):
+    """What a :class:`~polysrl_dc.model.PolySRLModel` of pretraining says of structures."""
+
+    def predict_structure_embedding(self, structures: Dataset) -> np.ndarray:
+        """Representation of each structure, z^b of eq. 1, shape (n, F), of unit length.
+
+        Parameters
+        ----------
+        structures : PolymorphDataset, or dc.data.Dataset of structure graphs
+        """
+        network = self._matching_network()
+        rows = PolymorphData.from_dataset(structures, self.config, least=1).dataset
+        quiet = True if len(rows) <= _STRUCTURES else None  # None: unless there is a terminal
+        parts = []
+        with self._evaluating():
+            for start in tqdm(range(0, len(rows), _STRUCTURES), disable=quiet):
+                chosen = np.arange(start, min(start + _STRUCTURES, len(rows)))
+                parts.append(network.structure_encoder(rows.batch(chosen)[1].to(self.device)))
+        return torch.cat(parts).cpu().numpy()
+
+    def retrieve(
+        self, formulas: Dataset, structures: Dataset, k: int = 10, n_samples: int = 64
+    ) -> tuple[np.ndarray, np.ndarray]:
+        """Structures that a formula is most likely to have, by the match probability of eq. 4.
+
+        Parameters
+        ----------
+        formulas : dc.data.Dataset of n stoichiometry graphs
+        structures : PolymorphDataset, or dc.data.Dataset of m structure graphs, the candidates
+        k : int
+            Candidates to return, at most m.
+        n_samples : int
+            J, samples of each Gaussian, the same noise for all: none depends on the other rows.
+
+        Returns
+        -------
+        indices : numpy.ndarray, shape (n, k), int64
+            Rows of ``structures``, the likeliest first.
+        probabilities : numpy.ndarray, shape (n, k)
+            That formula and structure match.
+
+        Raises
+        ------
+        ValueError
+            The model is not one of pretraining, ``k`` not in 1 ... m, or ``n_samples`` below 1.
+
+        Examples
+        --------
+        >>> import deepchem as dc, polysrl_dc
+        >>> candidates = polysrl_dc.PolymorphDataset("aflow", max_sites=8, progress=False)
+        >>> graphs = dc.feat.StoichiometryGraphFeaturizer().featurize(["NaCl"])
+        >>> model = dc.models.PolySRLModel.from_pretrained("polysrl-mp")
+        >>> indices, probabilities = model.retrieve(dc.data.NumpyDataset(graphs), candidates, k=2)
+        >>> indices.shape, bool(probabilities[0, 0] >= probabilities[0, 1])
+        ((1, 2), True)
+        """
+        network = self._matching_network()
+        read = self.settings["objective"] != "graphcl"  # which reads no structures
+        if not (read and (any(self.variance_trained) or self.get_global_step())):
+            raise ValueError("nothing has trained the encoder of structures: fit or restore first")
+        if not 1 <= k <= len(structures):
+            raise ValueError(f"k is {k}: must be between 1 and {len(structures)}, the candidates")
+        if n_samples < 1:
+            raise ValueError(f"n_samples is {n_samples}: must be at least 1")
+        crystals = torch.from_numpy(self.predict_structure_embedding(structures)).to(self.device)
+        generator = torch.Generator(self.device).manual_seed(0)
+        noise = torch.randn(n_samples, crystals.shape[1], generator=generator, device=self.device)
+        together = max(1, _PAIRS // (n_samples * len(crystals)))
+
+        def likeliest(batch: StoichiometryBatch) -> tuple[Tensor, Tensor]:
+            found = []
+            means, log_sigmas = (part.split(together) for part in network.encoder(batch))
+            for mean, log_sigma in zip(means, log_sigmas, strict=True):
+                samples = mean.unsqueeze(1) + log_sigma.exp().unsqueeze(1) * noise
+                logits = losses.match_logits(samples, crystals, network.c, network.d)
+                logs = losses.log_match_probability(logits, network.config.match_form)
+                found.append(torch.topk(logs, k, dim=1))
+            logs, indices = zip(*found, strict=True)
+            return torch.cat(logs), torch.cat(indices)
+
+        logs, indices = zip(*self._map(formulas, likeliest), strict=True)
+        return torch.cat(indices).cpu().numpy(), torch.cat(logs).exp().cpu().numpy()
+
+    def _matching_network(self) -> Any:
+        """The network with both encoders."""
+        if self.settings["task"] != "pretraining":
+            raise ValueError(
+                f"the model is one of {self.settings['task']}, without a structure encoder: use a "
+                'pretraining model, e.g. PolySRLModel.from_pretrained("polysrl-mp")'
+            )
+        return self.model
