@@ -209,9 +209,12 @@ class LabeledData:
 
     def to(self, device: torch.device) -> "LabeledData":
         """Copy on ``device``."""
-        tensors = (self.labels, self.weights, self.embeddings)
-        moved = (None if tensor is None else tensor.to(device) for tensor in tensors)
-        return LabeledData(self.inputs.to(device), *moved)
+        return LabeledData(
+            self.inputs.to(device),
+            self.labels.to(device),
+            self.weights.to(device),
+            None if self.embeddings is None else self.embeddings.to(device),
+        )
 
     def with_embeddings(self, embeddings: Tensor) -> "LabeledData":
         """With the output of a frozen encoder, which is then not run again."""

@@ -202,7 +202,8 @@ def load_checkpoint(path: str | os.PathLike[str]) -> tuple[dict[str, Tensor], di
     """
     path = Path(path)
     if not path.exists():
-        raise FileNotFoundError(f"no checkpoint at {path}")
+        names = ", ".join(shipped_encoders())
+        raise FileNotFoundError(f"no checkpoint at {path}; those that are shipped: {names}")
     if not path.is_file() or path.stat().st_size > LARGEST:
         raise CheckpointError(f"{path} is not a file of at most {LARGEST:,} bytes")
     try:

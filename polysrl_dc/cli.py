@@ -15,21 +15,18 @@ from typing import Any
 import deepchem as dc
 import numpy as np
 import pandas as pd
-from tqdm import tqdm
 
+from polysrl_dc.checkpoints import MODEL_FILE
 from polysrl_dc.cross_validation import StoichiometrySplitter, cross_val_predict, row_groups
-from polysrl_dc.datasets import PolymorphDataset, drop_skipped
+from polysrl_dc.datasets import PolymorphDataset
 from polysrl_dc.domain import Domain, OutsideDomainWarning
 from polysrl_dc.errors import InvalidInputError
-from polysrl_dc.featurizers import StoichiometryGraphFeaturizer, StructureGraphFeaturizer
+from polysrl_dc.inputs import read_formulas, read_labels, read_reference, read_structures
 from polysrl_dc.model import PolySRLModel
 from polysrl_dc.options import check, follow_recipe, parser
-from polysrl_dc.recalibration import UncalibratedWarning
+from polysrl_dc.recalibration import LEAST, UncalibratedWarning
 from polysrl_dc.resumption import UNFINISHED, fit_in
-from polysrl_dc.sources import read_structure
-from polysrl_dc.tables import check_table, numbers, predictions, read_table, ungrouped, write_table
-
-_SHOWN = 10  # of many that are skipped for the same reason
+from polysrl_dc.tables import check_table, predictions, write_table
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
@@ -72,7 +69,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
 
 def embed(options: argparse.Namespace) -> None:
     """Formulas -> columns ``polymorphism``, if the model tells it, and ``embedding_0`` ..."""
-    frame, dataset = _formulas(options)
+    frame, dataset = read_formulas(options)
     model = PolySRLModel.from_pretrained(options.model)
     embedding = pd.DataFrame(model.predict_embedding(dataset)).add_prefix("embedding_")
     if any(model.variance_trained):
@@ -85,8 +82,8 @@ def embed(options: argparse.Namespace) -> None:
 def train(options: argparse.Namespace) -> None:
     """Formulas and labels -> a model folder, and its score on formulas it has not learned from."""
     group = [] if options.group is None else [options.group]
-    frame, dataset = _formulas(options, [*options.target, *group])
-    dataset = _labeled(options, frame, dataset)
+    frame, dataset = read_formulas(options, [*options.target, *group])
+    dataset = read_labels(options, frame, dataset)
     frame = frame.loc[dataset.ids]
     follow_recipe(options, len(dataset))
     held_out, predicted = None, None
@@ -96,7 +93,8 @@ def train(options: argparse.Namespace) -> None:
         if not 2 <= options.folds <= n_groups:
             what = "formulas" if groups is None else f"groups by {options.group!r} and formula"
             raise InvalidInputError(
-                f"--folds {options.folds}: must be from 2 to {n_groups}, the different {what}"
+                f"--folds {options.folds}: must be at least 2 and at most {n_groups}, the number "
+                f"of different {what}"
             )
         held_out = dataset
     elif options.hold_out:
@@ -124,11 +122,12 @@ def train(options: argparse.Namespace) -> None:
         model = _trained(options, iter(["the model"]), dataset)
     if options.task == "regression":
         if held_out is None:
-            print("std is not calibrated and too small: --folds 5 calibrates it", file=sys.stderr)
+            enough = dataset.w.any(1).sum() >= LEAST
+            advice = "--folds 5 calibrates it" if enough else f"that needs {LEAST} labels"
+            print(f"std is not calibrated and too small: {advice}", file=sys.stderr)
         else:
             _calibrate(model, held_out, predicted, options.target)
-    model.save(options.output_dir)
-    print(f"model written to {options.output_dir}", file=sys.stderr)
+    _save(model, options.output_dir)
     if held_out is not None:
         mean, std = predicted or model.predict_uncertainty(held_out)
         if predicted and model.calibration:
@@ -144,7 +143,7 @@ def train(options: argparse.Namespace) -> None:
 def predict(options: argparse.Namespace) -> None:
     """Formulas -> columns ``prediction`` and ``std``; of several targets, with their names."""
     model = PolySRLModel.from_pretrained(options.model)
-    frame, dataset = _formulas(options)
+    frame, dataset = read_formulas(options)
     mean, std = model.predict_uncertainty(dataset)
     targets = model.provenance.get("targets", range(mean.shape[1]))
     found = predictions(mean, std, targets)
@@ -158,8 +157,8 @@ def predict(options: argparse.Namespace) -> None:
 
 def retrieve(options: argparse.Namespace) -> None:
     """Formulas and candidate structures -> the ``k`` likeliest candidates of each formula."""
-    frame, dataset = _formulas(options)
-    candidates = _structures(options.structures, options.on_error)
+    frame, dataset = read_formulas(options)
+    candidates = read_structures(options.structures, options.on_error)
     if not isinstance(candidates, PolymorphDataset):
         candidates = PolymorphDataset.from_graphs(candidates.X, candidates.ids)
     k = min(options.k, len(candidates))
@@ -177,12 +176,12 @@ def retrieve(options: argparse.Namespace) -> None:
 
 def domain(options: argparse.Namespace) -> None:
     """Formulas and a reference -> the ``k`` nearest reference formulas of each, and its domain."""
-    frame, dataset = _formulas(options)
+    frame, dataset = read_formulas(options)
     model = PolySRLModel.from_pretrained(options.model)
     if options.structures:
-        reference = _structures(options.structures, options.on_error)
+        reference = read_structures(options.structures, options.on_error)
     else:
-        reference = _learned_from(options, model)
+        reference = read_reference(options, model)
     known = Domain(model, reference)
     k = min(options.k, len(known.formulas))
     with warnings.catch_warnings():
@@ -199,127 +198,10 @@ def domain(options: argparse.Namespace) -> None:
 
 def pretrain(options: argparse.Namespace) -> None:
     """Crystal structures -> a folder with a pretrained encoder."""
-    dataset = _structures(options.structures, options.on_error)
+    dataset = read_structures(options.structures, options.on_error)
     model = PolySRLModel("pretraining", **_training(options))
-    fit_in(_unfinished(options), model, dataset, options.epochs).save(options.output_dir)
+    _save(fit_in(_unfinished(options), model, dataset, options.epochs), options.output_dir)
     shutil.rmtree(_unfinished(options), ignore_errors=True)
-    print(f"encoder written to {options.output_dir}", file=sys.stderr)
-
-
-def _formulas(
-    options: argparse.Namespace, others: Sequence[str] = ()
-) -> tuple[pd.DataFrame, dc.data.Dataset]:
-    """The table of formulas, as given or read, and its dataset; the rows of both correspond."""
-    given = getattr(options, "formulas", [])
-    if bool(given) == (options.input is not None):
-        raise InvalidInputError(
-            "give either formulas or --input FILE; formulas go before the options"
-        )
-    if options.input is not None:
-        frame = read_table(options.input, [options.column, *others])
-    else:
-        frame = pd.DataFrame({options.column: given})
-    graphs = StoichiometryGraphFeaturizer(options.on_error).featurize(frame[options.column])
-    dataset = drop_skipped(dc.data.NumpyDataset(graphs, ids=frame.index.to_numpy()))
-    if len(dataset) == 0:
-        raise InvalidInputError("no usable formula is left")
-    return frame.loc[dataset.ids], dataset
-
-
-def _learned_from(options: argparse.Namespace, model: PolySRLModel) -> dc.data.Dataset:
-    """The formulas of --reference, but for the rows without a label of the targets."""
-    given = {"input": options.reference, "column": options.column, "on_error": options.on_error}
-    frame, dataset = _formulas(argparse.Namespace(**given), options.target or [])
-    targets = options.target or [n for n in model.provenance.get("targets", []) if n in frame]
-    if not targets:
-        return dataset
-    classes = model.settings["task"] == "classification"
-    labels = np.column_stack([numbers(frame[name], classes)[0] for name in targets])
-    kept = np.flatnonzero(~np.isnan(labels).all(1))
-    if len(kept) == 0:
-        raise InvalidInputError(f"{options.reference} has no label of {' or '.join(targets)}")
-    _say_unlabeled(len(dataset) - len(kept), targets)
-    return dataset.select(kept)
-
-
-def _say_unlabeled(n_rows: int, targets: Sequence[str]) -> None:
-    if n_rows:
-        print(f"rows without {' or '.join(targets)}, left out: {n_rows}", file=sys.stderr)
-
-
-def _say_skipped(texts: Sequence[str], what: str) -> None:
-    for text in texts[:_SHOWN]:
-        print(f"skipped {text}", file=sys.stderr)
-    if len(texts) > _SHOWN:
-        print(f"skipped {len(texts)} {what} in all", file=sys.stderr)
-
-
-def _labeled(
-    options: argparse.Namespace, frame: pd.DataFrame, dataset: dc.data.Dataset
-) -> dc.data.Dataset:
-    """The rows with a label, and a group if one is asked for; wrong ones are refused or skipped."""
-    if len(set(options.target)) < len(options.target):
-        raise InvalidInputError(f"--target names a column twice: {' '.join(options.target)}")
-    classes = options.task == "classification"
-    found = [numbers(frame[name], classes) for name in options.target]
-    labels = np.column_stack([values for values, _ in found])
-    weights = (~np.isnan(labels)).astype(float)
-    kept = weights.any(1)
-    empty = set(frame.index[~kept])
-    for row, text in (pair for _, wrong in found for pair in wrong.items()):
-        if options.on_error == "raise":
-            raise InvalidInputError(text)
-        print(f"skipped {'' if row in empty else 'the label in '}{text}", file=sys.stderr)
-    _say_unlabeled(len(empty.difference(*(wrong for _, wrong in found))), options.target)
-    labels = np.where(weights, labels, 0.0)
-    dataset = dc.data.NumpyDataset(dataset.X, labels, weights, dataset.ids)
-    dataset = dataset.select(np.flatnonzero(kept))
-    rows = ""
-    if options.group is not None:
-        column = frame.loc[dataset.ids, options.group]
-        missing = ungrouped(column)
-        if missing and options.on_error == "raise":
-            text = next(iter(missing.values()))
-            raise InvalidInputError(f"{text}; --group needs all of them, or --on-error skip")
-        _say_skipped(list(missing.values()), "rows")
-        dataset = dataset.select(np.flatnonzero(~column.index.isin(list(missing))))
-        rows = f" in the rows with {options.group!r}"
-    for name, known in zip(options.target, dataset.w.any(0), strict=True):
-        if not known:
-            raise InvalidInputError(f"the column {name!r} has no number{rows}")
-    return dataset
-
-
-def _structures(paths: Sequence[str], on_error: str) -> dc.data.Dataset:
-    """Structure graphs of one source of PolymorphDataset, or of files of one structure each."""
-    skipped: list[tuple[str, str]] = []
-    dataset: dc.data.Dataset
-    if len(paths) == 1:
-        dataset = PolymorphDataset(paths[0], on_error=on_error)
-        skipped = dataset.skipped
-    else:
-        for path in paths:
-            if Path(path).is_dir() or path.lower().endswith(".parquet"):
-                raise InvalidInputError(
-                    f"{path} is one of {len(paths)} sources: give one table or one folder alone, "
-                    "or files of one structure each"
-                )
-        structures = {}
-        for path in tqdm(paths, unit="file", disable=None):
-            try:
-                structures[path] = read_structure(path)
-            except InvalidInputError as error:
-                if on_error == "raise":
-                    raise InvalidInputError(f"{path}: {error}") from error
-                skipped.append((path, str(error)))
-        featurizer = StructureGraphFeaturizer(on_error=on_error)
-        graphs = featurizer.featurize(pd.Series(structures, dtype=object))
-        dataset = dc.data.NumpyDataset(graphs, ids=np.array(list(structures), dtype=object))
-        dataset = drop_skipped(dataset) if structures else dataset
-    _say_skipped([f"{name}: {message}" for name, message in skipped], "structures")
-    if len(dataset) == 0:
-        raise InvalidInputError("no usable structure is left")
-    return dataset
 
 
 def _training(options: argparse.Namespace) -> dict[str, Any]:
@@ -348,6 +230,13 @@ def _trained(
 def _unfinished(options: argparse.Namespace) -> Path:
     """Where the parts of a training lie until the command ends."""
     return Path(options.output_dir) / UNFINISHED
+
+
+def _save(model: PolySRLModel, folder: str) -> None:
+    replaced = (Path(folder) / MODEL_FILE).exists()
+    model.save(folder)
+    where = f"{folder}, in place of another" if replaced else folder
+    print(f"model written to {where}", file=sys.stderr)
 
 
 def _calibrate(
@@ -395,4 +284,6 @@ def _print_score(
     elif known.any():
         score = dc.metrics.mae_score if kind == "regression" else dc.metrics.roc_auc_score
         value = f"{score(labels, found):.4g} on {known.sum()} held-out labels"
+        if kind == "regression":
+            value += f"; {np.abs(labels - np.median(labels)).mean():.4g} with their median for all"
         print(f"{score.__name__} of {name}: {value}", file=sys.stderr)

@@ -5,6 +5,7 @@ import math
 import os
 import sys
 from collections.abc import Callable, Sequence
+from importlib.metadata import version
 from pathlib import Path
 from tempfile import TemporaryFile
 from typing import Any
@@ -27,6 +28,7 @@ EXAMPLES = """
   polysrl pretrain cifs/*.cif --epochs 20 --output-dir encoder
 """
 STRUCTURES = "a .parquet table, a folder of them or of CIF files, aflow, or files pymatgen reads"
+_DEFAULT = "; default: %(default)s"
 Command = Callable[[argparse.Namespace], None]
 
 
@@ -44,6 +46,7 @@ def parser(commands: Sequence[Command]) -> argparse.ArgumentParser:
         epilog=f"examples:{EXAMPLES}",
         formatter_class=argparse.RawDescriptionHelpFormatter,
     )
+    whole.add_argument("--version", action="version", version=f"%(prog)s {version('polysrl-dc')}")
     by_name = {command.__name__: command for command in commands}
     subparsers = whole.add_subparsers(dest="name", required=True, metavar="COMMAND")
 
@@ -61,7 +64,8 @@ def parser(commands: Sequence[Command]) -> argparse.ArgumentParser:
             "--on-error",
             choices=("raise", "skip"),
             default="raise",
-            help="what a bad row (counted from 0, beneath the names) or structure does",
+            help="what a bad row (counted from 0, beneath the names) or structure does: end the "
+            f"run, or be left out{_DEFAULT}",
         )
         return sub
 
@@ -70,7 +74,11 @@ def parser(commands: Sequence[Command]) -> argparse.ArgumentParser:
             sub.add_argument("formulas", nargs="*", help="formulas, instead of --input")
         told = "table: .csv, .tsv, .json, .jsonl or .parquet, also .gz; -: CSV on stdin"
         sub.add_argument("--input", required=needed, help=told)
-        sub.add_argument("--column", default="formula", help="its column of formulas")
+        sub.add_argument("--column", default="formula", help=f"its column of formulas{_DEFAULT}")
+
+    def add_encoder(sub: argparse.ArgumentParser, folder: str) -> None:
+        text = f"{folder}, or name of a shipped encoder{_DEFAULT}"
+        sub.add_argument("--model", default=DEFAULT_ENCODER, help=text)
 
     def add_output(sub: argparse.ArgumentParser) -> None:
         sub.add_argument(
@@ -79,18 +87,17 @@ def parser(commands: Sequence[Command]) -> argparse.ArgumentParser:
 
     def add_training(sub: argparse.ArgumentParser, **defaults: Any) -> None:
         """Without defaults they are those of the recipe."""
-        sub.add_argument("--epochs", type=_positive)
-        sub.add_argument("--batch-size", type=_positive)
-        sub.add_argument("--learning-rate", type=_rate)
+        default = _DEFAULT if defaults else "; default: that of the recipe"
+        sub.add_argument("--epochs", type=_positive, help=f"passes over the data{default}")
+        sub.add_argument("--batch-size", type=_positive, help=f"rows of a step{default}")
+        sub.add_argument("--learning-rate", type=_rate, help=f"of AdamW, at its peak{default}")
         sub.set_defaults(**defaults)
-        sub.add_argument("--seed", type=_natural, default=0)
+        sub.add_argument("--seed", type=_natural, default=0, help=f"of all chance{_DEFAULT}")
         sub.add_argument("--output-dir", type=_folder, required=True, help="of the model")
 
     sub = add("embed", "Write the embedding of each formula and, if trained for, its polymorphism.")
     add_table(sub)
-    sub.add_argument(
-        "--model", default=DEFAULT_ENCODER, help="folder of a model, or name of a shipped encoder"
-    )
+    add_encoder(sub, "folder of a model")
     add_output(sub)
 
     sub = add("predict", "Write the prediction of a trained model and its standard deviation.")
@@ -102,10 +109,8 @@ def parser(commands: Sequence[Command]) -> argparse.ArgumentParser:
     add_table(sub)
     several: dict[str, Any] = {"nargs": "+", "action": "extend", "help": STRUCTURES}
     sub.add_argument("--structures", required=True, **several)
-    sub.add_argument("-k", type=_positive, default=10, help="candidates to write for each formula")
-    sub.add_argument(
-        "--model", default=DEFAULT_ENCODER, help="folder of polysrl pretrain, or shipped encoder"
-    )
+    sub.add_argument("-k", type=_positive, default=10, help=f"candidates of each{_DEFAULT}")
+    add_encoder(sub, "folder of polysrl pretrain")
     add_output(sub)
 
     sub = add("domain", "Say how far each formula is from those of a reference, and from which.")
@@ -122,10 +127,8 @@ def parser(commands: Sequence[Command]) -> argparse.ArgumentParser:
         help="columns of --reference; rows without a label in any of them are left out. Default: "
         "the targets of the model, where it has them",
     )
-    sub.add_argument("-k", type=_positive, default=5, help="reference formulas to name for each")
-    sub.add_argument(
-        "--model", default=DEFAULT_ENCODER, help="folder of a model, or name of a shipped encoder"
-    )
+    sub.add_argument("-k", type=_positive, default=5, help=f"formulas to name for each{_DEFAULT}")
+    add_encoder(sub, "folder of a model")
     add_output(sub)
 
     sub = add("train", "Train a model on formulas with measured or computed values.")
@@ -141,7 +144,7 @@ def parser(commands: Sequence[Command]) -> argparse.ArgumentParser:
         "--task",
         choices=("regression", "classification"),
         default="regression",
-        help="classification: labels are 0 and 1, predictions the probability of 1",
+        help=f"classification: labels are 0 and 1, predictions the probability of 1{_DEFAULT}",
     )
     ways = "; ".join(f"{name}: {recipe.text}" for name, recipe in RECIPES.items())
     sizes = ", ".join(f"{name} from {least:,}" for name, least in LEAST_ROWS.items())
@@ -156,10 +159,11 @@ def parser(commands: Sequence[Command]) -> argparse.ArgumentParser:
         "--pretrained",
         nargs="+",
         action="extend",
-        help=f"{', '.join(shipped_encoders())}, folder of polysrl pretrain, or none; a member each",
+        help="encoders to start from, a member each: "
+        f"{', '.join(shipped_encoders())}, folder of polysrl pretrain, or none",
     )
     sub.add_argument("--freeze-encoder", action="store_true", help="train the head only")
-    sub.add_argument("--ensemble", type=_positive, help="models to average, a multiple of these")
+    sub.add_argument("--ensemble", type=_positive, help="members, a multiple of the encoders")
     kept = sub.add_mutually_exclusive_group()
     kept.add_argument(
         "--hold-out", type=_fraction, default=0.0, help="part kept to score and calibrate on"

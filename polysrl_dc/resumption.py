@@ -77,7 +77,7 @@ def fit_in(
         nonlocal written
         if not bar.n:  # steps done before it was interrupted say nothing of the rate
             bar.initial = bar.n = step - 1
-            bar.total = model._run["steps"]
+            bar.total = model._run["steps"] if model._run else None
         bar.update(step - bar.n)
         if time.monotonic() >= written + INTERVAL:
             model.save_checkpoint(max_checkpoints_to_keep=1)

@@ -92,8 +92,8 @@ class RetrievingModel(PredictingModel):
             for mean, log_sigma in zip(means, log_sigmas, strict=True):
                 samples = mean.unsqueeze(1) + log_sigma.exp().unsqueeze(1) * noise
                 logits = losses.match_logits(samples, crystals, network.c, network.d)
-                logs = losses.log_match_probability(logits, network.config.match_form)
-                found.append(torch.topk(logs, k, dim=1))
+                matches = losses.log_match_probability(logits, network.config.match_form)
+                found.append(torch.topk(matches, k, dim=1))
             logs, indices = zip(*found, strict=True)
             return torch.cat(logs), torch.cat(indices)
 

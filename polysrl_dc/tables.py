@@ -123,6 +123,8 @@ def read_table(path: str, columns: Sequence[str]) -> pd.DataFrame:
             given = list(frame.columns)
             alike = [other for other in given if _bare(other) == _bare(name)]
             hint = f"; is it {alike[0]!r}?" if alike else advice
+            if not hint and name == columns[0] == "formula":
+                hint = "; --column names another one of formulas"
             raise InvalidInputError(f"{path} has no column {name!r}, only {given}{hint}")
     if frame.empty:
         raise InvalidInputError(f"{path} has no row")

@@ -18,6 +18,7 @@ from polysrl_dc import (
     PolySRLModel,
     StoichiometryGraphFeaturizer,
     StoichiometrySplitter,
+    __version__,
     cli,
     cross_val_predict,
 )
@@ -184,11 +185,36 @@ def test_train_follows_a_recipe_where_no_option_says_otherwise(
     said = capsys.readouterr().err.splitlines()
     assert said[0].startswith(f"recipe {recipe}: {'heads' if frozen else 'encoders and heads'} on ")
     assert said[0].endswith(f", {epochs} epochs, {batch_size} rows a step, learning rate {rate:g}")
-    assert "std is not calibrated and too small: --folds 5 calibrates it" in said[1]
+    assert said[1] == "std is not calibrated and too small: that needs 20 labels"
     model = PolySRLModel.from_pretrained(tmp_path / "model")
     assert (model.settings["n_encoders"], model.settings["freeze_encoder"]) == (encoders, frozen)
     assert model.provenance == {"targets": ["gap"], "recipe": recipe}
     assert model.epochs_trained == epochs and model.get_global_step() == -(-12 // batch_size)
+
+
+def test_train_says_what_else_was_meant_perhaps(tmp_path: Path, capsys) -> None:
+    command = train_command(tmp_path, 24, "--epochs", "1")
+    assert main(command) == 0
+    said = capsys.readouterr().err.splitlines()
+    assert said[-1] == f"model written to {tmp_path / 'model'}"
+    assert said[-2] == "std is not calibrated and too small: --folds 5 calibrates it"
+    frame = pd.read_csv(tmp_path / "rows.csv")
+    frame.assign(gap=np.arange(24) % 2).to_csv(tmp_path / "rows.csv", index=False)
+    assert main(command) == 0
+    said = capsys.readouterr().err.splitlines()
+    assert said[0].startswith("the labels of 'gap' are 0 and 1: --task classification ")
+    assert said[-1] == f"model written to {tmp_path / 'model'}, in place of another"
+    assert main([*command, "--task", "classification"]) == 0
+    assert "are 0 and 1" not in capsys.readouterr().err
+    frame.rename(columns={"formula": "composition"}).to_csv(tmp_path / "rows.csv", index=False)
+    message = error_of(command, capsys)
+    assert message.endswith("only ['composition', 'gap']; --column names another one of formulas")
+
+
+def test_the_version_is_that_of_the_package(capsys: pytest.CaptureFixture[str]) -> None:
+    with pytest.raises(SystemExit, match="0"):
+        main(["--version"])
+    assert capsys.readouterr().out == f"polysrl {__version__}\n"
 
 
 @pytest.mark.parametrize("n_rows", [0, -1])
@@ -283,7 +309,9 @@ def test_folds_score_and_calibrate_a_model_of_all_rows(
     np.testing.assert_allclose(held_out["std"], calibration.apply(std)[:, 0], rtol=1e-5)
     error = capsys.readouterr().err
     score = np.abs(mean[:, 0] - labels[:-1]).mean()
-    assert f"mae_score of gap: {score:.4g} on 48 held-out labels" in error
+    assert f"mae_score of gap: {score:.4g} on 48 held-out labels; " in error
+    of_one_value = np.abs(labels[:-1] - np.median(labels[:-1])).mean()
+    assert f"; {of_one_value:.4g} with their median for all" in error
 
 
 def test_what_cannot_be_scored_on_is_said_before_training(
@@ -312,8 +340,8 @@ def test_what_cannot_be_scored_on_is_said_before_training(
     monkeypatch.setattr(PolySRLModel, "fit", counted)
     for options, message in (
         (wanted, "--predictions needs --folds or --hold-out"),
-        (["--folds", "1"], "--folds 1: must be from 2 to 12, the different formulas"),
-        (["--folds", "13"], "--folds 13: must be from 2 to 12"),
+        (["--folds", "1"], "--folds 1: must be at least 2 and at most 12, the number of "),
+        (["--folds", "13"], "--folds 13: must be at least 2 and at most 12"),
         (["--folds", "two"], "two is not a positive integer"),
         (["--hold-out", "20%"], "20% is not a number from 0 to below 1"),
         (["--output-dir", str(table / "model")], f"{table} is a file, no folder"),
@@ -581,7 +609,7 @@ def test_rows_of_a_group_are_scored_together(
     assert len(learned[0]) == 3
     assert "--group needs --folds or --hold-out" in error_of(command, capsys)
     message = error_of([*command, "--folds", "6"], capsys)
-    assert "--folds 6: must be from 2 to 5, the different groups by 'doi' and formula" in message
+    assert "at least 2 and at most 5, the number of different groups by 'doi' and form" in message
     assert "no column 'source'" in error_of([*command[:-1], "source", "--folds", "5"], capsys)
     frame.assign(doi=["", *sources[1:]]).to_csv(path, index=False)
     folds = [*command, "--folds", "5"]

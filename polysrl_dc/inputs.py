@@ -1,0 +1,196 @@
+"""What the commands of ``polysrl`` read: formulas, their labels, references and structures."""
+
+import argparse
+import sys
+from collections.abc import Sequence
+from pathlib import Path
+
+import deepchem as dc
+import numpy as np
+import pandas as pd
+from tqdm import tqdm
+
+from polysrl_dc.datasets import PolymorphDataset, drop_skipped
+from polysrl_dc.errors import InvalidInputError
+from polysrl_dc.featurizers import StoichiometryGraphFeaturizer, StructureGraphFeaturizer
+from polysrl_dc.model import PolySRLModel
+from polysrl_dc.sources import read_structure
+from polysrl_dc.tables import numbers, read_table, ungrouped
+
+_SHOWN = 10  # of many that are skipped for the same reason
+
+
+def read_formulas(
+    options: argparse.Namespace, others: Sequence[str] = ()
+) -> tuple[pd.DataFrame, dc.data.Dataset]:
+    """The table of formulas, as given or read, and its dataset; the rows of both correspond.
+
+    Parameters
+    ----------
+    options : argparse.Namespace
+        ``input`` and ``column``, or ``formulas``; ``on_error``.
+    others : sequence of str
+        Columns that the table must have besides.
+
+    Raises
+    ------
+    InvalidInputError
+        There is no table, column or usable formula, or a bad formula; names file or row.
+    """
+    given = getattr(options, "formulas", [])
+    if bool(given) == (options.input is not None):
+        raise InvalidInputError(
+            "give either formulas or --input FILE; formulas go before the options"
+        )
+    if options.input is not None:
+        frame = read_table(options.input, [options.column, *others])
+    else:
+        frame = pd.DataFrame({options.column: given})
+    graphs = StoichiometryGraphFeaturizer(options.on_error).featurize(frame[options.column])
+    dataset = drop_skipped(dc.data.NumpyDataset(graphs, ids=frame.index.to_numpy()))
+    if len(dataset) == 0:
+        raise InvalidInputError("no usable formula is left")
+    return frame.loc[dataset.ids], dataset
+
+
+def read_reference(options: argparse.Namespace, model: PolySRLModel) -> dc.data.Dataset:
+    """The formulas of ``--reference``, but for the rows without a label of the targets.
+
+    Parameters
+    ----------
+    options : argparse.Namespace
+        ``reference``, ``column``, ``target`` and ``on_error``.
+    model : PolySRLModel
+        Knows the targets where no option names them.
+
+    Raises
+    ------
+    InvalidInputError
+        As :func:`read_formulas`, or no row has a label.
+    """
+    given = {"input": options.reference, "column": options.column, "on_error": options.on_error}
+    frame, dataset = read_formulas(argparse.Namespace(**given), options.target or [])
+    targets = options.target or [n for n in model.provenance.get("targets", []) if n in frame]
+    if not targets:
+        return dataset
+    classes = model.settings["task"] == "classification"
+    labels = np.column_stack([numbers(frame[name], classes)[0] for name in targets])
+    kept = np.flatnonzero(~np.isnan(labels).all(1))
+    if len(kept) == 0:
+        raise InvalidInputError(f"{options.reference} has no label of {' or '.join(targets)}")
+    _say_unlabeled(len(dataset) - len(kept), targets)
+    return dataset.select(kept)
+
+
+def _say_unlabeled(n_rows: int, targets: Sequence[str]) -> None:
+    if n_rows:
+        print(f"rows without {' or '.join(targets)}, left out: {n_rows}", file=sys.stderr)
+
+
+def _say_skipped(texts: Sequence[str], what: str) -> None:
+    for text in texts[:_SHOWN]:
+        print(f"skipped {text}", file=sys.stderr)
+    if len(texts) > _SHOWN:
+        print(f"skipped {len(texts)} {what} in all", file=sys.stderr)
+
+
+def read_labels(
+    options: argparse.Namespace, frame: pd.DataFrame, dataset: dc.data.Dataset
+) -> dc.data.Dataset:
+    """The rows with a label, and a group if one is asked for; what is left out is said.
+
+    Parameters
+    ----------
+    options : argparse.Namespace
+        ``target``, ``task``, ``group`` and ``on_error``.
+    frame : pandas.DataFrame, n rows
+    dataset : dc.data.Dataset of n stoichiometry graphs
+        Both as :func:`read_formulas` gives them.
+
+    Returns
+    -------
+    dc.data.Dataset
+        A column of labels for each target; missing ones have weight 0.
+
+    Raises
+    ------
+    InvalidInputError
+        A field that is no number, class or group (names row and column), or a column without one.
+    """
+    if len(set(options.target)) < len(options.target):
+        raise InvalidInputError(f"--target names a column twice: {' '.join(options.target)}")
+    classes = options.task == "classification"
+    found = [numbers(frame[name], classes) for name in options.target]
+    labels = np.column_stack([values for values, _ in found])
+    weights = (~np.isnan(labels)).astype(float)
+    kept = weights.any(1)
+    empty = set(frame.index[~kept])
+    for row, text in (pair for _, wrong in found for pair in wrong.items()):
+        if options.on_error == "raise":
+            raise InvalidInputError(text)
+        print(f"skipped {'' if row in empty else 'the label in '}{text}", file=sys.stderr)
+    _say_unlabeled(len(empty.difference(*(wrong for _, wrong in found))), options.target)
+    labels = np.where(weights, labels, 0.0)
+    dataset = dc.data.NumpyDataset(dataset.X, labels, weights, dataset.ids)
+    dataset = dataset.select(np.flatnonzero(kept))
+    rows = ""
+    if options.group is not None:
+        column = frame.loc[dataset.ids, options.group]
+        missing = ungrouped(column)
+        if missing and options.on_error == "raise":
+            text = next(iter(missing.values()))
+            raise InvalidInputError(f"{text}; --group needs all of them, or --on-error skip")
+        _say_skipped(list(missing.values()), "rows")
+        dataset = dataset.select(np.flatnonzero(~column.index.isin(list(missing))))
+        rows = f" in the rows with {options.group!r}"
+    for name, y, known in zip(options.target, dataset.y.T, dataset.w.T > 0, strict=True):
+        if not known.any():
+            raise InvalidInputError(f"the column {name!r} has no number{rows}")
+        if not classes and set(np.unique(y[known])) == {0, 1}:
+            advice = "--task classification learns them as classes"
+            print(f"the labels of {name!r} are 0 and 1: {advice}", file=sys.stderr)
+    return dataset
+
+
+def read_structures(paths: Sequence[str], on_error: str) -> dc.data.Dataset:
+    """Structure graphs of one source of PolymorphDataset, or of files of one structure each.
+
+    Parameters
+    ----------
+    paths : sequence of str
+        Several are files.
+    on_error : {"raise", "skip"}
+
+    Raises
+    ------
+    InvalidInputError
+        A bad source or structure, which is named, or no usable one.
+    """
+    skipped: list[tuple[str, str]] = []
+    dataset: dc.data.Dataset
+    if len(paths) == 1:
+        dataset = PolymorphDataset(paths[0], on_error=on_error)
+        skipped = dataset.skipped
+    else:
+        for path in paths:
+            if Path(path).is_dir() or path.lower().endswith(".parquet"):
+                raise InvalidInputError(
+                    f"{path} is one of {len(paths)} sources: give one table or one folder alone, "
+                    "or files of one structure each"
+                )
+        structures = {}
+        for path in tqdm(paths, unit="file", disable=None):
+            try:
+                structures[path] = read_structure(path)
+            except InvalidInputError as error:
+                if on_error == "raise":
+                    raise InvalidInputError(f"{path}: {error}") from error
+                skipped.append((path, str(error)))
+        featurizer = StructureGraphFeaturizer(on_error=on_error)
+        graphs = featurizer.featurize(pd.Series(structures, dtype=object))
+        dataset = dc.data.NumpyDataset(graphs, ids=np.array(list(structures), dtype=object))
+        dataset = drop_skipped(dataset) if structures else dataset
+    _say_skipped([f"{name}: {message}" for name, message in skipped], "structures")
+    if len(dataset) == 0:
+        raise InvalidInputError("no usable structure is left")
+    return dataset
