@@ -227,12 +227,14 @@ class LabeledData:
 
         Members meet the rows in orders of their own. With one order for all, their errors resemble
         one another more: an ensemble of four had 0.359 eV on matbench_expt_gap, fold 0, against
-        0.354 with an order each.
+        0.354 with an order each. Two or three rows are no last batch: their mean and variance
+        spoil the running ones that predictions are made with. Without it the error on six samples
+        of expt_gap that leave so many over was 3 % lower to 0.5 % higher, 1 % lower on average.
         """
         orders = np.tile(np.arange(len(self)), (members, 1))
         if random is not None:
             orders = random.permuted(orders, axis=1)
-        return (orders[:, columns] for columns in batch_rows(len(self), batch_size))
+        return (orders[:, columns] for columns in batch_rows(len(self), batch_size, 4))
 
     def loss(self, network: Any, rows: np.ndarray, generator: torch.Generator) -> Tensor:
         """Loss of one batch per member, rows (members, b), scalar; nothing in it is random."""
@@ -381,14 +383,13 @@ def capped_rows(n_edges: np.ndarray, batch_size: int, max_edges: int) -> Iterato
         start = end
 
 
-def batch_rows(n: int, batch_size: int) -> Iterator[np.ndarray]:
+def batch_rows(n: int, batch_size: int, least: int = 2) -> Iterator[np.ndarray]:
     """Row numbers of one epoch in batches; the last one is smaller, never padded by duplicates.
 
-    A last batch of a single row joins the one before it, because one row has neither negatives
-    nor a variance.
+    A last batch of fewer than ``least`` rows joins the one before it: one row has no variance.
     """
     starts = list(range(0, n, batch_size))
-    if len(starts) > 1 and n - starts[-1] == 1:
+    if len(starts) > 1 and n - starts[-1] < least:
         starts.pop()
     for start, end in zip(starts, [*starts[1:], n], strict=True):
         yield np.arange(start, end)

@@ -99,6 +99,12 @@ def test_a_last_row_that_is_alone_joins_the_batch_before(n, expected):
     np.testing.assert_array_equal(np.concatenate(batches), np.arange(n))
 
 
+@pytest.mark.parametrize(("n", "expected"), [(19, [8, 11]), (20, [8, 8, 4]), (3, [3])])
+def test_few_labeled_rows_are_no_last_batch(n, expected):
+    labeled = LabeledData.from_dataset(data().select(range(n)), 1, False)
+    assert [rows.shape[1] for rows in labeled.epoch(8, 1, None)] == expected
+
+
 def epochs(model, dataset, n=3, deterministic=False):
     data = model._training_data(dataset)
     return [
