@@ -210,7 +210,7 @@ def write_results(
     fresh = score_rows(task, arguments.suite, arguments.protocol, MODEL, settings.seed)
     path = arguments.output_dir / "scores.csv"
     if others := other_folds(path, fresh):
-        print(f"{path} stays as it is: its folds {others} of {task.dataset_name} are of another run")
+        print(f"{path} stays as it is: folds {others} of {task.dataset_name} are of another run")
     else:
         merge_rows(path, fresh, KEYS, digits=None)
     folder = submission.record_folder(arguments.output_dir, task.benchmark_name, arguments.protocol)

@@ -357,7 +357,7 @@ def test_folds_of_other_settings_never_mix_in_the_table(toy_embedded, tmp_path, 
     run(tmp_path, *command)
     before = (tmp_path / "scores.csv").read_bytes()
     run(tmp_path, *command, "--folds", "0", "--epochs", "7", learner=learner)
-    assert "its folds [1, 2, 3, 4] of embedded_seebeck are of another" in capsys.readouterr().out
+    assert "folds [1, 2, 3, 4] of embedded_seebeck are of another" in capsys.readouterr().out
     assert (tmp_path / "scores.csv").read_bytes() == before
     run(tmp_path, *command, "--epochs", "7", learner=learner)
     assert "stays as it is" not in capsys.readouterr().out
