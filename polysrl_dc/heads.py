@@ -164,9 +164,7 @@ class PropertyNetwork(nn.Module):
         """
         location, log_scale = map(at_least_float32, self.outputs(embeddings))
         if self.classification:
-            losses = functional.binary_cross_entropy_with_logits(
-                location, labels, reduction="none"
-            )
+            losses = functional.binary_cross_entropy_with_logits(location, labels, reduction="none")
         else:
             error = (location - (labels - self.label_mean) / self.label_std).abs()
             losses = error

@@ -95,9 +95,7 @@ class PretrainingNetwork(nn.Module):
         if structures is None:
             raise ValueError(f"{self.objective} needs structures")
         mean, log_sigma = self.encoder(formulas)
-        mean, crystal, groups = map(
-            gather_rows, (mean, self.structure_encoder(structures), groups)
-        )
+        mean, crystal, groups = map(gather_rows, (mean, self.structure_encoder(structures), groups))
         if self.objective == "infomax3d":
             return self._total(nt_xent=losses.nt_xent(mean, crystal, self.temperature))
         if self.objective == "without_sampling":
