@@ -205,17 +205,15 @@ class FeatureNorm(nn.BatchNorm1d):
         self.decorrelation.copy_((directions * scales) @ directions.T)
 
 
-@contextmanager
-def restored_if_it_fails(network: nn.Module) -> Iterator[None]:
-    """Put running statistics back where a step fails or is interrupted: there has been none.
-
-    Parameters
-    ----------
-    network : torch.nn.Module
-        Its feature norms in training mode are meant.
-    """
+def running_statistics(network: nn.Module) -> list[Tensor]:
+    """The buffers of a network that a batch changes: those of feature norms in training mode."""
     norms = [m for m in network.modules() if isinstance(m, FeatureNorm) and m.training]
-    running = [buffer for norm in norms for buffer in norm.buffers()]
+    return [buffer for norm in norms for buffer in norm.buffers()]
+
+
+@contextmanager
+def restored_if_it_fails(running: list[Tensor]) -> Iterator[None]:
+    """Put running statistics back where a step fails or is interrupted: there has been none."""
     before = [buffer.clone() for buffer in running]
     try:
         yield

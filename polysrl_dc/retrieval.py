@@ -61,7 +61,8 @@ class RetrievingModel(PredictingModel):
         Raises
         ------
         ValueError
-            The model is not one of pretraining, ``k`` not in 1 ... m, or ``n_samples`` below 1.
+            The model is not one of pretraining, nothing has trained its encoder of structures,
+            ``k`` not in 1 ... m, or ``n_samples`` below 1.
 
         Examples
         --------

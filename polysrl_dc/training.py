@@ -22,7 +22,7 @@ from polysrl_dc.callbacks import StopTraining
 from polysrl_dc.distributed import process_count, share
 from polysrl_dc.errors import InvalidInputError
 from polysrl_dc.featurizers import check_lengths
-from polysrl_dc.layers import restored_if_it_fails
+from polysrl_dc.layers import restored_if_it_fails, running_statistics
 from polysrl_dc.persistence import deepchem_schedule, described_rate, load_schedule, trains_variance
 from polysrl_dc.prediction import CHUNK
 from polysrl_dc.retrieval import RetrievingModel
@@ -186,13 +186,13 @@ class TrainableModel(RetrievingModel):
         generator = torch.Generator(self.device)
         losses: list[Tensor] = []
         average = math.nan
-        network.train()
+        running = running_statistics(network.train())
         _call(callbacks, "begin", self)
         try:
             for rows, last in self._batches(data, run, deterministic):
                 generator.manual_seed(self.training["seed"] * 1_000_003 + self._global_step)
                 optimizer.zero_grad(set_to_none=True)
-                with restored_if_it_fails(network):
+                with restored_if_it_fails(running):
                     batch_loss = self._backward(data, shared, rows, generator)
                 optimizer.step()
                 self.calibration = None  # of other weights
