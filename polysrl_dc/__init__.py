@@ -12,7 +12,12 @@ from polysrl_dc.cross_validation import StoichiometrySplitter, cross_val_predict
 from polysrl_dc.datasets import PolymorphDataset
 from polysrl_dc.domain import Domain
 from polysrl_dc.errors import InvalidInputError
-from polysrl_dc.featurizers import StoichiometryGraphFeaturizer, StructureGraphFeaturizer
+from polysrl_dc.estimators import PolySRLClassifier, PolySRLRegressor
+from polysrl_dc.featurizers import (
+    StoichiometryGraphFeaturizer,
+    StructureGraphFeaturizer,
+    reduced_formulas,
+)
 from polysrl_dc.model import PolySRLModel
 from polysrl_dc.recipes import RECIPES, Recipe, suitable_recipe
 
@@ -24,8 +29,10 @@ __all__ = [
     "Domain",
     "EarlyStopping",
     "InvalidInputError",
+    "PolySRLClassifier",
     "PolySRLConfig",
     "PolySRLModel",
+    "PolySRLRegressor",
     "PolymorphDataset",
     "Recipe",
     "StoichiometryGraphFeaturizer",
@@ -33,6 +40,7 @@ __all__ = [
     "StructureGraphFeaturizer",
     "cross_val_predict",
     "datasets",
+    "reduced_formulas",
     "register",
     "suitable_recipe",
 ]

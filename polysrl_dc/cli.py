@@ -1,4 +1,4 @@
-"""The console command ``polysrl``: embed, train, predict, retrieve, domain and pretrain."""
+"""The console command ``polysrl``: embed, train, predict, retrieve, domain, info and pretrain."""
 
 import argparse
 import os
@@ -16,10 +16,10 @@ import deepchem as dc
 import numpy as np
 import pandas as pd
 
-from polysrl_dc.checkpoints import MODEL_FILE
+from polysrl_dc.checkpoints import MODEL_FILE, shipped_encoders
 from polysrl_dc.cross_validation import StoichiometrySplitter, cross_val_predict, row_groups
 from polysrl_dc.datasets import PolymorphDataset
-from polysrl_dc.domain import Domain, OutsideDomainWarning
+from polysrl_dc.domain import Domain, OutsideDomainWarning, keep_formulas
 from polysrl_dc.errors import InvalidInputError
 from polysrl_dc.inputs import read_formulas, read_labels, read_reference, read_structures
 from polysrl_dc.model import PolySRLModel
@@ -47,7 +47,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     >>> main(["embed"])
     2
     """
-    commands = (embed, train, predict, retrieve, domain, pretrain)
+    commands = (embed, train, predict, retrieve, domain, info, pretrain)
     options = parser(commands).parse_args(arguments)
     try:
         check(options)
@@ -127,6 +127,7 @@ def train(options: argparse.Namespace) -> None:
             print(f"std is not calibrated and too small: {advice}", file=sys.stderr)
         else:
             _calibrate(model, held_out, predicted, options.target)
+    keep_formulas(model, dataset)
     _save(model, options.output_dir)
     if held_out is not None:
         mean, std = predicted or model.predict_uncertainty(held_out)
@@ -152,6 +153,11 @@ def predict(options: argparse.Namespace) -> None:
         if left:
             names = ", ".join(found.columns[mean.shape[1] + task] for task in left)
             print(f"not calibrated and too small: {names}", file=sys.stderr)
+    if len(model.provenance.get("formulas", ())) > 1:
+        known = Domain(model)
+        found["outside"] = known.outside(dataset)
+        if found["outside"].any():
+            _say_outside(found, known, "that the model has learned from")
     write_table(frame, found, options.output)
 
 
@@ -178,10 +184,16 @@ def domain(options: argparse.Namespace) -> None:
     """Formulas and a reference -> the ``k`` nearest reference formulas of each, and its domain."""
     frame, dataset = read_formulas(options)
     model = PolySRLModel.from_pretrained(options.model)
+    reference = None
     if options.structures:
         reference = read_structures(options.structures, options.on_error)
-    else:
+    elif options.reference:
         reference = read_reference(options, model)
+    elif "formulas" not in model.provenance:
+        raise InvalidInputError(
+            f"{options.model} does not hold the formulas it has learned from: give --reference or "
+            "--structures"
+        )
     known = Domain(model, reference)
     k = min(options.k, len(known.formulas))
     with warnings.catch_warnings():
@@ -189,11 +201,67 @@ def domain(options: argparse.Namespace) -> None:
         found = known.query(dataset, k).reset_index(drop=True)
     found["structures"] = [";".join(map(str, ids)) for ids in found["structures"]]
     write_table(frame.loc[frame.index.repeat(k)], found, options.output)
+    _say_outside(found[::k], known, "of the reference")
+
+
+def _say_outside(found: pd.DataFrame, known: Domain, which: str) -> None:
     print(
-        f"{found['outside'][::k].sum()} of {len(frame)} formulas lie outside: an element not seen, "
-        f"or further than {known.threshold:.3f} from all {len(known.formulas):,} of the reference",
+        f"{found['outside'].sum()} of {len(found)} formulas lie outside: an element not seen, or "
+        f"further than {known.threshold:.3f} from all {len(known.formulas):,} {which}",
         file=sys.stderr,
     )
+
+
+def info(options: argparse.Namespace) -> None:
+    """Names of models -> what each is and has learned from, a line for each thing known."""
+    for number, name in enumerate(options.models or shipped_encoders()):
+        model = PolySRLModel.from_pretrained(name)
+        print("" if number == 0 else "\n", end="")
+        for what, text in _facts(name, model).items():
+            print(f"{what + ':':<14}{text}")
+
+
+def _facts(name: str, model: PolySRLModel) -> dict[str, str]:
+    settings, known = model.settings, model.provenance
+    kind, n_tasks, data = settings["task"], settings["n_tasks"], known.get("data", {})
+    facts = {"model": name}
+    if kind == "pretraining":
+        facts["predicts"] = "embeddings of formulas, and which structures they have"
+    elif model.model.fitted:
+        targets = ", ".join(known.get("targets", [_number_of(n_tasks, "target") + ", unnamed"]))
+        facts["predicts"] = f"{targets} ({kind})"
+    else:
+        facts["predicts"] = "embeddings of formulas"
+    if "formulas" in known:
+        facts["learned from"] = (
+            f"{_number_of(len(known['formulas']), 'reduced formula')}, kept in it"
+        )
+    elif data:
+        source = data.get("structures") or data.get("labels")
+        facts["learned from"] = f"{data['rows']:,} rows of {source}, objective {known['objective']}"
+    else:
+        facts["learned from"] = "not recorded"
+    told: dict[str, Any] = {"epochs": model.epochs_trained, "learning_rate": "not recorded"}
+    told |= {**model.training, **known}
+    facts["trained for"] = (
+        f"{_number_of(told['epochs'], 'epoch')} of {told['batch_size']} rows a step, learning rate "
+        f"{told['learning_rate']}" + (f", recipe {told['recipe']}" if "recipe" in told else "")
+    )
+    encoders = _number_of(settings["n_encoders"], "encoder")
+    frozen = " that stay as they are" if settings["freeze_encoder"] else ""
+    size = sum(parameter.numel() for parameter in model.model.parameters())
+    members = "" if kind == "pretraining" else f"{_number_of(settings['n_ensemble'], 'head')} on "
+    facts["network"] = f"{members}{encoders} of formulas{frozen}, {size:,} parameters"
+    facts["polymorphism"] = f"variance trained in {sum(model.variance_trained)} of {encoders}"
+    if kind == "regression" and model.model.fitted:
+        left = len(model.calibration.uncalibrated) if model.calibration else n_tasks
+        some = f"but for {left} of {n_tasks} targets" if left else "on held-out labels"
+        facts["std"] = f"calibrated {some}" if left < n_tasks else "not calibrated and too small"
+    return facts
+
+
+def _number_of(n: int, what: str) -> str:
+    return f"{n:,} {what}{'' if n == 1 else 's'}"
 
 
 def pretrain(options: argparse.Namespace) -> None:

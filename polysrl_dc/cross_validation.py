@@ -15,8 +15,7 @@ from sklearn.model_selection import GroupKFold
 from polysrl_dc.batches import checked_labels
 from polysrl_dc.datasets import PolymorphDataset
 from polysrl_dc.errors import InvalidInputError
-from polysrl_dc.featurizers import check_lengths
-from polysrl_dc.graphs import StoichiometryGraph, StructureGraph
+from polysrl_dc.featurizers import check_lengths, reduced_formulas
 from polysrl_dc.model import PolySRLModel
 
 
@@ -120,7 +119,12 @@ def row_groups(dataset: Dataset, labels: Sequence[Hashable] | None = None) -> np
     ValueError
         There are more labels than rows, or less.
     """
-    formulas = _formula_groups(dataset)
+    if isinstance(dataset, PolymorphDataset):
+        check_lengths(dataset)
+        names = dataset.groups
+    else:
+        names = reduced_formulas(dataset)
+    formulas = np.unique(names, return_inverse=True)[1]
     if labels is None:
         return formulas
     column = pd.Series(list(labels), dtype=object)
@@ -132,20 +136,6 @@ def row_groups(dataset: Dataset, labels: Sequence[Hashable] | None = None) -> np
     links = (np.ones(len(column)), (formulas, numbers))
     size = numbers.max() + 1
     return connected_components(coo_array(links, shape=(size, size)), directed=False)[1][formulas]
-
-
-def _formula_groups(dataset: Dataset) -> np.ndarray:
-    check_lengths(dataset)
-    if isinstance(dataset, PolymorphDataset):
-        return np.unique(dataset.groups, return_inverse=True)[1]
-    formulas = []
-    for row, graph in enumerate(dataset.X):
-        if isinstance(graph, StructureGraph):
-            graph = graph.stoichiometry
-        if not isinstance(graph, StoichiometryGraph):
-            raise InvalidInputError(f"row {row} (id {dataset.ids[row]}) is not a graph")
-        formulas.append(graph.formula)
-    return np.unique(formulas, return_inverse=True)[1]
 
 
 def cross_val_predict(

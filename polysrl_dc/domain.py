@@ -12,8 +12,6 @@ trained on: how far is a prediction from the data it rests on? The second goes w
 from __future__ import annotations
 
 import warnings
-from collections.abc import Iterable, Mapping
-from typing import Any
 
 import numpy as np
 import pandas as pd
@@ -24,8 +22,7 @@ from sklearn.neighbors import NearestNeighbors
 from polysrl_dc.batches import stoichiometries
 from polysrl_dc.datasets import PolymorphDataset
 from polysrl_dc.errors import InvalidInputError
-from polysrl_dc.featurizers import StoichiometryGraphFeaturizer, check_lengths
-from polysrl_dc.graphs import StructureGraph
+from polysrl_dc.featurizers import Formulas, formulas_dataset, reduced_formulas
 from polysrl_dc.model import PolySRLModel
 
 
@@ -44,8 +41,10 @@ class Domain:
     ----------
     model : PolySRLModel
         The reference is embedded once, with the weights that the model has at this moment.
-    reference : PolymorphDataset, dc.data.Dataset of graphs, or iterable of formulas
-        At least two different reduced formulas. Rows of one reduced formula count as one.
+    reference : PolymorphDataset, dc.data.Dataset of graphs, or iterable of formulas, optional
+        At least two different reduced formulas. Rows of one reduced formula count as one. Default:
+        the formulas that :func:`keep_formulas` has put into the model, as ``polysrl train`` and the
+        estimators for scikit-learn do with those that it has learned from.
     percentile : float
         Of the reference's own distances: above it a formula lies outside.
     n_sampled : int
@@ -71,7 +70,7 @@ class Domain:
     InvalidInputError
         A bad formula or row, which is named, or fewer than two different formulas.
     ValueError
-        ``percentile`` is not between 0 and 100, or ``n_sampled`` less than 1.
+        ``percentile`` is not between 0 and 100, ``n_sampled`` less than 1, or no reference known.
 
     Examples
     --------
@@ -87,7 +86,7 @@ class Domain:
     def __init__(
         self,
         model: PolySRLModel,
-        reference: Dataset | Iterable[Any],
+        reference: Formulas | None = None,
         *,
         percentile: float = 99.0,
         n_sampled: int = 2000,
@@ -97,6 +96,10 @@ class Domain:
             raise ValueError(f"percentile is {percentile}: must be between 0 and 100")
         if n_sampled < 1:
             raise ValueError(f"n_sampled is {n_sampled}: must be at least 1")
+        if reference is None:
+            reference = model.provenance.get("formulas")
+            if reference is None:
+                raise ValueError("the model does not hold the formulas it has learned from")
         dataset, names = _rows(reference)
         self.formulas, rows, groups = np.unique(names, return_index=True, return_inverse=True)
         if len(self.formulas) < 2:
@@ -119,7 +122,7 @@ class Domain:
         self.own_distances = np.sort(np.where(itself, distances[:, 1], distances[:, 0]))
         self.threshold = float(np.percentile(self.own_distances, percentile))
 
-    def query(self, formulas: Dataset | Iterable[Any], k: int = 5) -> pd.DataFrame:
+    def query(self, formulas: Formulas, k: int = 5) -> pd.DataFrame:
         """The nearest reference formulas of each formula, and whether it lies outside.
 
         An :class:`OutsideDomainWarning` says how many do, if any.
@@ -158,10 +161,9 @@ class Domain:
         if not 1 <= k <= len(self.formulas):
             raise ValueError(f"k is {k}: must be between 1 and {len(self.formulas)}, the reference")
         dataset, names = _rows(formulas)
-        lacking = np.flatnonzero(~self.elements[1:]) + 1
-        symbols = np.array([Element.from_Z(z).symbol for z in lacking.tolist()], dtype=str)
-        missing = _fractions(dataset)[:, lacking] > 0
-        unseen = np.array([" ".join(symbols[row]) for row in missing], dtype=object)
+        missing = self._unseen(dataset)
+        symbols = np.array([Element.from_Z(z).symbol for z in range(1, missing.shape[1])])
+        unseen = np.array([" ".join(symbols[row[1:]]) for row in missing], dtype=object)
         distances, rows = self._nearest(dataset, names, k)
         outside = missing.any(1) | (distances[:, 0] > self.threshold)
         percentile = 100 * np.searchsorted(self.own_distances, distances[:, 0])
@@ -179,6 +181,33 @@ class Domain:
             "structures": structures,
         }
         return pd.DataFrame(columns, index=np.repeat(dataset.ids, k))
+
+    def outside(self, formulas: Formulas) -> np.ndarray:
+        """Whether each formula lies outside, shape (n,) bool: what :meth:`query` says, and faster.
+
+        Parameters
+        ----------
+        formulas : dc.data.Dataset of n graphs, or iterable of n formulas
+
+        Raises
+        ------
+        InvalidInputError
+            A bad formula or row, which is named.
+
+        Examples
+        --------
+        >>> import polysrl_dc
+        >>> model = polysrl_dc.PolySRLModel.from_pretrained("polysrl-mp")
+        >>> Domain(model, ["NaCl", "KCl"]).outside(["Na2Cl2", "UN"]).tolist()
+        [False, True]
+        """
+        dataset = formulas_dataset(formulas)
+        distances = self._search.kneighbors(self._model.predict_embedding(dataset), 1)[0]
+        return self._unseen(dataset).any(1) | (distances[:, 0] > self.threshold)
+
+    def _unseen(self, dataset: Dataset) -> np.ndarray:
+        """Which elements of each formula the reference lacks, (n, 119) by atomic number."""
+        return (_fractions(dataset) > 0) & ~self.elements
 
     def _nearest(
         self, dataset: Dataset, names: np.ndarray, k: int
@@ -208,25 +237,46 @@ class Domain:
         )
 
 
-def _rows(source: Dataset | Iterable[Any]) -> tuple[Dataset, np.ndarray]:
+def keep_formulas(model: PolySRLModel, dataset: Dataset) -> None:
+    """Put the formulas that a model has learned from into it, where :class:`Domain` finds them.
+
+    They are written in clear into the file of the model.
+
+    Parameters
+    ----------
+    model : PolySRLModel
+        Its ``provenance["formulas"]`` become the different reduced formulas, sorted.
+    dataset : dc.data.Dataset of stoichiometry or structure graphs
+
+    Raises
+    ------
+    InvalidInputError
+        A row is no graph, naming row and id.
+
+    Examples
+    --------
+    >>> import deepchem as dc, numpy as np, polysrl_dc
+    >>> graphs = dc.feat.StoichiometryGraphFeaturizer().featurize(["NaCl", "KCl", "MgO", "CaO"])
+    >>> dataset = dc.data.NumpyDataset(graphs, np.array([8.5, 8.4, 7.8, 7.1]))
+    >>> model = dc.models.PolySRLModel(freeze_encoder=True)
+    >>> loss = model.fit(dataset)
+    >>> keep_formulas(model, dataset)
+    >>> Domain(model).query(["Mg2O2", "UN"], k=1)["outside"].tolist()
+    [False, True]
+    """
+    model.provenance["formulas"] = np.unique(reduced_formulas(dataset)).tolist()
+
+
+def _rows(source: Formulas) -> tuple[Dataset, np.ndarray]:
     """Formulas as a dataset of stoichiometry graphs, and the reduced formula of each row."""
-    featurizer = StoichiometryGraphFeaturizer()
     if isinstance(source, PolymorphDataset):
         names, rows = np.unique(source.formulas, return_inverse=True)
-        return NumpyDataset(featurizer.featurize(names)[rows], ids=source.ids), names[rows]
-    if not isinstance(source, Dataset):
-        formulas = [source] if isinstance(source, str | Mapping) else list(source)
-        if not formulas:
-            raise InvalidInputError("there is no formula")
-        ids = np.array([str(formula) for formula in formulas], dtype=object)
-        source = NumpyDataset(featurizer.featurize(formulas), ids=ids)
-    check_lengths(source)
-    graphs = np.empty(len(source), dtype=object)
-    for row, graph in enumerate(source.X):
-        graphs[row] = graph.stoichiometry if isinstance(graph, StructureGraph) else graph
-    dataset = NumpyDataset(graphs, ids=np.asarray(source.ids, dtype=object))
-    _fractions(dataset)  # refuses rows that are no graphs, which have no formula either
-    return dataset, np.array([graph.formula for graph in graphs])
+        graphs = formulas_dataset(names).X[rows]
+        return NumpyDataset(graphs, ids=source.ids), names[rows]
+    source = formulas_dataset(source)
+    dataset = NumpyDataset(source.X, ids=np.asarray(source.ids, dtype=object))
+    _fractions(dataset)  # whose refusal of a row that is no graph says what to do
+    return dataset, reduced_formulas(dataset)
 
 
 def _fractions(dataset: Dataset) -> np.ndarray:

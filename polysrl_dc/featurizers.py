@@ -1,12 +1,12 @@
 """DeepChem featurizers for both kinds of graphs, and the one policy for bad input."""
 
 import logging
-from collections.abc import Iterable, Mapping, Sequence, Set
-from typing import Any
+from collections.abc import Iterable, Iterator, Mapping, Sequence, Set
+from typing import Any, TypeAlias
 
 import numpy as np
 import pandas as pd
-from deepchem.data import Dataset
+from deepchem.data import Dataset, NumpyDataset
 from deepchem.feat import Featurizer
 from pymatgen.core import Element, IStructure, Structure
 from pymatgen.core.structure import SiteCollection
@@ -18,6 +18,8 @@ from polysrl_dc.graphs import StoichiometryGraph, StructureGraph
 from polysrl_dc.stoichiometry import ISOTOPES, parse_formula
 
 logger = logging.getLogger(__name__)
+#: Whatever :func:`formulas_dataset` reads.
+Formulas: TypeAlias = Dataset | Iterable[Any]
 
 
 class _GraphFeaturizer(Featurizer):
@@ -60,10 +62,7 @@ class _GraphFeaturizer(Featurizer):
         """
         if kwargs:
             raise TypeError(f"unknown arguments {sorted(kwargs)}")
-        if isinstance(datapoints, np.ndarray) and datapoints.ndim == 0:
-            datapoints = datapoints.item()
-        single = isinstance(datapoints, self._single) or not isinstance(datapoints, Iterable)
-        values = [datapoints] if single else list(datapoints)
+        values, single = self._values(datapoints)
         rows = datapoints.index if isinstance(datapoints, pd.Series) else range(len(values))
         graphs = np.empty(len(values), dtype=object)
         self.skipped = []
@@ -80,6 +79,13 @@ class _GraphFeaturizer(Featurizer):
                 self.skipped.append((rows[i], str(error)))
                 graphs[i] = np.array([])
         return graphs
+
+    def _values(self, datapoints: Any) -> tuple[list[Any], bool]:
+        """The inputs, and whether it is a single one that does not come in a sequence."""
+        if isinstance(datapoints, np.ndarray) and datapoints.ndim == 0:
+            datapoints = datapoints.item()
+        single = isinstance(datapoints, self._single) or not isinstance(datapoints, Iterable)
+        return ([datapoints] if single else list(datapoints)), single
 
 
 class StoichiometryGraphFeaturizer(_GraphFeaturizer):
@@ -101,6 +107,67 @@ class StoichiometryGraphFeaturizer(_GraphFeaturizer):
     def _featurize(self, datapoint: Any, **kwargs: Any) -> StoichiometryGraph:
         numbers, amounts = parse_formula(datapoint)
         return StoichiometryGraph(numbers, amounts / amounts.sum(), amounts=amounts)
+
+
+def formulas_dataset(formulas: Formulas) -> Dataset:
+    """A dataset of stoichiometry graphs: the given one, or of formulas, which become its ids.
+
+    Parameters
+    ----------
+    formulas : dc.data.Dataset, one formula or an iterable of them
+        What :class:`StoichiometryGraphFeaturizer` reads: text, compositions or mappings.
+
+    Raises
+    ------
+    InvalidInputError
+        A bad formula, naming row and value; there is none; or a dataset whose parts differ in
+        length.
+
+    Examples
+    --------
+    >>> dataset = formulas_dataset(["Fe4O6", {"Na": 1, "Cl": 1}])
+    >>> [graph.formula for graph in dataset.X], dataset.ids.tolist()
+    (['Fe2O3', 'NaCl'], ['Fe4O6', "{'Na': 1, 'Cl': 1}"])
+    """
+    if isinstance(formulas, Dataset):
+        check_lengths(formulas)
+        return formulas
+    if isinstance(formulas, Iterator):
+        formulas = list(formulas)
+    featurizer = StoichiometryGraphFeaturizer()
+    graphs = featurizer.featurize(formulas)
+    if len(graphs) == 0:
+        raise InvalidInputError("there is no formula")
+    ids = [str(formula) for formula in featurizer._values(formulas)[0]]
+    return NumpyDataset(graphs, ids=np.array(ids, dtype=object))
+
+
+def reduced_formulas(dataset: Dataset) -> np.ndarray:
+    """The reduced formula of each row, shape (n,) str: the key that polymorphs have in common.
+
+    Parameters
+    ----------
+    dataset : dc.data.Dataset of stoichiometry or structure graphs
+
+    Raises
+    ------
+    InvalidInputError
+        A row is no graph, naming row and id; or the parts of the dataset differ in length.
+
+    Examples
+    --------
+    >>> reduced_formulas(formulas_dataset(["Fe4O6", "NaCl"])).tolist()
+    ['Fe2O3', 'NaCl']
+    """
+    check_lengths(dataset)
+    formulas = []
+    for row, graph in enumerate(dataset.X):
+        if isinstance(graph, StructureGraph):
+            graph = graph.stoichiometry
+        if not isinstance(graph, StoichiometryGraph):
+            raise InvalidInputError(f"row {row} (id {dataset.ids[row]}) is not a graph")
+        formulas.append(graph.formula)
+    return np.array(formulas)
 
 
 class StructureGraphFeaturizer(_GraphFeaturizer):

@@ -23,7 +23,8 @@ EXAMPLES = """
   polysrl predict --model gap_model --input new.csv --output predictions.csv
   polysrl retrieve TiO2 --structures structures.parquet -k 5
   polysrl domain Bi2Te3 Ag0.02Pb0.98Te --structures structures.parquet -k 1
-  polysrl domain --input new.csv --reference gaps.csv --model gap_model --output domain.csv
+  polysrl domain --input new.csv --model gap_model --output domain.csv
+  polysrl info gap_model
   polysrl pretrain structures.parquet --epochs 20 --output-dir encoder
   polysrl pretrain cifs/*.cif --epochs 20 --output-dir encoder
 """
@@ -60,6 +61,8 @@ def parser(commands: Sequence[Command]) -> argparse.ArgumentParser:
             formatter_class=argparse.RawDescriptionHelpFormatter,
         )
         sub.set_defaults(command=by_name[name])
+        if name == "info":
+            return sub
         sub.add_argument(
             "--on-error",
             choices=("raise", "skip"),
@@ -115,10 +118,12 @@ def parser(commands: Sequence[Command]) -> argparse.ArgumentParser:
 
     sub = add("domain", "Say how far each formula is from those of a reference, and from which.")
     add_table(sub)
-    known = sub.add_mutually_exclusive_group(required=True)
+    known = sub.add_mutually_exclusive_group()
     known.add_argument("--structures", **several)
     known.add_argument(
-        "--reference", help="instead, a table with the same column of formulas; rows are its names"
+        "--reference",
+        help="instead, a table with the same column of formulas; rows are its names. Default: the "
+        "formulas that polysrl train has kept in the model",
     )
     sub.add_argument(
         "--target",
@@ -130,6 +135,9 @@ def parser(commands: Sequence[Command]) -> argparse.ArgumentParser:
     sub.add_argument("-k", type=_positive, default=5, help=f"formulas to name for each{_DEFAULT}")
     add_encoder(sub, "folder of a model")
     add_output(sub)
+
+    sub = add("info", "Tell what a model is, what it has learned from and how.")
+    sub.add_argument("models", nargs="*", help="folders or names; default: the shipped encoders")
 
     sub = add("train", "Train a model on formulas with measured or computed values.")
     add_table(sub, needed=True)

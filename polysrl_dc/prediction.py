@@ -14,7 +14,7 @@ from torch import Tensor, nn
 
 from polysrl_dc.batches import checked_labels, stoichiometries
 from polysrl_dc.errors import refused
-from polysrl_dc.featurizers import check_lengths
+from polysrl_dc.featurizers import Formulas, formulas_dataset
 from polysrl_dc.graphs import StoichiometryBatch
 from polysrl_dc.metrics import masked_scores
 from polysrl_dc.persistence import PersistentModel
@@ -45,9 +45,9 @@ class PredictingModel(PersistentModel):
         finally:
             self.model.train(training)
 
-    def _map(self, dataset: Dataset, function: Callable[[StoichiometryBatch], Any]) -> list[Any]:
+    def _map(self, source: Formulas, function: Callable[[StoichiometryBatch], Any]) -> list[Any]:
         """Apply to batches of formulas in evaluation mode."""
-        check_lengths(dataset)
+        dataset = formulas_dataset(source)
         results, row = [], 0
         with self._evaluating():
             for X, _, _, ids in dataset.iterbatches(CHUNK, deterministic=True):
@@ -63,14 +63,14 @@ class PredictingModel(PersistentModel):
         if not self.model.fitted:
             raise ValueError("the model is not fitted; call fit or restore first")
 
-    def _mean_and_std(self, dataset: Dataset, noise: Tensor | None = None) -> list[np.ndarray]:
+    def _mean_and_std(self, dataset: Formulas, noise: Tensor | None = None) -> list[np.ndarray]:
         self._check_fitted()
         found = self._map(dataset, lambda batch: self.model(batch, noise))
         return [torch.cat(parts).cpu().numpy() for parts in zip(*found, strict=True)]
 
     def predict(
         self,
-        dataset: Dataset,
+        dataset: Formulas,
         transformers: Sequence[Transformer] = (),
         output_types: None = None,
     ) -> np.ndarray:
@@ -78,7 +78,7 @@ class PredictingModel(PersistentModel):
 
         Parameters
         ----------
-        dataset : dc.data.Dataset
+        dataset : dc.data.Dataset of stoichiometry graphs, or iterable of formulas
         transformers : list of dc.trans.Transformer
             Undone on the predictions.
         output_types : None
@@ -88,13 +88,29 @@ class PredictingModel(PersistentModel):
         -------
         numpy.ndarray, shape (n, n_tasks)
             In label units; for classification the probability of class 1.
+
+        Raises
+        ------
+        InvalidInputError
+            A bad formula or row, which is named.
+        ValueError
+            The model is not fitted, or ``output_types`` is given.
+
+        Examples
+        --------
+        >>> import deepchem as dc, numpy as np, polysrl_dc
+        >>> graphs = dc.feat.StoichiometryGraphFeaturizer().featurize(["NaCl", "KCl", "MgO", "CaO"])
+        >>> model = dc.models.PolySRLModel(freeze_encoder=True)
+        >>> loss = model.fit(dc.data.NumpyDataset(graphs, np.array([8.5, 8.4, 7.8, 7.1])))
+        >>> model.predict(["RbCl", "SrO"]).shape
+        (2, 1)
         """
         if output_types is not None:
             raise ValueError("output_types must be None; see predict_embedding")
         return undo_transforms(self._mean_and_std(dataset)[0], list(transformers))
 
     def predict_uncertainty(
-        self, dataset: Dataset, masks: None = None, n_samples: int | None = None
+        self, dataset: Formulas, masks: None = None, n_samples: int | None = None
     ) -> tuple[np.ndarray, np.ndarray]:
         """Predict labels and the standard deviation of each.
 
@@ -106,7 +122,7 @@ class PredictingModel(PersistentModel):
 
         Parameters
         ----------
-        dataset : dc.data.Dataset
+        dataset : dc.data.Dataset of stoichiometry graphs, or iterable of formulas
         masks : None
             DeepChem's dropout masks; there is no dropout here.
         n_samples : int, optional
@@ -220,11 +236,22 @@ class PredictingModel(PersistentModel):
         self.calibration = Calibration.fit(errors, predicted[1], weights != 0, n_samples)
         return self.calibration
 
-    def predict_embedding(self, dataset: Dataset) -> np.ndarray:
+    def predict_embedding(self, dataset: Formulas) -> np.ndarray:
         """Representation of each formula, z_mu of eq. 11, shape (n, F), of unit length.
 
         Those of several encoders, whose spaces are unrelated, stand side by side, (n, n_encoders
         F); the scalar product of two formulas is then the mean over the encoders.
+
+        Parameters
+        ----------
+        dataset : dc.data.Dataset of stoichiometry graphs, or iterable of formulas
+
+        Examples
+        --------
+        >>> import polysrl_dc
+        >>> model = polysrl_dc.PolySRLModel.from_pretrained("polysrl-mp")
+        >>> model.predict_embedding(["Fe2O3", "TiO2"]).shape
+        (2, 400)
         """
 
         def mean(batch: StoichiometryBatch) -> Tensor:
@@ -233,11 +260,15 @@ class PredictingModel(PersistentModel):
 
         return torch.cat(self._map(dataset, mean)).cpu().numpy()
 
-    def predict_polymorphism(self, dataset: Dataset) -> np.ndarray:
+    def predict_polymorphism(self, dataset: Formulas) -> np.ndarray:
         """Uncertainty due to polymorphism, shape (n,): geometric mean of the variances, eq. 12.
 
         Of several encoders, that of the first with a trained variance (``variance_trained``). Fine-
         tuning moves it, though nothing trains it then, as sigma reads layers that the mean reads.
+
+        Parameters
+        ----------
+        dataset : dc.data.Dataset of stoichiometry graphs, or iterable of formulas
 
         Raises
         ------

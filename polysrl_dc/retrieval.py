@@ -10,6 +10,7 @@ from tqdm import tqdm
 
 from polysrl_dc import losses
 from polysrl_dc.batches import PolymorphData
+from polysrl_dc.featurizers import Formulas
 from polysrl_dc.graphs import StoichiometryBatch
 from polysrl_dc.prediction import PredictingModel
 
@@ -38,13 +39,13 @@ class RetrievingModel(PredictingModel):
         return torch.cat(parts).cpu().numpy()
 
     def retrieve(
-        self, formulas: Dataset, structures: Dataset, k: int = 10, n_samples: int = 64
+        self, formulas: Formulas, structures: Dataset, k: int = 10, n_samples: int = 64
     ) -> tuple[np.ndarray, np.ndarray]:
         """Structures that a formula is most likely to have, by the match probability of eq. 4.
 
         Parameters
         ----------
-        formulas : dc.data.Dataset of n stoichiometry graphs
+        formulas : dc.data.Dataset of n stoichiometry graphs, or iterable of n formulas
         structures : PolymorphDataset, or dc.data.Dataset of m structure graphs, the candidates
         k : int
             Candidates to return, at most m.
@@ -68,9 +69,8 @@ class RetrievingModel(PredictingModel):
         --------
         >>> import deepchem as dc, polysrl_dc
         >>> candidates = polysrl_dc.PolymorphDataset("aflow", max_sites=8, progress=False)
-        >>> graphs = dc.feat.StoichiometryGraphFeaturizer().featurize(["NaCl"])
         >>> model = dc.models.PolySRLModel.from_pretrained("polysrl-mp")
-        >>> indices, probabilities = model.retrieve(dc.data.NumpyDataset(graphs), candidates, k=2)
+        >>> indices, probabilities = model.retrieve(["NaCl"], candidates, k=2)
         >>> indices.shape, bool(probabilities[0, 0] >= probabilities[0, 1])
         ((1, 2), True)
         """

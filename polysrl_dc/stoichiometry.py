@@ -234,8 +234,7 @@ def reduced_formula(numbers: np.ndarray, amounts: np.ndarray) -> str:
     """
     fractions = amounts / amounts.sum()
     if fractions.min() < _TRACE:
-        symbols = [Element.from_Z(z).symbol for z in numbers.tolist()]
-        return " ".join(f"{s}{f:.8g}" for s, f in zip(symbols, fractions, strict=True))
+        return _formula_of_fractions(numbers, fractions)
     if amounts.max() < 0.1:  # far from the smallest integer, where the denominators would end
         amounts = amounts / amounts.max()
     composition = Composition(
@@ -247,5 +246,13 @@ def reduced_formula(numbers: np.ndarray, amounts: np.ndarray) -> str:
         return (composition / divisor).reduced_formula
     formula = composition.get_integer_formula_and_factor(max_denominator=10_000)[0]
     if len(Composition(formula)) < len(composition):  # a trace below the greatest denominator
-        return composition.fractional_composition.formula
+        return _formula_of_fractions(numbers, fractions)
     return formula
+
+
+def _formula_of_fractions(numbers: np.ndarray, fractions: np.ndarray) -> str:
+    """Eight digits of each, and no exponents, so that it can be read again."""
+    return " ".join(
+        Element.from_Z(z).symbol + np.format_float_positional(f, 8, fractional=False, trim="-")
+        for z, f in zip(numbers.tolist(), fractions.tolist(), strict=True)
+    )

@@ -108,7 +108,8 @@ def test_predict_gives_prediction_and_std(trained: Path, tmp_path: Path) -> None
     command = ["predict", "--model", str(trained), "NaCl", "RbI", "--output", str(output)]
     assert main(command) == 0
     frame = pd.read_csv(output)
-    assert frame.columns.tolist() == ["formula", "prediction", "std"]
+    assert frame.columns.tolist() == ["formula", "prediction", "std", "outside"]
+    assert frame["outside"].dtype == bool
     assert np.isfinite(frame["prediction"]).all()
     assert (frame["std"] > 0).all()
 
@@ -142,11 +143,15 @@ def test_train_scores_on_held_out_formulas(
     assert "mae_score of gap: " in error and "mae_score of oxide: " in error
     assert error.count(" on 3 held-out labels") == 2
     assert "std is not calibrated: 3 labels of gap are too few, at least 20 are needed" in error
-    assert main(["predict", "--model", folder, "NaCl"]) == 0
+    assert main(["predict", "--model", folder, "NaCl", "UN"]) == 0
     out, error = capsys.readouterr()
-    header = out.splitlines()[0]
-    assert error == "not calibrated and too small: std_gap, std_oxide\n"
-    assert header == "formula,prediction_gap,prediction_oxide,std_gap,std_oxide"
+    header, *rows = out.splitlines()
+    assert error.startswith(
+        "not calibrated and too small: std_gap, std_oxide\n1 of 2 formulas lie "
+    )
+    assert error.endswith(" from all 9 that the model has learned from\n")
+    assert header == "formula,prediction_gap,prediction_oxide,std_gap,std_oxide,outside"
+    assert [row.split(",")[-1] for row in rows] == ["False", "True"]
 
 
 def train_command(tmp_path: Path, n_rows: int, *options: str) -> list[str]:
@@ -188,6 +193,8 @@ def test_train_follows_a_recipe_where_no_option_says_otherwise(
     assert said[1] == "std is not calibrated and too small: that needs 20 labels"
     model = PolySRLModel.from_pretrained(tmp_path / "model")
     assert (model.settings["n_encoders"], model.settings["freeze_encoder"]) == (encoders, frozen)
+    formulas = model.provenance.pop("formulas")
+    assert len(formulas) == 12 and formulas == sorted(formulas) and "NaCl" in formulas
     assert model.provenance == {"targets": ["gap"], "recipe": recipe}
     assert model.epochs_trained == epochs and model.get_global_step() == -(-12 // batch_size)
 
@@ -209,6 +216,42 @@ def test_train_says_what_else_was_meant_perhaps(tmp_path: Path, capsys) -> None:
     frame.rename(columns={"formula": "composition"}).to_csv(tmp_path / "rows.csv", index=False)
     message = error_of(command, capsys)
     assert message.endswith("only ['composition', 'gap']; --column names another one of formulas")
+
+
+def test_info_tells_what_a_model_is(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    folders = [str(tmp_path / "model"), str(tmp_path / "other")]
+    assert main(train_command(tmp_path, 24, "--epochs", "2", "--folds", "2")) == 0
+    model = PolySRLModel("regression", 2, n_ensemble=2, pretrained=None, batch_size=8)
+    model.save(folders[1])
+    capsys.readouterr()
+    assert main(["info", *folders]) == 0
+    first, other = capsys.readouterr().out.split("\n\n")
+    facts, others = (
+        dict(line.split(":", 1) for line in text.splitlines()) for text in (first, other)
+    )
+    expected = {
+        "model": folders[0],
+        "predicts": "gap (regression)",
+        "learned from": "22 reduced formulas, kept in it",
+        "trained for": "2 epochs of 32 rows a step, learning rate 0.001, recipe frozen",
+        "network": "3 heads on 3 encoders of formulas that stay as they are, 4,467,414 parameters",
+        "polymorphism": "variance trained in 1 of 3 encoders",
+        "std": "calibrated on held-out labels",
+    }
+    assert {name: text.strip() for name, text in facts.items()} == expected
+    assert "not recorded" in others["learned from"] and others["polymorphism"].endswith(
+        "0 of 2 encoders"
+    )
+    assert "std" not in others and others["predicts"].strip() == "embeddings of formulas"
+    assert main(["info"]) == 0
+    shipped = capsys.readouterr().out
+    assert [line.split()[1] for line in shipped.splitlines() if line.startswith("model:")] == [
+        "formation-energy-mp",
+        "graphcl-mp",
+        "polysrl-mp",
+    ]
+    assert "152,106 rows of structures.parquet, objective polysrl" in shipped
+    assert "no checkpoint at" in error_of(["info", "nowhere"], capsys)
 
 
 def test_the_version_is_that_of_the_package(capsys: pytest.CaptureFixture[str]) -> None:

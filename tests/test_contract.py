@@ -11,13 +11,15 @@ from pathlib import Path
 
 import deepchem as dc
 import numpy as np
+import pandas as pd
 import pytest
-from models import CONFIG, MAE, SIGNAL, assert_same_state, data, make, state
+from models import CONFIG, FORMULAS, MAE, SIGNAL, assert_same_state, data, make, state
 from processes import crystals
+from pymatgen.core import Composition
 from sklearn.base import clone
 
 import polysrl_dc
-from polysrl_dc import checkpoints
+from polysrl_dc import InvalidInputError, checkpoints
 from polysrl_dc.checkpoints import CheckpointError, load_checkpoint, save_checkpoint
 
 KINDS = {
@@ -145,6 +147,36 @@ def test_a_new_process_says_the_same(trained):
 
 
 # ------------------------------------------------------------------------- clones
+
+
+@pytest.mark.parametrize("name", KINDS)
+def test_formulas_are_answered_as_their_graphs(name, trained):
+    model = trained(name)
+    graphs = dc.feat.StoichiometryGraphFeaturizer().featurize(FORMULAS)
+    dataset = dc.data.NumpyDataset(graphs)
+    questions = [model.predict_embedding]
+    if any(model.variance_trained):
+        questions.append(model.predict_polymorphism)
+    if name not in PRETRAINING:
+        questions += [model.predict, model.predict_uncertainty]
+    elif name != "graphcl":
+        questions.append(lambda given: model.retrieve(given, crystals(), k=2))
+    compositions = [Composition(formula) for formula in FORMULAS]
+    bad = {
+        "row 1: .*'Qq'": ["NaCl", "Qq"],
+        "row b: ": pd.Series({"b": "Qq"}),
+        "no formula": [],
+        "of type DataFrame": pd.DataFrame({"formula": FORMULAS}),
+        "row 0: .*StoichiometryGraph": graphs,
+    }
+    for question in questions:
+        for given in (FORMULAS, iter(FORMULAS), compositions, pd.Series(FORMULAS)):
+            np.testing.assert_equal(question(given), question(dataset))
+        np.testing.assert_equal(question("NaCl"), question(["NaCl"]))
+        np.testing.assert_equal(question({"Na": 1, "Cl": 1}), question(["NaCl"]))
+        for text, given in bad.items():
+            with pytest.raises(InvalidInputError, match=text):
+                question(given)
 
 
 @pytest.mark.parametrize("name", KINDS)

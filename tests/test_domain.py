@@ -8,7 +8,7 @@ import pandas as pd
 import pytest
 from pymatgen.core import Composition, Lattice, Structure
 
-from polysrl_dc import InvalidInputError, PolymorphDataset
+from polysrl_dc import InvalidInputError, PolymorphDataset, PolySRLModel
 from polysrl_dc.cli import main
 from polysrl_dc.domain import Domain, OutsideDomainWarning
 from polysrl_dc.elements import N_ELEMENTS
@@ -220,6 +220,50 @@ def test_the_command_writes_the_table_and_counts(tmp_path, capsys):
     assert "1 of 2 formulas" in captured.err
 
 
+def test_outside_is_what_a_query_says(encoder, domain):
+    asked = [*ASKED, *KNOWN[:40], "RbI", "CsPbI3", "Fe2O3", "YBa2Cu3O7", "W"]
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore", OutsideDomainWarning)
+        expected = domain.query(asked, k=1)["outside"].to_numpy()
+    found = domain.outside(asked)
+    assert found.dtype == bool and 0 < found.sum() < len(asked)
+    np.testing.assert_array_equal(found, expected)
+    np.testing.assert_array_equal(domain.outside(dc.data.NumpyDataset(featurize(asked))), expected)
+    with pytest.raises(InvalidInputError, match=r"row 1: .*Qq"):
+        domain.outside(["NaCl", "Qq"])
+
+
+def test_a_model_holds_the_formulas_it_has_learned_from(tmp_path, capsys):
+    table, folder = tmp_path / "gaps.csv", str(tmp_path / "model")
+    traced = "Si0.99999P0.00001"  # whose reduced formula is one of fractions
+    rows = [("Na2Cl2", 1), ("NaCl", 2), ("KCl", 3), (traced, 4), ("PuO2", "")]
+    pd.DataFrame(rows, columns=["formula", "gap"]).to_csv(table, index=False)
+    command = ["train", "--input", str(table), "--target", "gap", "--epochs", "1"]
+    assert main([*command, "--output-dir", folder]) == 0
+    model = PolySRLModel.from_pretrained(folder)
+    kept = Domain(model)
+    assert kept.formulas.tolist() == ["KCl", "NaCl", "Si0.99999 P0.00001"]
+    found = kept.query(["Na3Cl3", traced], k=1)
+    assert not found["outside"].any() and found["distance"].tolist() == [0, 0]
+    capsys.readouterr()
+    assert main(["domain", "Na2Cl2", "PuO2", "--model", folder, "-k", "1"]) == 0
+    lines = capsys.readouterr().out.splitlines()
+    assert lines[1] == "Na2Cl2,False,,0.0,1,NaCl,0.0,1,NaCl"
+    assert lines[2].startswith("PuO2,True,O Pu,")
+    assert main(["predict", "Na2Cl2", "PuO2", "--model", folder]) == 0
+    assert [line.split(",")[-1] for line in capsys.readouterr().out.splitlines()[1:]] == [
+        "False",
+        "True",
+    ]
+    table.write_text("formula,gap\nNaCl,1\nNa2Cl2,2\n")  # one formula has no distances
+    assert main([*command, "--output-dir", folder]) == 0
+    assert main(["predict", "NaCl", "--model", folder]) == 0
+    assert "outside" not in capsys.readouterr().out
+    assert main(["domain", "NaCl", "--model", folder]) == 2
+    with pytest.raises(ValueError, match="does not hold the formulas"):
+        Domain(PolySRLModel.from_pretrained("polysrl-mp"))
+
+
 def test_rows_that_a_model_has_not_learned_from_are_no_reference(tmp_path, capsys):
     table, model = tmp_path / "gaps.csv", str(tmp_path / "model")
     salts = "".join(f"{metal}Cl,{row},1\n" for row, metal in enumerate(("Li", "Na", "K", "Rb")))
@@ -249,7 +293,7 @@ def test_rows_that_a_model_has_not_learned_from_are_no_reference(tmp_path, capsy
 @pytest.mark.parametrize(
     ("arguments", "part"),
     [
-        (["NaCl"], "--structures --reference is required"),
+        (["NaCl"], "polysrl-mp does not hold the formulas it has learned from: give --reference"),
         (["NaCl", "--reference", "nowhere.csv"], "nowhere.csv"),
         (["NaCl", "--structures", "nowhere.parquet"], "nowhere.parquet"),
         (["--structures", "nowhere.parquet"], "give either formulas or --input"),

@@ -49,6 +49,7 @@ ORDER = [
     "tables",
     "inputs",
     "recipes",
+    "estimators",
     "options",
     "cli",
     "__init__",
@@ -123,7 +124,7 @@ def test_the_layering_check_sees_every_form_of_import(line: str, expected: set[s
 
 
 def test_few_files_of_moderate_length() -> None:
-    assert 0 < len(SOURCES) <= 39
+    assert 0 < len(SOURCES) <= 40
     lengths = {path.name: len(path.read_text().splitlines()) for path in SOURCES}
     assert not {name: n for name, n in lengths.items() if n > 400}
 

@@ -1,0 +1,268 @@
+"""Estimators for scikit-learn: formulas in, predictions out, trained in the way that suits them.
+
+They do in one call what ``polysrl train`` does, and fit into scikit-learn's model selection. What
+they have trained is a :class:`~polysrl_dc.model.PolySRLModel`, which saves itself.
+"""
+
+import warnings
+from collections.abc import Hashable, Sequence
+from typing import Any, Self
+
+import numpy as np
+from deepchem.data import Dataset, NumpyDataset
+from sklearn.base import BaseEstimator, ClassifierMixin, RegressorMixin
+from sklearn.utils.validation import check_is_fitted
+
+from polysrl_dc.cross_validation import cross_val_predict
+from polysrl_dc.domain import keep_formulas
+from polysrl_dc.errors import InvalidInputError
+from polysrl_dc.featurizers import Formulas, formulas_dataset
+from polysrl_dc.model import PolySRLModel
+from polysrl_dc.recalibration import UncalibratedWarning
+from polysrl_dc.recipes import RECIPES, suitable_recipe
+
+
+class _FormulaEstimator(BaseEstimator):
+    """What both estimators share: parameters, and training by a recipe."""
+
+    _task: str
+
+    def __init__(
+        self, *, recipe: str | None = None, n_folds: int | None = None, random_state: int = 0
+    ) -> None:
+        self.recipe = recipe
+        self.n_folds = n_folds
+        self.random_state = random_state
+
+    def __sklearn_tags__(self) -> Any:
+        tags = super().__sklearn_tags__()
+        tags.input_tags.two_d_array = False
+        tags.input_tags.one_d_array = tags.input_tags.string = True
+        tags.target_tags.multi_output = self._task == "regression"
+        return tags
+
+    def _fit(
+        self,
+        X: Formulas,
+        y: np.ndarray,
+        weights: Sequence[float] | None,
+        groups: Sequence[Hashable] | None,
+    ) -> None:
+        """Train on labels of shape (n,) or (n, n_tasks), of which NaN are missing."""
+        dataset = _labeled(X, y, weights)
+        recipe = RECIPES[_known(self.recipe) or suitable_recipe(len(dataset))]
+
+        def train(part: Dataset) -> PolySRLModel:
+            n_tasks = dataset.y.shape[1]
+            settings = {"seed": self.random_state, **recipe.settings}
+            model = PolySRLModel(self._task, n_tasks, **settings)
+            model.fit(part, nb_epoch=recipe.epochs, checkpoint_interval=0)
+            return model
+
+        self.__dict__.pop("cv_predictions_", None)  # of what it has learned before
+        predicted = None
+        if self.n_folds:
+            predicted = cross_val_predict(
+                train, dataset, self.n_folds, seed=self.random_state, groups=groups
+            )
+            self.cv_predictions_ = predicted[0].reshape(np.shape(y))
+        self.model_ = train(dataset)
+        keep_formulas(self.model_, dataset)
+        if predicted and self._task == "regression":
+            try:
+                self.model_.calibrate(dataset, predicted=predicted)
+            except InvalidInputError as error:
+                warnings.warn(str(error), UncalibratedWarning, stacklevel=3)
+
+
+class PolySRLRegressor(RegressorMixin, _FormulaEstimator):
+    """Regression on chemical formulas, as an estimator of scikit-learn.
+
+    Parameters
+    ----------
+    recipe : str, optional
+        A key of :data:`polysrl_dc.RECIPES`; default: the one that suits the number of rows.
+    n_folds : int, optional
+        Train so many more models, each without one part of the formulas: their predictions of it
+        become ``cv_predictions_``, and calibrate the standard deviations, which without are too
+        small.
+    random_state : int
+        Of all chance: weights, orders of rows, parts.
+
+    Attributes
+    ----------
+    model_ : PolySRLModel
+        ``model_.save(folder)`` writes it; ``polysrl predict`` and ``PolySRLModel.from_pretrained``
+        read it. It holds the reduced formulas it has learned from (:class:`polysrl_dc.Domain`).
+    cv_predictions_ : numpy.ndarray, of the shape of y
+        Of each row by a model that has not learned from its formula; only with ``n_folds``.
+
+    Notes
+    -----
+    Splitters of scikit-learn know nothing of formulas and may leave one on both sides, as
+    ``Fe2O3`` and ``Fe4O6``; ``n_folds`` does not, nor does ``GroupKFold`` by
+    ``polysrl_dc.reduced_formulas``.
+
+    Examples
+    --------
+    >>> formulas = ["NaCl", "KCl", "MgO", "CaO", "LiF", "ZnO"]
+    >>> regressor = PolySRLRegressor().fit(formulas, [8.5, 8.4, 7.8, 7.1, 13.6, 3.4])
+    >>> mean, std = regressor.predict(["RbCl", "SrO"], return_std=True)
+    >>> mean.shape, std.shape
+    ((2,), (2,))
+    """
+
+    _task = "regression"
+
+    def fit(
+        self,
+        X: Formulas,
+        y: Any,
+        sample_weight: Sequence[float] | None = None,
+        groups: Sequence[Hashable] | None = None,
+    ) -> Self:
+        """Train on formulas and values.
+
+        Parameters
+        ----------
+        X : iterable of n formulas, or dc.data.Dataset of their graphs
+            Text, compositions or mappings.
+        y : array-like, shape (n,) or (n, n_tasks)
+            In any unit; NaN where a value is missing, but not all of a row.
+        sample_weight : array-like, shape (n,), optional
+        groups : sequence, shape (n,), optional
+            Rows of one group, such as a publication, stay in one part of ``n_folds``.
+
+        Returns
+        -------
+        PolySRLRegressor
+            Itself.
+
+        Raises
+        ------
+        InvalidInputError
+            A bad formula, value or weight, or a row without a value; names the row.
+        ValueError
+            Lengths differ, ``recipe`` is unknown, or ``n_folds`` not between 2 and the number of
+            different formulas.
+        """
+        self._fit(X, np.asarray(y), sample_weight, groups)
+        self._one_column = np.ndim(y) == 1
+        return self
+
+    def predict(
+        self, X: Formulas, return_std: bool = False
+    ) -> np.ndarray | tuple[np.ndarray, np.ndarray]:
+        """Predict values, in the unit of those learned from.
+
+        Parameters
+        ----------
+        X : iterable of n formulas, or dc.data.Dataset of their graphs
+        return_std : bool
+            Also return standard deviations; 2.12 of them hold 95 % where ``n_folds`` has calibrated
+            them.
+
+        Returns
+        -------
+        numpy.ndarray, shape (n,) or (n, n_tasks), as y had, or two of them
+
+        Raises
+        ------
+        InvalidInputError
+            A bad formula, which is named.
+        sklearn.exceptions.NotFittedError
+            :meth:`fit` comes first.
+        """
+        check_is_fitted(self)
+        shape = (lambda found: found[:, 0]) if self._one_column else (lambda found: found)
+        if not return_std:
+            return shape(self.model_.predict(X))
+        if self.model_.calibration is None:
+            text = "std is not calibrated and too small: n_folds=5 calibrates it"
+            warnings.warn(text, UncalibratedWarning, stacklevel=2)
+        mean, std = self.model_.predict_uncertainty(X)
+        return shape(mean), shape(std)
+
+
+class PolySRLClassifier(ClassifierMixin, _FormulaEstimator):
+    """Two classes of chemical formulas, as an estimator of scikit-learn.
+
+    Parameters
+    ----------
+    recipe, n_folds, random_state
+        As of :class:`PolySRLRegressor`; nothing is calibrated.
+
+    Attributes
+    ----------
+    classes_ : numpy.ndarray, shape (2,)
+        In ascending order; the second is 1 to the model.
+    model_ : PolySRLModel
+        As of :class:`PolySRLRegressor`.
+    cv_predictions_ : numpy.ndarray, shape (n,)
+        The probability of ``classes_[1]``, by a model that has not learned from the formula; only
+        with ``n_folds``.
+
+    Examples
+    --------
+    >>> classifier = PolySRLClassifier(recipe="frozen")
+    >>> classifier = classifier.fit(["Cu", "NaCl", "Fe", "MgO"], ["metal", "salt", "metal", "salt"])
+    >>> classifier.classes_.tolist(), classifier.predict_proba(["Al", "KCl", "CaO"]).shape
+    (['metal', 'salt'], (3, 2))
+    """
+
+    _task = "classification"
+
+    def fit(
+        self,
+        X: Formulas,
+        y: Any,
+        sample_weight: Sequence[float] | None = None,
+        groups: Sequence[Hashable] | None = None,
+    ) -> Self:
+        """Train on formulas and classes; as :meth:`PolySRLRegressor.fit`.
+
+        Raises
+        ------
+        ValueError
+            There are not two classes, or y has not one dimension.
+        """
+        classes, numbers = np.unique(np.asarray(y), return_inverse=True)
+        if np.ndim(y) != 1 or len(classes) != 2:
+            raise ValueError(
+                f"y has shape {np.shape(y)} and {len(classes)} classes, not (n,) and 2"
+            )
+        self._fit(X, numbers.astype(float), sample_weight, groups)
+        self.classes_ = classes
+        return self
+
+    def predict_proba(self, X: Formulas) -> np.ndarray:
+        """Probability of each class, shape (n, 2), in the order of ``classes_``."""
+        check_is_fitted(self)
+        second = self.model_.predict(X)[:, 0]
+        return np.column_stack([1 - second, second])
+
+    def predict(self, X: Formulas) -> np.ndarray:
+        """The likelier class, shape (n,)."""
+        likelier = self.predict_proba(X).argmax(1)
+        return self.classes_[likelier]
+
+
+def _known(recipe: str | None) -> str | None:
+    if recipe is not None and recipe not in RECIPES:
+        raise ValueError(f"recipe is {recipe!r}: must be one of {sorted(RECIPES)}")
+    return recipe
+
+
+def _labeled(X: Formulas, y: np.ndarray, weights: Sequence[float] | None) -> Dataset:
+    """Formulas with labels (n, n_tasks), of which the missing ones have weight 0."""
+    formulas = formulas_dataset(X)
+    lengths = {len(formulas), len(y), len(formulas if weights is None else weights)}
+    if len(lengths) > 1:
+        given = "" if weights is None else f", {len(weights)} weights"
+        raise ValueError(f"{len(formulas)} formulas, {len(y)} labels{given}")
+    labels = y.reshape(len(y), -1)
+    missing = np.isnan(labels) if labels.dtype.kind == "f" else np.zeros(labels.shape, dtype=bool)
+    for row in np.flatnonzero(missing.all(1)):
+        raise InvalidInputError(f"row {row} (id {formulas.ids[row]}) has no label")
+    w = ~missing * np.reshape(1.0 if weights is None else np.asarray(weights), (-1, 1))
+    return NumpyDataset(formulas.X, labels, w, formulas.ids)

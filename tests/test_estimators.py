@@ -1,0 +1,152 @@
+"""Estimators for scikit-learn: what they train, what they answer, and scikit-learn's own tools."""
+
+import pickle
+from dataclasses import replace
+
+import deepchem as dc
+import numpy as np
+import pandas as pd
+import pytest
+from models import FORMULAS, SIGNAL, data
+from sklearn.base import clone
+from sklearn.exceptions import NotFittedError
+from sklearn.model_selection import GridSearchCV, cross_val_score
+from sklearn.utils import get_tags
+
+from polysrl_dc import (
+    RECIPES,
+    Domain,
+    InvalidInputError,
+    PolySRLClassifier,
+    PolySRLModel,
+    PolySRLRegressor,
+    estimators,
+)
+from polysrl_dc.recalibration import UncalibratedWarning
+
+RISING = np.arange(len(FORMULAS)) % 3 + 2.0  # of the anion alone
+
+
+@pytest.fixture(autouse=True)
+def short(monkeypatch: pytest.MonkeyPatch) -> None:
+    recipes = {name: replace(recipe, epochs=2) for name, recipe in RECIPES.items()}
+    monkeypatch.setattr(estimators, "RECIPES", recipes)
+
+
+def test_it_trains_as_the_recipe_says_and_answers_as_its_model() -> None:
+    regressor = PolySRLRegressor(random_state=3).fit(FORMULAS, SIGNAL)
+    recipe = RECIPES["frozen"]
+    model = PolySRLModel(seed=3, **recipe.settings)
+    model.fit(data(), nb_epoch=2)
+    found = regressor.predict(FORMULAS)
+    assert found.shape == (len(FORMULAS),)
+    np.testing.assert_array_equal(found, model.predict(data())[:, 0])
+    with pytest.warns(UncalibratedWarning, match="n_folds=5 calibrates it"):
+        mean, std = regressor.predict(FORMULAS, return_std=True)
+    np.testing.assert_array_equal(std, model.predict_uncertainty(data())[1][:, 0])
+    np.testing.assert_array_equal(mean, found)
+    assert Domain(regressor.model_).formulas.tolist() == sorted(x.formula for x in data().X)
+
+
+def test_folds_calibrate_and_predict_each_formula_by_a_model_without_it() -> None:
+    regressor = PolySRLRegressor(n_folds=3).fit(pd.Series(FORMULAS), pd.Series(SIGNAL))
+    assert regressor.cv_predictions_.shape == SIGNAL.shape
+    assert not np.array_equal(regressor.cv_predictions_, regressor.predict(FORMULAS))
+    _, std = regressor.predict(FORMULAS, return_std=True)  # and no warning
+    np.testing.assert_array_equal(std, regressor.model_.predict_uncertainty(FORMULAS)[1][:, 0])
+    inside = np.abs(SIGNAL - regressor.cv_predictions_) <= 2.12 * std
+    assert inside.mean() > 0.8
+    regressor.set_params(n_folds=None).fit(FORMULAS, SIGNAL)
+    assert not hasattr(regressor, "cv_predictions_") and regressor.model_.calibration is None
+    with pytest.warns(UncalibratedWarning, match="at least 20 are needed"):
+        PolySRLRegressor(n_folds=2).fit(FORMULAS[:9], SIGNAL[:9])
+
+
+def test_groups_stay_in_one_part() -> None:
+    few = PolySRLRegressor(n_folds=2).fit(FORMULAS, SIGNAL, groups=["a"] * 20 + ["b"] * 16)
+    other = PolySRLRegressor().fit(FORMULAS[:20], SIGNAL[:20])
+    np.testing.assert_array_equal(few.cv_predictions_[20:], other.predict(FORMULAS[20:]))
+
+
+def test_missing_values_and_weights_are_those_of_the_model() -> None:
+    labels = np.stack([SIGNAL, 3 - SIGNAL], axis=1)
+    labels[5, 1] = np.nan
+    heavy = np.where(np.arange(len(SIGNAL)) < 9, 5.0, 1.0)
+    regressor = PolySRLRegressor().fit(FORMULAS, labels, sample_weight=heavy)
+    model = PolySRLModel("regression", 2, **RECIPES["frozen"].settings)
+    weights = heavy[:, None] * ~np.isnan(labels)
+    model.fit(data(np.nan_to_num(labels), weights), nb_epoch=2)
+    found = regressor.predict(FORMULAS)
+    assert found.shape == (len(FORMULAS), 2)
+    np.testing.assert_array_equal(found, model.predict(data()))
+
+
+def test_classes_have_any_names() -> None:
+    names = np.where(SIGNAL > 0, "wide", "narrow")
+    classifier = PolySRLClassifier(n_folds=2).fit(FORMULAS, names)
+    probability = classifier.predict_proba(FORMULAS)
+    np.testing.assert_allclose(probability.sum(1), 1)
+    expected = np.where(probability[:, 1] > 0.5, "wide", "narrow")
+    assert classifier.classes_.tolist() == ["narrow", "wide"]
+    assert classifier.predict(FORMULAS).tolist() == expected.tolist()
+    assert ((classifier.cv_predictions_ > 0) & (classifier.cv_predictions_ < 1)).all()
+    assert classifier.score(FORMULAS, expected) == 1
+    model = PolySRLModel("classification", **RECIPES["frozen"].settings)
+    model.fit(data((SIGNAL > 0).astype(float)), nb_epoch=2)
+    np.testing.assert_array_equal(probability[:, 1], model.predict(data())[:, 0])
+
+
+def test_the_tools_of_scikit_learn_take_it() -> None:
+    regressor = PolySRLRegressor()
+    scores = cross_val_score(regressor, FORMULAS, RISING, cv=2, scoring="neg_mean_absolute_error")
+    assert scores.shape == (2,) and (scores < 0).all()
+    search = GridSearchCV(regressor, {"random_state": [0, 1]}, cv=2).fit(np.array(FORMULAS), RISING)
+    assert search.predict(FORMULAS).shape == (len(FORMULAS),)
+    assert clone(regressor).get_params() == regressor.get_params()
+    assert get_tags(regressor).input_tags.string and get_tags(regressor).target_tags.multi_output
+    assert not get_tags(PolySRLClassifier()).target_tags.multi_output
+    again = pickle.loads(pickle.dumps(search.best_estimator_))
+    np.testing.assert_array_equal(again.predict(FORMULAS), search.predict(FORMULAS))
+
+
+def test_what_it_has_trained_is_saved_and_read(tmp_path) -> None:
+    regressor = PolySRLRegressor().fit(FORMULAS, SIGNAL)
+    regressor.model_.save(tmp_path)
+    again = dc.models.PolySRLModel.from_pretrained(tmp_path)
+    np.testing.assert_array_equal(again.predict(["RbI"])[:, 0], regressor.predict(["RbI"]))
+    assert Domain(again).outside(["UN", FORMULAS[0]]).tolist() == [True, False]
+
+
+@pytest.mark.parametrize(
+    ("fit", "error", "text"),
+    [
+        (lambda r: r.fit(["NaCl", "Xx2"], [1, 2]), InvalidInputError, "row 1: .*Xx2"),
+        (
+            lambda r: r.fit(["NaCl", "KCl"], [1, np.nan]),
+            InvalidInputError,
+            "row 1 .*KCl.* no label",
+        ),
+        (lambda r: r.fit(["NaCl", "KCl"], [1, "x"]), InvalidInputError, r"row 1 \(id KCl\).*'x'"),
+        (lambda r: r.fit(["NaCl", "KCl"], [1, np.inf]), InvalidInputError, r"row 1 \(id KCl\)"),
+        (lambda r: r.fit(["NaCl", "KCl"], [1]), ValueError, "2 formulas, 1 labels"),
+        (lambda r: r.fit(["NaCl", "KCl"], [1, 2], [1]), ValueError, "2 labels, 1 weights"),
+        (lambda r: r.fit(["NaCl", "KCl"], [1, 2], [1, -1]), InvalidInputError, "weight -1.0"),
+        (lambda r: r.fit([], []), InvalidInputError, "there is no formula"),
+        (lambda r: r.fit(pd.DataFrame({"NaCl": [1]}), [1]), InvalidInputError, "DataFrame"),
+        (lambda r: r.set_params(recipe="x").fit(["NaCl"], [1]), ValueError, "recipe is 'x'"),
+        (lambda r: r.set_params(n_folds=5).fit(["NaCl"], [1]), ValueError, "k is 5"),
+        (lambda r: r.predict(["NaCl"]), NotFittedError, "not fitted"),
+        (lambda r: r.predict(["NaCl"], return_std=True), NotFittedError, "not fitted"),
+    ],
+)
+def test_bad_input_is_named(fit, error, text) -> None:
+    with pytest.raises(error, match=text):
+        fit(PolySRLRegressor())
+
+
+@pytest.mark.parametrize("labels", [[1, 1], [0, 1, 2], [[0], [1]]])
+def test_a_classifier_learns_two_classes(labels) -> None:
+    with pytest.raises(ValueError, match="classes, not"):
+        PolySRLClassifier().fit(FORMULAS[: len(labels)], labels)
+    with pytest.raises(NotFittedError):
+        PolySRLClassifier().predict(["NaCl"])
