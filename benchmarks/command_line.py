@@ -78,9 +78,13 @@ def refusing(parser: argparse.ArgumentParser) -> Iterator[None]:
 def chosen_targets(
     parser: argparse.ArgumentParser, targets: Sequence[Target], names: Sequence[str] | None
 ) -> list[Target]:
-    """The targets of these names, all if there are none; an unknown name ends the command."""
+    """The targets of these names, all if there are none; an unknown name ends the command.
+
+    Those of Matbench may be named without their ``matbench_`` prefix.
+    """
     known = {target.name: target for target in targets}
-    for name in names or ():
+    full = [name if name in known else f"matbench_{name}" for name in names or known]
+    for name, given in zip(full, names or known, strict=True):
         if name not in known:
-            parser.error(f"no target is named {name!r}; the targets are: {', '.join(known)}")
-    return [known[name] for name in names or known]
+            parser.error(f"no target is named {given!r}; the targets are: {', '.join(known)}")
+    return [known[name] for name in full]

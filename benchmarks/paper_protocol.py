@@ -33,6 +33,7 @@ from tasks import find_data_dir
 from tqdm import tqdm
 
 from polysrl_dc.checkpoints import checkpoint_path
+from polysrl_dc.resumption import UNFINISHED
 
 PROTOCOLS = ("representation", "transfer")
 #: Command that makes the records of a suite.
@@ -117,7 +118,10 @@ def run_transfer(
             if model not in PEERS:
                 rates = _rates(target, run)
                 key["rates"] = [list(part) for part in rates]
-                predict, calls = transfer.predict_fold, [(encoder, run.seed, p) for p in rates]
+                place = arguments.output_dir / UNFINISHED / target.task.dataset_name
+                places = [place / f"{model}_seed{run.seed}_fold{i}" for i in range(N_FOLDS)]
+                predict = transfer.predict_fold
+                calls = [(encoder, run.seed, *call) for call in zip(rates, places, strict=True)]
             predictions, std, params = train_folds(target, predict, calls, key, arguments)
             run.save(target, predictions, params, std)
             run.score(target, predictions, arguments.suite, target.splits())

@@ -1,12 +1,16 @@
 """Transfer protocol of the paper (Appendix E): encoder and head are trained together.
 
-Adam at a constant rate for 500 epochs, without early stopping.
+Adam at a constant rate for 500 epochs, without early stopping. A fold of a large task takes half an
+hour, so it is not the smallest part that survives an interruption: each of its trainings is, from
+its last checkpoint on.
 """
 
 from __future__ import annotations
 
+import shutil
 from collections.abc import Sequence
 from dataclasses import replace
+from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -17,6 +21,7 @@ from sklearn.metrics import mean_absolute_error
 from targets import Target
 
 from polysrl_dc import PolySRLConfig, PolySRLModel
+from polysrl_dc.resumption import fit_in
 
 EPOCHS = 500
 LEARNING_RATES = (5e-3, 1e-3, 5e-4, 1e-4)
@@ -30,6 +35,7 @@ def predict_fold(
     encoder: str | None,
     seed: int,
     learning_rates: Sequence[float] = LEARNING_RATES,
+    unfinished: Path | None = None,
     epochs: int = EPOCHS,
     threads: int = 1,
 ) -> tuple[np.ndarray, None, dict[str, Any]]:
@@ -46,6 +52,8 @@ def predict_fold(
         Of weights, orders and the validation part.
     learning_rates : sequence of float
         One alone is taken without a trial.
+    unfinished : path, optional
+        Folder for what is trained, until the fold is finished; nothing is kept without it.
     epochs : int
     threads : int
 
@@ -71,7 +79,10 @@ def predict_fold(
             schedule="constant",
             seed=seed,
         )
-        model.fit(dataset_of(target, rows), nb_epoch=epochs, checkpoint_interval=0)
+        dataset = dataset_of(target, rows)
+        if unfinished is not None:
+            return fit_in(unfinished, model, dataset, epochs, f"{target.name}, rate {rate:g}")
+        model.fit(dataset, nb_epoch=epochs, checkpoint_interval=0)
         return model
 
     trials: dict[float, float] = {}
@@ -86,4 +97,6 @@ def predict_fold(
     params: dict[str, Any] = {"learning_rate": rate}
     if trials:
         params["validation_mae"] = {f"{rate:g}": error for rate, error in trials.items()}
+    if unfinished is not None:
+        shutil.rmtree(unfinished, ignore_errors=True)
     return predictions, None, params

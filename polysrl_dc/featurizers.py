@@ -142,24 +142,25 @@ def formulas_dataset(formulas: Formulas) -> Dataset:
     return NumpyDataset(graphs, ids=np.array(ids, dtype=object))
 
 
-def reduced_formulas(dataset: Dataset) -> np.ndarray:
+def reduced_formulas(source: Formulas) -> np.ndarray:
     """The reduced formula of each row, shape (n,) str: the key that polymorphs have in common.
 
     Parameters
     ----------
-    dataset : dc.data.Dataset of stoichiometry or structure graphs
+    source : dc.data.Dataset of stoichiometry or structure graphs, or iterable of formulas
 
     Raises
     ------
     InvalidInputError
-        A row is no graph, naming row and id; or the parts of the dataset differ in length.
+        A bad formula, or a row that is no graph, which is named; or the parts of the dataset differ
+        in length.
 
     Examples
     --------
-    >>> reduced_formulas(formulas_dataset(["Fe4O6", "NaCl"])).tolist()
+    >>> reduced_formulas(["Fe4O6", "NaCl"]).tolist()
     ['Fe2O3', 'NaCl']
     """
-    check_lengths(dataset)
+    dataset = formulas_dataset(source)
     formulas = []
     for row, graph in enumerate(dataset.X):
         if isinstance(graph, StructureGraph):

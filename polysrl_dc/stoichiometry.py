@@ -23,12 +23,14 @@ _ONE_DOT = re.compile(rf"([^.]+){_DECIMAL}([^.]+)")
 _ZERO_FIRST = re.compile("0[0-9]")  # Ti02, typed for TiO2
 _KEY = re.compile(r"[A-Z][a-z]?([0-9]*\.?[0-9]*[+-])?(,.*)?|[0-9]+")  # Fe, Fe2+, 26; not Fe2
 _MONTY = ("@module", "@class", "@version")  # what matminer stores beside the amounts
+_SUBSCRIPTS = str.maketrans({0x2080 + digit: str(digit) for digit in range(10)})
 _LINE_END = re.compile("[\n\r\v\f\x1c-\x1e\x85\u2028\u2029]")
+_MIXED = re.compile("[0-9][\u2080-\u2089]|[\u2080-\u2089][0-9]")
 _UNREADABLE = {
     "it has several lines": _LINE_END,
     "signs and charges are not supported": re.compile("[-+\u2212\u207a\u207b]"),
     "write a hydrate as CuSO4(H2O)5": re.compile("[*\u00b7\u2022\u2219\u22c5]"),
-    "write subscripts as plain digits": re.compile("[\u2080-\u2089]"),
+    "plain digits stand beside subscripts": _MIXED,
 }
 ISOTOPES = frozenset({"D", "T"})  # pymatgen reads them as elements of their own with symbol H
 _GREATEST_AMOUNT = 1e9  # atoms of one element per formula
@@ -41,9 +43,9 @@ def parse_formula(value: str | Mapping) -> tuple[np.ndarray, np.ndarray]:
     Parameters
     ----------
     value : str, pymatgen Composition or mapping of symbol to amount
-        The formula, e.g. ``"Fe2O3"``, ``"Ca(OH)2"``, ``{"Fe": 2, "O": 3}``. Amounts need not be
-        integers nor add up to anything. Oxidation states in a mapping are dropped. A mapping may
-        be a Composition as monty writes it to JSON.
+        The formula, e.g. ``"Fe2O3"``, ``"Fe₂O₃"``, ``"Ca(OH)2"``, ``{"Fe": 2, "O": 3}``. Amounts
+        need not be integers nor add up to anything. Oxidation states in a mapping are dropped. A
+        mapping may be a Composition as monty writes it to JSON.
 
     Returns
     -------
@@ -86,9 +88,10 @@ def _of_string(text: str) -> dict[int, float]:
     """Amounts by atomic number of a formula with brackets of any kind and depth."""
     if len(text) > 1000:
         raise InvalidInputError(f"{len(text)} characters, more than 1000")
-    text = text.strip()
+    given = text.strip()
+    text = given if _MIXED.search(given) else given.translate(_SUBSCRIPTS)
     if not _FORMULA.fullmatch(text) or _LINE_END.search(text):
-        raise InvalidInputError(_why_unreadable(text))
+        raise InvalidInputError(_why_unreadable(given))
     if "." in text and _may_be_an_adduct(text):
         raise InvalidInputError("its dot may be a decimal point or that of CuSO4(H2O)5")
     usable = _usable_symbols()

@@ -1,5 +1,6 @@
 """Formulas that hypothesis draws together with what they are, and what is no formula."""
 
+import re
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from fractions import Fraction
@@ -104,6 +105,8 @@ def mappings() -> st.SearchStrategy[Formula]:
     return any_type | large
 
 
+SUBSCRIPTS = "₀₁₂₃₄₅₆₇₈₉"
+_MIXED = re.compile(f"[0-9][{SUBSCRIPTS}]|[{SUBSCRIPTS}][0-9]")
 NOT_IN_FORMULAS = (
     "^_!@#$%&/\\|~`'\"<>?;:,=*+-xyz\x00\u00b2\u00b7\u0394\u03b4\u0430\u200b\u2022\u207a\u2082\u2212\u2219"
     "\u22c5\U0001f701"  # digits and signs above and below the line, dots, other alphabets
@@ -117,7 +120,7 @@ NO_FORMULAS = [
     np.nan, np.float32(2), ("Na", "Cl"), object, "nan", "None", "D2O", "T", "DCl", "Xx2O3", "X",
     "Q", "Vac", "()", "NaCl()", "Na(Cl", "NaCl)2", "(Na]Cl", "(2)Na", "2NaCl", "Na0Cl", "NaCl0.0",
     "(NaCl)0", "Ti02", "(NaCl)03", "Na00.5Cl", "NaCl.", "Na..5Cl", "Na1.2.3",
-    "Na1e3", "NaCl+", "Na+", "SO4^2-", "SO4 2-", "SO42-",
+    "Na1e3", "Na1₂", "Na₂1", "Na₀", "NaCl²", "₂Na", "NaCl+", "Na+", "SO4^2-", "SO4 2-", "SO42-",
     "nacl", "na2o", "NA2O", "Uue", "Bk(", "H" * 10_000, "NaCl" * 2_500, "(" * 10_000,
     "(" * 500 + "Na" + ")" * 500, "Na" + "9" * 400, "Na0." + "0" * 400 + "1", "Fe2000000000",
     {"Na": 0}, {"Na": -1, "Cl": 2}, {"Na": float("nan")}, {"Na": None}, {"Na": [1]}, {"Na": 1e10},
@@ -155,7 +158,7 @@ def bad_formulas() -> st.SearchStrategy[Formula]:
 
 def any_text() -> st.SearchStrategy[Formula]:
     """Text of the characters of formulas, and any other; :func:`read` says what it means."""
-    like = st.text("NaClFeOHBS()[]{}0123456789. ", max_size=14)
+    like = st.text("NaClFeOHBS()[]{}0123456789. ₀₁₂₅", max_size=14)
     return (like | st.text(max_size=12)).map(lambda text: Formula(text, read(text)))
 
 
@@ -201,6 +204,9 @@ def read(text: str) -> dict[str, Fraction] | None:
             raise ValueError(end)
         return _join(parts)[1], at
 
+    for digit in text if _MIXED.search(text) is None else "":
+        if digit in SUBSCRIPTS:
+            text = text.replace(digit, str(SUBSCRIPTS.index(digit)))
     try:
         amounts, at = sequence(0, "")
     except ValueError:

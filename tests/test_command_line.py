@@ -3,11 +3,12 @@
 import importlib
 import runpy
 from pathlib import Path
+from types import SimpleNamespace
 
 import command_line
 import pandas as pd
 import pytest
-from command_line import runner_parser
+from command_line import chosen_targets, runner_parser
 from files import write_csv
 
 RUNNERS = (
@@ -81,3 +82,17 @@ def test_tables_are_written_with_the_digits_asked_for(tmp_path):
     for digits, text in ((4, "0.3333"), (6, "0.333333"), (None, "0.3333333333333333")):
         write_csv(tmp_path / "table.csv", table, digits)
         assert (tmp_path / "table.csv").read_text() == f"k,recall\n1,{text}\n"
+
+
+def test_targets_of_matbench_are_found_without_their_prefix(capsys):
+    targets = [SimpleNamespace(name=name) for name in ("matbench_jdft2d", "band_gap")]
+    parser = runner_parser("x")
+    for names, expected in (
+        (None, targets),
+        (["jdft2d"], targets[:1]),
+        (["band_gap", "matbench_jdft2d"], targets[::-1]),
+    ):
+        assert chosen_targets(parser, targets, names) == expected
+    with pytest.raises(SystemExit):
+        chosen_targets(parser, targets, ["gap"])
+    assert "no target is named 'gap'" in capsys.readouterr().err

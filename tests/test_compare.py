@@ -118,7 +118,7 @@ def test_settings_of_peers_name_all_that_makes_them():
 
 
 def test_the_command_ends_with_table_8_and_differences_to_polysrl(quick, capsys, monkeypatch):
-    def predict_fold(target, split, encoder, seed, rates):
+    def predict_fold(target, split, encoder, seed, rates, unfinished):
         return target.values[split[1]] + 0.01, None, {"learning_rate": rates[0]}
 
     monkeypatch.setattr(paper_protocol.transfer, "predict_fold", predict_fold)

@@ -65,7 +65,7 @@ def test_the_examples_run(workplace: Path) -> None:
             files = [[word] if "*" not in word else glob.glob(word) for word in words[1:]]
             assert main([word for group in files for word in group]) == 0, line
             ran.append(words[1])
-    used = "train predict predict domain python python python python"
+    used = "train predict predict domain info python python python"
     assert ran == [*used.split(), *"pretrain embed train retrieve domain python python".split()]
     assert {"predictions.csv", "embeddings.csv", "encoder"} <= {p.name for p in workplace.iterdir()}
     assert len(pd.read_csv("predictions.csv")) == 2

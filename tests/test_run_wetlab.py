@@ -46,7 +46,7 @@ def quick(monkeypatch, tmp_path):
     monkeypatch.setattr(paper_protocol, "encoder_embeddings", lambda *_: embed)
     calls = []
 
-    def predict_fold(target, split, encoder, seed, rates):
+    def predict_fold(target, split, encoder, seed, rates, unfinished):
         calls.append((target.name, seed, list(rates)))
         return target.values[split[1]] + 0.5, None, {"learning_rate": rates[-1]}
 
@@ -216,6 +216,27 @@ def test_transfer_learns_and_repeats():
     fixed = transfer.predict_fold(target, split, None, 0, learning_rates=(1e-3,), epochs=30)
     np.testing.assert_array_equal(fixed[0], runs[0][0])
     assert fixed[1] is None and fixed[2] == {"learning_rate": 1e-3}
+
+
+def test_an_interrupted_fold_goes_on_with_what_it_had_trained(tmp_path, monkeypatch):
+    target, fit = small_target(), PolySRLModel.fit
+    split, rates = (np.arange(16), np.arange(16, 20)), (1e-3, 1e-4)
+    expected = transfer.predict_fold(target, split, None, 0, rates, epochs=3)
+    asked, trained = (target, split, None, 0, rates, tmp_path / "fold"), []
+
+    def counted(model, *args, **kwargs):
+        trained.append(model.training["learning_rate"])
+        if len(trained) == 2:
+            raise KeyboardInterrupt
+        return fit(model, *args, **kwargs)
+
+    monkeypatch.setattr(PolySRLModel, "fit", counted)
+    with pytest.raises(KeyboardInterrupt):
+        transfer.predict_fold(*asked, epochs=3)
+    found = transfer.predict_fold(*asked, epochs=3)
+    assert trained == [1e-3, 1e-4, 1e-4, found[2]["learning_rate"]]
+    np.testing.assert_array_equal(found[0], expected[0])
+    assert found[2] == expected[2] and not (tmp_path / "fold").exists()
 
 
 @pytest.mark.parametrize("model", MODELS)

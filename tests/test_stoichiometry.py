@@ -110,11 +110,21 @@ def _random_formulas():
         ["Hg0.7Cd0.3Te", "Hg7Cd3Te10", {"Te": 1, "Cd": 0.3, "Hg": 0.7}, "Te100Cd30Hg70"],
         ["Fe2O3", "Fe4O6", "O3Fe2", "Fe0.4O0.6", {"Fe3+": 2, "O2-": 3}],
         ["O2", "O", "O3", {"O": 0.25}],
-        ["Ca(OH)2", "CaO2H2", "H2CaO2"],
+        ["Ca(OH)2", "CaO2H2", "H2CaO2", "Ca(OH)₂", "CaO₂H2"],
+        ["Hg0.7Cd0.3Te", "Hg₀.₇Cd₀.₃Te", "Hg₇Cd₃Te₁₀"],
     ],
 )
 def test_equal_stoichiometries_share_one_key(group):
     assert len({reduced_formula(*parse_formula(formula)) for formula in group}) == 1
+
+
+@pytest.mark.parametrize(
+    "formula",
+    ["Fe4O6", "Ho0.02Nb2Sb", {"Si": 0.99999, "P": 1e-5}, {"O": 1, "Co": 1e-8}, "Ca(OH)2", "O3"],
+)
+def test_a_key_is_a_formula_that_has_this_key(formula):
+    key = reduced_formula(*parse_formula(formula))
+    assert reduced_formula(*parse_formula(key)) == key
 
 
 @pytest.mark.parametrize(
@@ -159,7 +169,8 @@ def test_real_formulas_parse_as_pymatgen_reads_them_but_the_one_malformed(data_d
             continue
         expected = {element.Z: amount for element, amount in Composition(formula).items()}
         assert dict(zip(numbers.tolist(), amounts.tolist(), strict=True)) == pytest.approx(expected)
-        assert reduced_formula(numbers, amounts)
+        key = reduced_formula(numbers, amounts)
+        assert reduced_formula(*parse_formula(key)) == key
     assert len(formulas) > 10_000
     assert refused == {"GaAs0.1P0.9G1128"}
 
