@@ -117,7 +117,7 @@ def checked_labels(
         raise InvalidInputError("all weights are zero: every label is missing")
     known = w != 0
     refuse(known & ~np.isfinite(y), "label", y, "mark missing ones by weight 0")
-    refuse(known & ~(np.abs(y) <= GREATEST_LABEL), "label", y, f"more than {GREATEST_LABEL:g}")
+    refuse(known & ~(np.abs(y) <= GREATEST_LABEL), "label", y, f"beyond {GREATEST_LABEL:g}")
     if classification:
         refuse(known & ~np.isin(y, (0, 1)), "label", y, "classes are 0 and 1")
     return np.where(known, y, 0.0), w

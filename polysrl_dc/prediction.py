@@ -11,6 +11,7 @@ from deepchem.data import Dataset, NumpyDataset
 from deepchem.trans import Transformer, undo_transforms
 from deepchem.utils.evaluate import _process_metric_input
 from torch import Tensor, nn
+from tqdm import tqdm
 
 from polysrl_dc.batches import checked_labels, stoichiometries
 from polysrl_dc.errors import refused
@@ -21,6 +22,7 @@ from polysrl_dc.persistence import PersistentModel
 from polysrl_dc.recalibration import Calibration
 
 CHUNK = 1024  # formulas embedded at once: their activations stay in the cache of a core
+_QUIET = 50_000  # formulas that take no time to speak of
 
 
 class PredictingModel(PersistentModel):
@@ -49,10 +51,12 @@ class PredictingModel(PersistentModel):
         """Apply to batches of formulas in evaluation mode."""
         dataset = formulas_dataset(source)
         results, row = [], 0
-        with self._evaluating():
+        quiet = True if len(dataset) <= _QUIET else None  # None: unless there is a terminal
+        with self._evaluating(), tqdm(total=len(dataset), unit="formula", disable=quiet) as bar:
             for X, _, _, ids in dataset.iterbatches(CHUNK, deterministic=True):
                 results.append(function(stoichiometries(X, ids, row).to(self.device)))
                 row += len(X)
+                bar.update(len(X))
         return results
 
     def _check_fitted(self) -> None:

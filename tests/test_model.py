@@ -218,7 +218,10 @@ def test_a_weight_counts_in_the_whole_dataset_not_in_its_batch(batch_size):
 
 @pytest.mark.parametrize(
     ("value", "rule"),
-    [*((value, "weight 0") for value in (np.nan, np.inf, -np.inf)), (1e39, r"more than 1e\+18")],
+    [
+        *((value, "weight 0") for value in (np.nan, np.inf, -np.inf)),
+        *((sign * 1e39, r"beyond 1e\+18") for sign in (1, -1)),
+    ],
 )
 def test_a_label_that_is_no_number_is_refused_by_row_and_id(value, rule):
     y = SIGNAL.copy()
