@@ -142,22 +142,29 @@ def train(options: argparse.Namespace) -> None:
 
 
 def predict(options: argparse.Namespace) -> None:
-    """Formulas -> columns ``prediction`` and ``std``; of several targets, with their names."""
+    """Formulas -> columns ``prediction``, ``std`` and ``outside``; of several targets, with names.
+
+    Whether a formula lies outside is told by models that hold the formulas they have learned from.
+    """
     model = PolySRLModel.from_pretrained(options.model)
     frame, dataset = read_formulas(options)
+    targets = model.provenance.get("targets", range(model.settings["n_tasks"]))
+    tells = options.outside and len(model.provenance.get("formulas") or ()) > 1
+    check_table(frame, targets, options.output, ["outside"] if tells else [])
     mean, std = model.predict_uncertainty(dataset)
-    targets = model.provenance.get("targets", range(mean.shape[1]))
     found = predictions(mean, std, targets)
     if model.settings["task"] == "regression":
         left = model.calibration.uncalibrated if model.calibration else range(mean.shape[1])
         if left:
             names = ", ".join(found.columns[mean.shape[1] + task] for task in left)
             print(f"not calibrated and too small: {names}", file=sys.stderr)
-    if len(model.provenance.get("formulas", ())) > 1:
+    if tells:
         known = Domain(model)
         found["outside"] = known.outside(dataset)
         if found["outside"].any():
-            _say_outside(found, known, "that the model has learned from")
+            _say_outside(found, known)
+    elif options.outside:
+        print("no column outside: the model holds no formulas it has learned from", file=sys.stderr)
     write_table(frame, found, options.output)
 
 
@@ -189,7 +196,7 @@ def domain(options: argparse.Namespace) -> None:
         reference = read_structures(options.structures, options.on_error)
     elif options.reference:
         reference = read_reference(options, model)
-    elif "formulas" not in model.provenance:
+    elif not model.provenance.get("formulas"):
         raise InvalidInputError(
             f"{options.model} does not hold the formulas it has learned from: give --reference or "
             "--structures"
@@ -201,13 +208,13 @@ def domain(options: argparse.Namespace) -> None:
         found = known.query(dataset, k).reset_index(drop=True)
     found["structures"] = [";".join(map(str, ids)) for ids in found["structures"]]
     write_table(frame.loc[frame.index.repeat(k)], found, options.output)
-    _say_outside(found[::k], known, "of the reference")
+    _say_outside(found[::k], known)
 
 
-def _say_outside(found: pd.DataFrame, known: Domain, which: str) -> None:
+def _say_outside(found: pd.DataFrame, known: Domain) -> None:
     print(
         f"{found['outside'].sum()} of {len(found)} formulas lie outside: an element not seen, or "
-        f"further than {known.threshold:.3f} from all {len(known.formulas):,} {which}",
+        f"further than {known.threshold:.3f} from all {len(known.formulas):,} of the reference",
         file=sys.stderr,
     )
 
@@ -223,7 +230,7 @@ def info(options: argparse.Namespace) -> None:
 
 def _facts(name: str, model: PolySRLModel) -> dict[str, str]:
     settings, known = model.settings, model.provenance
-    kind, n_tasks, data = settings["task"], settings["n_tasks"], known.get("data", {})
+    kind, n_tasks, data = settings["task"], settings["n_tasks"], known.get("data")
     facts = {"model": name}
     if kind == "pretraining":
         facts["predicts"] = "embeddings of formulas, and which structures they have"
@@ -232,15 +239,16 @@ def _facts(name: str, model: PolySRLModel) -> dict[str, str]:
         facts["predicts"] = f"{targets} ({kind})"
     else:
         facts["predicts"] = "embeddings of formulas"
-    if "formulas" in known:
+    if known.get("formulas"):
         facts["learned from"] = (
             f"{_number_of(len(known['formulas']), 'reduced formula')}, kept in it"
         )
-    elif data:
+    elif isinstance(data, dict) and "rows" in data:
         source = data.get("structures") or data.get("labels")
-        facts["learned from"] = f"{data['rows']:,} rows of {source}, objective {known['objective']}"
+        objective = known.get("objective", "not recorded")
+        facts["learned from"] = f"{data['rows']:,} rows of {source}, objective {objective}"
     else:
-        facts["learned from"] = "not recorded"
+        facts["learned from"] = str(data or "not recorded")
     told: dict[str, Any] = {"epochs": model.epochs_trained, "learning_rate": "not recorded"}
     told |= {**model.training, **known}
     facts["trained for"] = (

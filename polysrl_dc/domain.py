@@ -43,8 +43,8 @@ class Domain:
         The reference is embedded once, with the weights that the model has at this moment.
     reference : PolymorphDataset, dc.data.Dataset of graphs, or iterable of formulas, optional
         At least two different reduced formulas. Rows of one reduced formula count as one. Default:
-        the formulas that :func:`keep_formulas` has put into the model, as ``polysrl train`` and the
-        estimators for scikit-learn do with those that it has learned from.
+        the formulas that ``polysrl train``, an estimator for scikit-learn or :func:`keep_formulas`
+        has put into the model.
     percentile : float
         Of the reference's own distances: above it a formula lies outside.
     n_sampled : int
@@ -98,7 +98,7 @@ class Domain:
             raise ValueError(f"n_sampled is {n_sampled}: must be at least 1")
         if reference is None:
             reference = model.provenance.get("formulas")
-            if reference is None:
+            if not reference:
                 raise ValueError("the model does not hold the formulas it has learned from")
         dataset, names = _rows(reference)
         self.formulas, rows, groups = np.unique(names, return_index=True, return_inverse=True)
@@ -240,7 +240,7 @@ class Domain:
 def keep_formulas(model: PolySRLModel, dataset: Dataset) -> None:
     """Put the formulas that a model has learned from into it, where :class:`Domain` finds them.
 
-    They are written in clear into the file of the model.
+    They are written in clear into the file of the model, and forgotten when it learns more.
 
     Parameters
     ----------

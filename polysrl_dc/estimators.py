@@ -4,13 +4,16 @@ They do in one call what ``polysrl train`` does, and fit into scikit-learn's mod
 they have trained is a :class:`~polysrl_dc.model.PolySRLModel`, which saves itself.
 """
 
+import numbers
 import warnings
 from collections.abc import Hashable, Sequence
 from typing import Any, Self
 
 import numpy as np
+import pandas as pd
 from deepchem.data import Dataset, NumpyDataset
 from sklearn.base import BaseEstimator, ClassifierMixin, RegressorMixin
+from sklearn.utils import check_random_state
 from sklearn.utils.validation import check_is_fitted
 
 from polysrl_dc.cross_validation import cross_val_predict
@@ -28,7 +31,11 @@ class _FormulaEstimator(BaseEstimator):
     _task: str
 
     def __init__(
-        self, *, recipe: str | None = None, n_folds: int | None = None, random_state: int = 0
+        self,
+        *,
+        recipe: str | None = None,
+        n_folds: int | None = None,
+        random_state: int | np.random.RandomState | None = 0,
     ) -> None:
         self.recipe = recipe
         self.n_folds = n_folds
@@ -43,36 +50,46 @@ class _FormulaEstimator(BaseEstimator):
 
     def _fit(
         self,
-        X: Formulas,
+        X: Any,
         y: np.ndarray,
         weights: Sequence[float] | None,
         groups: Sequence[Hashable] | None,
+        targets: list[str],
     ) -> None:
         """Train on labels of shape (n,) or (n, n_tasks), of which NaN are missing."""
         dataset = _labeled(X, y, weights)
-        recipe = RECIPES[_known(self.recipe) or suitable_recipe(len(dataset))]
+        if groups is not None and len(groups) != len(dataset):
+            raise ValueError(f"{len(dataset)} formulas, {len(groups)} groups")
+        if self.recipe is not None and self.recipe not in RECIPES:
+            raise ValueError(f"recipe is {self.recipe!r}: must be one of {sorted(RECIPES)}")
+        name = self.recipe or suitable_recipe(len(dataset))
+        seed, recipe = self.random_state, RECIPES[name]
+        if not isinstance(seed, numbers.Integral):
+            seed = check_random_state(seed).randint(2**31 - 1)
 
         def train(part: Dataset) -> PolySRLModel:
-            n_tasks = dataset.y.shape[1]
-            settings = {"seed": self.random_state, **recipe.settings}
-            model = PolySRLModel(self._task, n_tasks, **settings)
+            settings = {"seed": int(seed), **recipe.settings}
+            model = PolySRLModel(self._task, dataset.y.shape[1], **settings)
             model.fit(part, nb_epoch=recipe.epochs, checkpoint_interval=0)
             return model
 
-        self.__dict__.pop("cv_predictions_", None)  # of what it has learned before
         predicted = None
-        if self.n_folds:
+        if self.n_folds is not None:
             predicted = cross_val_predict(
-                train, dataset, self.n_folds, seed=self.random_state, groups=groups
+                train, dataset, self.n_folds, seed=int(seed), groups=groups
             )
-            self.cv_predictions_ = predicted[0].reshape(np.shape(y))
-        self.model_ = train(dataset)
-        keep_formulas(self.model_, dataset)
-        if predicted and self._task == "regression":
+        model = train(dataset)
+        keep_formulas(model, dataset.select(np.flatnonzero(dataset.w.any(1))))
+        model.provenance |= {"recipe": name, **({"targets": targets} if targets else {})}
+        self.__dict__.pop("cv_predictions_", None)  # of what it had learned before
+        if predicted is not None:
+            self.cv_predictions_ = predicted[0].reshape(y.shape)
+        if predicted is not None and self._task == "regression":
             try:
-                self.model_.calibrate(dataset, predicted=predicted)
+                model.calibrate(dataset, predicted=predicted)
             except InvalidInputError as error:
                 warnings.warn(str(error), UncalibratedWarning, stacklevel=3)
+        self.model_ = model
 
 
 class PolySRLRegressor(RegressorMixin, _FormulaEstimator):
@@ -86,8 +103,8 @@ class PolySRLRegressor(RegressorMixin, _FormulaEstimator):
         Train so many more models, each without one part of the formulas: their predictions of it
         become ``cv_predictions_``, and calibrate the standard deviations, which without are too
         small.
-    random_state : int
-        Of all chance: weights, orders of rows, parts.
+    random_state : int, numpy.random.RandomState or None
+        Of all chance: weights, orders of rows, parts. None: another one with every call of ``fit``.
 
     Attributes
     ----------
@@ -116,7 +133,7 @@ class PolySRLRegressor(RegressorMixin, _FormulaEstimator):
 
     def fit(
         self,
-        X: Formulas,
+        X: Any,
         y: Any,
         sample_weight: Sequence[float] | None = None,
         groups: Sequence[Hashable] | None = None,
@@ -125,7 +142,7 @@ class PolySRLRegressor(RegressorMixin, _FormulaEstimator):
 
         Parameters
         ----------
-        X : iterable of n formulas, or dc.data.Dataset of their graphs
+        X : iterable of n formulas, table of one column, or dc.data.Dataset of their graphs
             Text, compositions or mappings.
         y : array-like, shape (n,) or (n, n_tasks)
             In any unit; NaN where a value is missing, but not all of a row.
@@ -143,21 +160,21 @@ class PolySRLRegressor(RegressorMixin, _FormulaEstimator):
         InvalidInputError
             A bad formula, value or weight, or a row without a value; names the row.
         ValueError
-            Lengths differ, ``recipe`` is unknown, or ``n_folds`` not between 2 and the number of
-            different formulas.
+            Lengths differ, ``y`` has more than two dimensions, ``recipe`` is unknown, or
+            ``n_folds`` (k, in the message) not between 2 and the number of different formulas.
         """
-        self._fit(X, np.asarray(y), sample_weight, groups)
+        self._fit(X, np.asarray(y), sample_weight, groups, _names(y))
         self._one_column = np.ndim(y) == 1
         return self
 
     def predict(
-        self, X: Formulas, return_std: bool = False
+        self, X: Any, return_std: bool = False
     ) -> np.ndarray | tuple[np.ndarray, np.ndarray]:
         """Predict values, in the unit of those learned from.
 
         Parameters
         ----------
-        X : iterable of n formulas, or dc.data.Dataset of their graphs
+        X : as in :meth:`fit`
         return_std : bool
             Also return standard deviations; 2.12 of them hold 95 % where ``n_folds`` has calibrated
             them.
@@ -176,11 +193,11 @@ class PolySRLRegressor(RegressorMixin, _FormulaEstimator):
         check_is_fitted(self)
         shape = (lambda found: found[:, 0]) if self._one_column else (lambda found: found)
         if not return_std:
-            return shape(self.model_.predict(X))
+            return shape(self.model_.predict(_column(X)))
         if self.model_.calibration is None:
             text = "std is not calibrated and too small: n_folds=5 calibrates it"
             warnings.warn(text, UncalibratedWarning, stacklevel=2)
-        mean, std = self.model_.predict_uncertainty(X)
+        mean, std = self.model_.predict_uncertainty(_column(X))
         return shape(mean), shape(std)
 
 
@@ -212,9 +229,14 @@ class PolySRLClassifier(ClassifierMixin, _FormulaEstimator):
 
     _task = "classification"
 
+    def __sklearn_tags__(self) -> Any:
+        tags = super().__sklearn_tags__()
+        tags.classifier_tags.multi_class = False
+        return tags
+
     def fit(
         self,
-        X: Formulas,
+        X: Any,
         y: Any,
         sample_weight: Sequence[float] | None = None,
         groups: Sequence[Hashable] | None = None,
@@ -223,46 +245,62 @@ class PolySRLClassifier(ClassifierMixin, _FormulaEstimator):
 
         Raises
         ------
+        InvalidInputError
+            A row has no class, or a formula or weight is bad; names the row.
         ValueError
             There are not two classes, or y has not one dimension.
         """
-        classes, numbers = np.unique(np.asarray(y), return_inverse=True)
+        missing = pd.isna(np.asarray(y)).ravel()
+        if missing.any():
+            raise InvalidInputError(f"row {missing.argmax()} of y has no class")
+        classes, index = np.unique(np.asarray(y), return_inverse=True)
         if np.ndim(y) != 1 or len(classes) != 2:
             raise ValueError(
                 f"y has shape {np.shape(y)} and {len(classes)} classes, not (n,) and 2"
             )
-        self._fit(X, numbers.astype(float), sample_weight, groups)
+        self._fit(X, index.astype(float), sample_weight, groups, _names(y))
         self.classes_ = classes
         return self
 
-    def predict_proba(self, X: Formulas) -> np.ndarray:
+    def predict_proba(self, X: Any) -> np.ndarray:
         """Probability of each class, shape (n, 2), in the order of ``classes_``."""
         check_is_fitted(self)
-        second = self.model_.predict(X)[:, 0]
+        second = self.model_.predict(_column(X))[:, 0]
         return np.column_stack([1 - second, second])
 
-    def predict(self, X: Formulas) -> np.ndarray:
+    def predict(self, X: Any) -> np.ndarray:
         """The likelier class, shape (n,)."""
         likelier = self.predict_proba(X).argmax(1)
         return self.classes_[likelier]
 
 
-def _known(recipe: str | None) -> str | None:
-    if recipe is not None and recipe not in RECIPES:
-        raise ValueError(f"recipe is {recipe!r}: must be one of {sorted(RECIPES)}")
-    return recipe
+def _names(y: Any) -> list[str]:
+    """Of a pandas object."""
+    found = list(getattr(y, "columns", [getattr(y, "name", None)]))
+    return found if all(isinstance(name, str) for name in found) else []
 
 
-def _labeled(X: Formulas, y: np.ndarray, weights: Sequence[float] | None) -> Dataset:
+def _column(X: Any) -> Formulas:
+    """The only column of a DataFrame or of an array of two dimensions; all else as it is."""
+    if isinstance(X, pd.DataFrame | np.ndarray) and X.ndim == 2 and X.shape[1] == 1:
+        return np.asarray(X)[:, 0]
+    return X
+
+
+def _labeled(X: Any, y: np.ndarray, weights: Sequence[float] | None) -> Dataset:
     """Formulas with labels (n, n_tasks), of which the missing ones have weight 0."""
-    formulas = formulas_dataset(X)
+    formulas = formulas_dataset(_column(X))
     lengths = {len(formulas), len(y), len(formulas if weights is None else weights)}
     if len(lengths) > 1:
         given = "" if weights is None else f", {len(weights)} weights"
         raise ValueError(f"{len(formulas)} formulas, {len(y)} labels{given}")
+    if y.ndim > 2:
+        raise ValueError(f"y has shape {y.shape}, not (n,) or (n, n_tasks)")
     labels = y.reshape(len(y), -1)
-    missing = np.isnan(labels) if labels.dtype.kind == "f" else np.zeros(labels.shape, dtype=bool)
+    missing = pd.isna(labels)
     for row in np.flatnonzero(missing.all(1)):
         raise InvalidInputError(f"row {row} (id {formulas.ids[row]}) has no label")
     w = ~missing * np.reshape(1.0 if weights is None else np.asarray(weights), (-1, 1))
+    if missing.any():
+        labels = np.where(missing, 0, labels)
     return NumpyDataset(formulas.X, labels, w, formulas.ids)

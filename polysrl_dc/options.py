@@ -103,9 +103,19 @@ def parser(commands: Sequence[Command]) -> argparse.ArgumentParser:
     add_encoder(sub, "folder of a model")
     add_output(sub)
 
-    sub = add("predict", "Write the prediction of a trained model and its standard deviation.")
+    sub = add(
+        "predict",
+        "Write the prediction of a trained model, its standard deviation, and whether the formula "
+        "lies outside of those that the model has learned from.",
+    )
     add_table(sub)
     sub.add_argument("--model", required=True, help="folder that polysrl train has written")
+    sub.add_argument(
+        "--no-outside",
+        dest="outside",
+        action="store_false",
+        help="not the latter, which takes longest where the model has learned from many formulas",
+    )
     add_output(sub)
 
     sub = add("retrieve", "Rank candidate structures by the probability that a formula forms them.")

@@ -224,7 +224,12 @@ class PersistentModel(TorchModel):
     def load_encoder(self, path: str | Path) -> None:
         """Start every encoder of this model from that of another one, or from a shipped one."""
         self._load_encoder(path, slice(None))
+        self._forget_weights()
+
+    def _forget_weights(self) -> None:
+        """Drop what holds for the weights so far only: calibration and formulas learned from."""
         self.calibration = None
+        self.provenance.pop("formulas", None)
 
     def _load_encoder(self, path: str | Path, chosen: slice) -> None:
         file = checkpoint_path(path)

@@ -34,7 +34,7 @@ _UNREADABLE = {
 }
 ISOTOPES = frozenset({"D", "T"})  # pymatgen reads them as elements of their own with symbol H
 _GREATEST_AMOUNT = 1e9  # atoms of one element per formula
-_TRACE = 1e-8  # fraction below which pymatgen loses an element
+_TRACE = 1e-8  # amount below which pymatgen loses an element
 
 
 def parse_formula(value: str | Mapping) -> tuple[np.ndarray, np.ndarray]:
@@ -91,7 +91,7 @@ def _of_string(text: str) -> dict[int, float]:
     given = text.strip()
     text = given if _MIXED.search(given) else given.translate(_SUBSCRIPTS)
     if not _FORMULA.fullmatch(text) or _LINE_END.search(text):
-        raise InvalidInputError(_why_unreadable(given))
+        raise InvalidInputError(_why_unreadable(text))
     if "." in text and _may_be_an_adduct(text):
         raise InvalidInputError("its dot may be a decimal point or that of CuSO4(H2O)5")
     usable = _usable_symbols()
@@ -236,7 +236,7 @@ def reduced_formula(numbers: np.ndarray, amounts: np.ndarray) -> str:
     'Fe2O3'
     """
     fractions = amounts / amounts.sum()
-    if fractions.min() < _TRACE:
+    if min(fractions.min(), amounts.min()) < _TRACE:
         return _formula_of_fractions(numbers, fractions)
     if amounts.max() < 0.1:  # far from the smallest integer, where the denominators would end
         amounts = amounts / amounts.max()

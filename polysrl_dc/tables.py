@@ -320,7 +320,12 @@ def ungrouped(column: pd.Series) -> dict[Hashable, str]:
     return wrong
 
 
-def check_table(given: pd.DataFrame, targets: Sequence[str], path: str) -> None:
+def check_table(
+    given: pd.DataFrame,
+    targets: Sequence[str] | range,
+    path: str | None,
+    others: Sequence[str] = (),
+) -> None:
     """Refuse what :func:`write_table` could not write beside predictions that are yet to be made.
 
     Parameters
@@ -328,11 +333,16 @@ def check_table(given: pd.DataFrame, targets: Sequence[str], path: str) -> None:
     given : pandas.DataFrame
     targets : sequence of str
         What is to be predicted.
-    path : str
-        Ends in one of :data:`WRITERS`.
+    path : str or None
+        Ends in one of :data:`WRITERS`; None: standard output.
+    others : sequence of str
+        Columns besides predictions.
     """
     nothing = np.zeros((len(given), len(targets)))
-    _content(_beside(given, predictions(nothing, nothing, targets)), path)
+    found = predictions(nothing, nothing, targets).assign(**dict.fromkeys(others, False))
+    frame = _beside(given, found)
+    if path is not None:
+        _content(frame, path)
 
 
 def write_table(given: pd.DataFrame, found: pd.DataFrame, path: str | None) -> None:

@@ -195,7 +195,7 @@ class TrainableModel(RetrievingModel):
                 with restored_if_it_fails(running):
                     batch_loss = self._backward(data, shared, rows, generator)
                 optimizer.step()
-                self.calibration = None  # of other weights
+                self._forget_weights()
                 if trains_variance(self.settings):
                     self.variance_trained = [True]
                 if schedule is not None:

@@ -149,7 +149,7 @@ def test_train_scores_on_held_out_formulas(
     assert error.startswith(
         "not calibrated and too small: std_gap, std_oxide\n1 of 2 formulas lie "
     )
-    assert error.endswith(" from all 9 that the model has learned from\n")
+    assert error.endswith(" from all 9 of the reference\n")
     assert header == "formula,prediction_gap,prediction_oxide,std_gap,std_oxide,outside"
     assert [row.split(",")[-1] for row in rows] == ["False", "True"]
 
@@ -251,6 +251,15 @@ def test_info_tells_what_a_model_is(tmp_path: Path, capsys: pytest.CaptureFixtur
         "polysrl-mp",
     ]
     assert "152,106 rows of structures.parquet, objective polysrl" in shipped
+    for data, expected in (
+        ("OQMD", "OQMD"),
+        ({"source": "x"}, "{'source': 'x'}"),
+        (None, "not rec"),
+    ):
+        model.provenance = {"data": data, "formulas": None}
+        model.save(folders[1])
+        assert main(["info", folders[1]]) == 0
+        assert f"learned from: {expected}" in capsys.readouterr().out
     assert "no checkpoint at" in error_of(["info", "nowhere"], capsys)
 
 

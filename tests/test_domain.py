@@ -255,10 +255,21 @@ def test_a_model_holds_the_formulas_it_has_learned_from(tmp_path, capsys):
         "False",
         "True",
     ]
+    assert main(["predict", "PuO2", "--model", folder, "--no-outside"]) == 0
+    assert "outside" not in "".join(capsys.readouterr())
+    asked = tmp_path / "asked.csv"
+    asked.write_text("formula,outside\nNaCl,False\n")
+    assert main(["predict", "--input", str(asked), "--model", folder]) == 2
+    assert "outside" in capsys.readouterr().err
+    model.fit(dc.data.NumpyDataset(featurize(["UO2", "PuO2"]), [1.0, 2.0]), nb_epoch=1)
+    assert "formulas" not in model.provenance  # it has learned from others since
     table.write_text("formula,gap\nNaCl,1\nNa2Cl2,2\n")  # one formula has no distances
     assert main([*command, "--output-dir", folder]) == 0
+    capsys.readouterr()
     assert main(["predict", "NaCl", "--model", folder]) == 0
-    assert "outside" not in capsys.readouterr().out
+    captured = capsys.readouterr()
+    assert "outside" not in captured.out
+    assert "no column outside: the model holds no formulas it has learned from" in captured.err
     assert main(["domain", "NaCl", "--model", folder]) == 2
     with pytest.raises(ValueError, match="does not hold the formulas"):
         Domain(PolySRLModel.from_pretrained("polysrl-mp"))

@@ -81,6 +81,49 @@ def test_missing_values_and_weights_are_those_of_the_model() -> None:
     np.testing.assert_array_equal(found, model.predict(data()))
 
 
+def test_values_are_missing_in_any_type_and_rows_of_no_weight_are_not_learned() -> None:
+    labels = np.stack([SIGNAL, 3 - SIGNAL], axis=1)
+    labels[5, 1] = np.nan
+    expected = PolySRLRegressor().fit(FORMULAS, labels).predict(["RbI"])
+    nullable = pd.DataFrame(labels, columns=["gap", "size"]).convert_dtypes()
+    for given in (nullable, labels.astype(object), nullable.astype(object)):
+        regressor = PolySRLRegressor().fit(FORMULAS, given)
+        np.testing.assert_array_equal(regressor.predict(["RbI"]), expected)
+    assert regressor.model_.provenance["targets"] == ["gap", "size"]
+    assert regressor.model_.provenance["recipe"] == "frozen"
+    one = PolySRLRegressor().fit(["NaCl", "KCl", "PuO2"], [1, 2, 3], sample_weight=[1, 1, 0])
+    assert Domain(one.model_).outside(["PuO2", "KCl"]).tolist() == [True, False]
+
+
+def test_formulas_may_be_the_only_column_of_a_table() -> None:
+    table = pd.DataFrame({"formula": FORMULAS, "gap": SIGNAL}, index=np.arange(len(FORMULAS)) + 7)
+    regressor = PolySRLRegressor().fit(table[["formula"]], table["gap"])
+    expected = PolySRLRegressor().fit(FORMULAS, SIGNAL).predict(FORMULAS)
+    np.testing.assert_array_equal(regressor.predict(table[["formula"]]), expected)
+    np.testing.assert_array_equal(regressor.predict(table[["formula"]].to_numpy()), expected)
+    assert regressor.model_.provenance["targets"] == ["gap"]
+
+
+def test_chance_is_that_of_scikit_learn() -> None:
+    one, other = (
+        PolySRLRegressor(random_state=np.random.RandomState(3)).fit(FORMULAS, SIGNAL)
+        for _ in range(2)
+    )
+    np.testing.assert_array_equal(one.predict(FORMULAS), other.predict(FORMULAS))
+    again = one.fit(FORMULAS, SIGNAL)  # whose generator has gone on
+    assert not np.array_equal(again.predict(FORMULAS), other.predict(FORMULAS))
+    assert PolySRLRegressor(random_state=None).fit(FORMULAS, SIGNAL).predict(["RbI"]).shape == (1,)
+
+
+def test_a_fit_that_fails_leaves_what_was_learned_before() -> None:
+    regressor = PolySRLRegressor(n_folds=2).fit(FORMULAS, SIGNAL)
+    before, predicted = regressor.predict(FORMULAS), regressor.cv_predictions_
+    with pytest.raises(InvalidInputError):
+        regressor.fit(["NaCl", "Qq"], [1, 2])
+    np.testing.assert_array_equal(regressor.predict(FORMULAS), before)
+    assert regressor.cv_predictions_ is predicted
+
+
 def test_classes_have_any_names() -> None:
     names = np.where(SIGNAL > 0, "wide", "narrow")
     classifier = PolySRLClassifier(n_folds=2).fit(FORMULAS, names)
@@ -104,7 +147,8 @@ def test_the_tools_of_scikit_learn_take_it() -> None:
     assert search.predict(FORMULAS).shape == (len(FORMULAS),)
     assert clone(regressor).get_params() == regressor.get_params()
     assert get_tags(regressor).input_tags.string and get_tags(regressor).target_tags.multi_output
-    assert not get_tags(PolySRLClassifier()).target_tags.multi_output
+    tags = get_tags(PolySRLClassifier())
+    assert not (tags.target_tags.multi_output or tags.classifier_tags.multi_class)
     again = pickle.loads(pickle.dumps(search.best_estimator_))
     np.testing.assert_array_equal(again.predict(FORMULAS), search.predict(FORMULAS))
 
@@ -132,7 +176,14 @@ def test_what_it_has_trained_is_saved_and_read(tmp_path) -> None:
         (lambda r: r.fit(["NaCl", "KCl"], [1, 2], [1]), ValueError, "2 labels, 1 weights"),
         (lambda r: r.fit(["NaCl", "KCl"], [1, 2], [1, -1]), InvalidInputError, "weight -1.0"),
         (lambda r: r.fit([], []), InvalidInputError, "there is no formula"),
-        (lambda r: r.fit(pd.DataFrame({"NaCl": [1]}), [1]), InvalidInputError, "DataFrame"),
+        (
+            lambda r: r.fit(pd.DataFrame({"NaCl": [1], "KCl": [2]}), [1]),
+            InvalidInputError,
+            "DataFrame",
+        ),
+        (lambda r: r.fit(["NaCl"], np.ones((1, 1, 1))), ValueError, "not .n,. or .n, n_tasks."),
+        (lambda r: r.fit(["NaCl"], [1], groups=["a", "b"]), ValueError, "1 formulas, 2 groups"),
+        (lambda r: r.set_params(n_folds=0).fit(["NaCl"], [1]), ValueError, "k is 0"),
         (lambda r: r.set_params(recipe="x").fit(["NaCl"], [1]), ValueError, "recipe is 'x'"),
         (lambda r: r.set_params(n_folds=5).fit(["NaCl"], [1]), ValueError, "k is 5"),
         (lambda r: r.predict(["NaCl"]), NotFittedError, "not fitted"),
@@ -142,6 +193,14 @@ def test_what_it_has_trained_is_saved_and_read(tmp_path) -> None:
 def test_bad_input_is_named(fit, error, text) -> None:
     with pytest.raises(error, match=text):
         fit(PolySRLRegressor())
+
+
+@pytest.mark.parametrize(
+    "labels", [[1, 1, np.nan, 1], ["a", "b", None, "a"], pd.Series([True, False, pd.NA])]
+)
+def test_a_missing_class_is_no_class(labels) -> None:
+    with pytest.raises(InvalidInputError, match="row 2 of y has no class"):
+        PolySRLClassifier().fit(FORMULAS[: len(labels)], labels)
 
 
 @pytest.mark.parametrize("labels", [[1, 1], [0, 1, 2], [[0], [1]]])

@@ -120,7 +120,15 @@ def test_equal_stoichiometries_share_one_key(group):
 
 @pytest.mark.parametrize(
     "formula",
-    ["Fe4O6", "Ho0.02Nb2Sb", {"Si": 0.99999, "P": 1e-5}, {"O": 1, "Co": 1e-8}, "Ca(OH)2", "O3"],
+    [
+        "Fe4O6",
+        "Ho0.02Nb2Sb",
+        {"Si": 0.99999, "P": 1e-5},
+        {"O": 1, "Co": 1e-8},
+        "Ca(OH)2",
+        "O3",
+        "Ga0.25As0.25B0.0000000075",
+    ],
 )
 def test_a_key_is_a_formula_that_has_this_key(formula):
     key = reduced_formula(*parse_formula(formula))
