@@ -8,6 +8,7 @@ import functools
 import hashlib
 import json
 import os
+import shutil
 import signal
 import sys
 import threading
@@ -146,6 +147,34 @@ def _alone(folder: Path) -> Iterator[None]:
         for left in folder.glob(".*.tmp"):
             left.unlink()
         yield
+
+
+@contextlib.contextmanager
+def unfinished_folder(folder: Path) -> Iterator[Path | None]:
+    """A folder for what a command has trained so far, which is removed when all is well.
+
+    Parameters
+    ----------
+    folder : path
+        Made if it is missing.
+
+    Yields
+    ------
+    path or None
+        ``folder``; None if another process is at work in it, or has just removed it.
+    """
+    lock = folder / ".lock"
+    with contextlib.ExitStack() as held:
+        try:
+            folder.mkdir(parents=True, exist_ok=True)
+            file = held.enter_context(open(lock, "w"))
+            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            mine = os.fstat(file.fileno()).st_ino == lock.stat().st_ino
+        except (BlockingIOError, FileNotFoundError):
+            mine = False
+        yield folder if mine else None
+        if mine:
+            shutil.rmtree(folder, ignore_errors=True)
 
 
 def in_parallel(

@@ -7,15 +7,15 @@ its last checkpoint on.
 
 from __future__ import annotations
 
-import shutil
 from collections.abc import Sequence
+from contextlib import nullcontext
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import torch
-from folds import split_validation
+from folds import split_validation, unfinished_folder
 from graph_data import dataset_of
 from sklearn.metrics import mean_absolute_error
 from targets import Target
@@ -53,7 +53,8 @@ def predict_fold(
     learning_rates : sequence of float
         One alone is taken without a trial.
     unfinished : path, optional
-        Folder for what is trained, until the fold is finished; nothing is kept without it.
+        Folder for what has been trained, which goes when the fold is finished; without one, or
+        while another process is at work in it, nothing is kept.
     epochs : int
     threads : int
 
@@ -69,7 +70,7 @@ def predict_fold(
     torch.set_num_threads(threads)
     train, test = split
 
-    def train_on(rows: np.ndarray, rate: float) -> PolySRLModel:
+    def train_on(rows: np.ndarray, rate: float, place: Path | None) -> PolySRLModel:
         model = PolySRLModel(
             "regression",
             config=CONFIG,
@@ -80,23 +81,23 @@ def predict_fold(
             seed=seed,
         )
         dataset = dataset_of(target, rows)
-        if unfinished is not None:
-            return fit_in(unfinished, model, dataset, epochs, f"{target.name}, rate {rate:g}")
+        if place is not None:
+            return fit_in(place, model, dataset, epochs, f"{target.name}, rate {rate:g}")
         model.fit(dataset, nb_epoch=epochs, checkpoint_interval=0)
         return model
 
     trials: dict[float, float] = {}
-    if len(learning_rates) > 1:
-        part, valid = split_validation(target.formulas[train], seed=seed)
-        for rate in learning_rates:
-            predicted = train_on(train[part], rate).predict(dataset_of(target, train[valid]))
-            truth = target.values[train[valid]]
-            trials[rate] = float(mean_absolute_error(truth, np.ravel(predicted)))
-    rate = min(trials, key=trials.__getitem__) if trials else learning_rates[0]
-    predictions = np.ravel(train_on(train, rate).predict(dataset_of(target, test)))
+    with nullcontext() if unfinished is None else unfinished_folder(unfinished) as place:
+        if len(learning_rates) > 1:
+            part, valid = split_validation(target.formulas[train], seed=seed)
+            truth, asked = target.values[train[valid]], dataset_of(target, train[valid])
+            for rate in learning_rates:
+                predicted = train_on(train[part], rate, place).predict(asked)
+                trials[rate] = float(mean_absolute_error(truth, np.ravel(predicted)))
+        rate = min(trials, key=trials.__getitem__) if trials else learning_rates[0]
+        model = train_on(train, rate, place)
+        predictions = np.ravel(model.predict(dataset_of(target, test)))
     params: dict[str, Any] = {"learning_rate": rate}
     if trials:
         params["validation_mae"] = {f"{rate:g}": error for rate, error in trials.items()}
-    if unfinished is not None:
-        shutil.rmtree(unfinished, ignore_errors=True)
     return predictions, None, params

@@ -261,7 +261,7 @@ def keep_formulas(model: PolySRLModel, dataset: Dataset) -> None:
     >>> model = dc.models.PolySRLModel(freeze_encoder=True)
     >>> loss = model.fit(dataset)
     >>> keep_formulas(model, dataset)
-    >>> Domain(model).query(["Mg2O2", "UN"], k=1)["outside"].tolist()
+    >>> Domain(model).outside(["Mg2O2", "UN"]).tolist()
     [False, True]
     """
     model.provenance["formulas"] = np.unique(reduced_formulas(dataset)).tolist()

@@ -255,7 +255,7 @@ class PredictingModel(PersistentModel):
         >>> import polysrl_dc
         >>> model = polysrl_dc.PolySRLModel.from_pretrained("polysrl-mp")
         >>> model.predict_embedding(["Fe2O3", "TiO2"]).shape
-        (2, 400)
+        (2, 200)
         """
 
         def mean(batch: StoichiometryBatch) -> Tensor:

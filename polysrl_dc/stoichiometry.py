@@ -236,10 +236,10 @@ def reduced_formula(numbers: np.ndarray, amounts: np.ndarray) -> str:
     'Fe2O3'
     """
     fractions = amounts / amounts.sum()
-    if min(fractions.min(), amounts.min()) < _TRACE:
-        return _formula_of_fractions(numbers, fractions)
     if amounts.max() < 0.1:  # far from the smallest integer, where the denominators would end
         amounts = amounts / amounts.max()
+    if min(fractions.min(), amounts.min()) < _TRACE:
+        return _formula_of_fractions(numbers, fractions)
     composition = Composition(
         {Element.from_Z(z): a for z, a in zip(numbers.tolist(), amounts.tolist(), strict=True)}
     )

@@ -11,6 +11,7 @@ import pytest
 import run_wetlab
 import transfer
 from check_submission import check_records
+from folds import unfinished_folder
 from magpie import magpie_features, predict_baseline
 from paired import comparison, paired_differences
 from paper_models import MODELS, encoder_embeddings, encoder_of
@@ -233,6 +234,13 @@ def test_an_interrupted_fold_goes_on_with_what_it_had_trained(tmp_path, monkeypa
     monkeypatch.setattr(PolySRLModel, "fit", counted)
     with pytest.raises(KeyboardInterrupt):
         transfer.predict_fold(*asked, epochs=3)
+    with unfinished_folder(tmp_path / "fold"):  # of another process: nothing of it is touched
+        beside = transfer.predict_fold(*asked, epochs=3)
+        assert len(list((tmp_path / "fold").iterdir())) == 2
+        trained[2:], kept = [], tmp_path / "kept"
+        (tmp_path / "fold").rename(kept)
+    np.testing.assert_array_equal(beside[0], expected[0])
+    kept.rename(tmp_path / "fold")
     found = transfer.predict_fold(*asked, epochs=3)
     assert trained == [1e-3, 1e-4, 1e-4, found[2]["learning_rate"]]
     np.testing.assert_array_equal(found[0], expected[0])
