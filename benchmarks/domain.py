@@ -4,53 +4,72 @@
 
 Two references: the formulas that a fold was trained on, and the stoichiometries of the encoder's
 pretraining. The errors are those of the shipped encoder in the representation protocol, the mean
-over the seeds of its records. Writes ``domain.csv``.
+over the seeds of its records. For what ``polysrl predict`` writes, the first reference once more
+with the three encoders of the recipe *frozen*, and whether its cross-validated standard deviations
+know what lies outside. Writes ``domain.csv``.
 """
 
 from __future__ import annotations
 
 import warnings
+from pathlib import Path
 
 import numpy as np
 import pandas as pd
 import torch
 from command_line import refusing, runner_parser
 from files import write_csv
-from paper_records import absolute_errors
+from paper_records import absolute_errors, load_record
 from scipy.stats import spearmanr
 from targets import Target, wetlab_targets
 from tasks import required_data_dir, structures_path
 
-from polysrl_dc import Domain, PolymorphDataset, PolySRLModel
+from polysrl_dc import RECIPES, Domain, PolymorphDataset, PolySRLModel
 from polysrl_dc.domain import OutsideDomainWarning
+from polysrl_dc.recalibration import LAPLACE_95
+
+#: Recipe whose standard deviations are those that ``polysrl train --folds 5`` gives.
+CALIBRATED = "frozen, std cross-validated"
 
 
-def by_distance(distance: np.ndarray, outside: np.ndarray, errors: np.ndarray) -> dict[str, float]:
+def by_distance(
+    distance: np.ndarray,
+    outside: np.ndarray,
+    errors: np.ndarray,
+    std: np.ndarray | None = None,
+) -> dict[str, float]:
     """How errors go with the distance to the nearest formula of the reference.
 
     Parameters
     ----------
     distance, errors : numpy.ndarray, shape (n,)
     outside : numpy.ndarray, shape (n,), bool
+    std : numpy.ndarray, shape (n,), optional
+        In the unit of the errors.
 
     Returns
     -------
     dict
         ``spearman`` and its ``p``, mean errors ``inside``, ``outside``, of the ``nearest`` and the
-        ``farthest`` quarter; NaN where there is no row.
+        ``farthest`` quarter; NaN where there is no row. With standard deviations also their means
+        and the shares of errors within 95 % intervals, inside and outside.
 
     Examples
     --------
     >>> far = np.array([False, False, True])
     >>> by_distance(np.array([0.0, 0.1, 0.9]), far, np.array([1.0, 2.0, 6.0]))["outside"]
     6.0
+    >>> args = np.array([0.0, 0.1, 0.9]), far, np.array([1.0, 2.0, 6.0]), np.array([0.4, 1.0, 3.0])
+    >>> found = by_distance(*args)
+    >>> found["in_95_inside"], found["in_95_outside"], found["std_outside"]
+    (0.5, 1.0, 3.0)
     """
 
     def mean(rows: np.ndarray) -> float:
         return float(errors[rows].mean()) if rows.any() else np.nan
 
     test = spearmanr(distance, errors)
-    return {
+    found = {
         "n": len(errors),
         "n_outside": int(outside.sum()),
         "spearman": test.statistic,
@@ -60,6 +79,26 @@ def by_distance(distance: np.ndarray, outside: np.ndarray, errors: np.ndarray) -
         "nearest": mean(distance <= np.quantile(distance, 0.25)),
         "farthest": mean(distance >= np.quantile(distance, 0.75)),
     }
+    if std is not None:
+        for name, part in (("inside", ~outside), ("outside", outside)):
+            found[f"std_{name}"] = float(std[part].mean())
+            found[f"in_95_{name}"] = float((errors[part] <= LAPLACE_95 * std[part]).mean())
+    return found
+
+
+def errors_and_std(target: Target, output_dir: Path) -> tuple[np.ndarray, np.ndarray]:
+    """Those of :data:`CALIBRATED`, (n,) each, on the reporting scale.
+
+    Raises
+    ------
+    FileNotFoundError
+        They have not been recorded.
+    """
+    record = load_record(output_dir, target.suite, CALIBRATED, "recipe", 0).get(target.name)
+    if record is None or record.std is None:
+        raise FileNotFoundError(f"no record of {CALIBRATED}, {target.name}: recipes.py makes it")
+    errors = np.abs(record.predictions - target.values)
+    return errors * target.scale, record.std * target.scale
 
 
 def to_training_formulas(model: PolySRLModel, target: Target) -> tuple[np.ndarray, np.ndarray]:
@@ -80,7 +119,11 @@ def main(argv: list[str] | None = None) -> None:
     with refusing(parser):
         data_dir = required_data_dir(arguments.data_dir)
         measured = [
-            (target, absolute_errors(target, arguments.output_dir, "polysrl"))
+            (
+                target,
+                absolute_errors(target, arguments.output_dir, "polysrl"),
+                errors_and_std(target, arguments.output_dir),
+            )
             for target in wetlab_targets(data_dir)
         ]
     torch.set_num_threads(arguments.threads)
@@ -89,16 +132,21 @@ def main(argv: list[str] | None = None) -> None:
     path = structures_path(None, data_dir)
     structures = PolymorphDataset(path, on_error="skip", cache_dir=arguments.cache_dir)
     pretraining = Domain(model, structures)
+    three = PolySRLModel("regression", **RECIPES["frozen"].settings)
     rows = []
-    for target, errors in measured:
+    for target, errors, calibrated in measured:
         found = pretraining.query(target.formulas, k=1)
-        pairs = {
-            "training formulas": to_training_formulas(model, target),
-            "pretraining": (found["distance"].to_numpy(), found["outside"].to_numpy()),
+        parts = {
+            "training formulas, three encoders": (
+                *to_training_formulas(three, target),
+                *calibrated,
+            ),
+            "training formulas": (*to_training_formulas(model, target), errors),
+            "pretraining": (found["distance"].to_numpy(), found["outside"].to_numpy(), errors),
         }
         rows += [
-            {"reference": name, "target": target.name, **by_distance(*pair, errors)}
-            for name, pair in pairs.items()
+            {"reference": name, "target": target.name, **by_distance(*part)}
+            for name, part in parts.items()
         ]
     table = pd.DataFrame(rows).sort_values("reference", ascending=False, kind="stable")
     print(table.round(3).to_markdown(index=False))
