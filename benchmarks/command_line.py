@@ -20,6 +20,7 @@ from typing import Any
 
 from files import printable
 from targets import Target
+from tasks import full_name
 
 from polysrl_dc.errors import InvalidInputError
 
@@ -83,8 +84,7 @@ def chosen_targets(
     Those of Matbench may be named without their ``matbench_`` prefix.
     """
     known = {target.name: target for target in targets}
-    full = [name if name in known else f"matbench_{name}" for name in names or known]
-    for name, given in zip(full, names or known, strict=True):
-        if name not in known:
-            parser.error(f"no target is named {given!r}; the targets are: {', '.join(known)}")
-    return [known[name] for name in full]
+    try:
+        return [known[full_name(name, known, "target")] for name in names or known]
+    except ValueError as error:
+        parser.error(str(error))

@@ -158,24 +158,34 @@ def fold_rule_metadata(target: str, unit: str, values: Iterable[float]) -> dict[
     }
 
 
-def full_name(name: str) -> str:
+def full_name(
+    name: str, known: Iterable[str] = (*MATBENCH_TASKS, *EMBEDDED_TARGETS), what: str = "task"
+) -> str:
     """The full name of a task, which may be given without its ``matbench_`` prefix.
+
+    Parameters
+    ----------
+    name : str
+    known : iterable of str
+        Full names; by default those of all tasks.
+    what : str
+        They name, for the message.
 
     Raises
     ------
     ValueError
-        When no task has this name; the message lists the names.
+        When none is known by this name; the message lists them.
 
     Examples
     --------
     >>> full_name("jdft2d")
     'matbench_jdft2d'
     """
+    names = list(known)
     for candidate in (name, f"matbench_{name}", f"embedded_{name}"):
-        if candidate in MATBENCH_TASKS or candidate in EMBEDDED_TARGETS:
+        if candidate in names:
             return candidate
-    known = ", ".join([*MATBENCH_TASKS, *EMBEDDED_TARGETS])
-    raise ValueError(f"no task is named {name!r}; the tasks are: {known}")
+    raise ValueError(f"no {what} is named {name!r}; the {what}s are: {', '.join(names)}")
 
 
 def find_data_dir(data_dir: str | Path | None = None) -> Path | None:

@@ -249,13 +249,14 @@ class PolySRLClassifier(ClassifierMixin, _FormulaEstimator):
         ValueError
             There are not two classes, or y has not one dimension.
         """
-        missing = pd.isna(np.asarray(y)).ravel()
+        labels = np.asarray(y)
+        missing = pd.isna(labels).ravel()
         if missing.any():
             raise InvalidInputError(f"row {missing.argmax()} of y has no class")
-        classes, index = np.unique(np.asarray(y), return_inverse=True)
-        if np.ndim(y) != 1 or len(classes) != 2:
+        classes, index = np.unique(labels, return_inverse=True)
+        if labels.ndim != 1 or len(classes) != 2:
             raise ValueError(
-                f"y has shape {np.shape(y)} and {len(classes)} classes, not (n,) and 2"
+                f"y has shape {labels.shape} and {len(classes)} classes, not (n,) and 2"
             )
         self._fit(X, index.astype(float), sample_weight, groups, _names(y))
         self.classes_ = classes
