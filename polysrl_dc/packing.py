@@ -98,6 +98,7 @@ def pack(
     except (OSError, InvalidInputError):
         if not (folder / _MANIFEST).exists():
             raise  # else another process was first and has removed the parts
+        shutil.rmtree(_parts_of(folder), ignore_errors=True)  # those that this one made since
     return folder
 
 
