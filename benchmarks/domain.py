@@ -5,8 +5,8 @@
 Two references: the formulas that a fold was trained on, and the stoichiometries of the encoder's
 pretraining. The errors are those of the shipped encoder in the representation protocol, the mean
 over the seeds of its records. For what ``polysrl predict`` writes, the first reference once more
-with the three encoders of the recipe *frozen*, and whether its cross-validated standard deviations
-know what lies outside. Writes ``domain.csv``.
+with the three encoders of the recipe *frozen*, and whether its cross-validated standard deviations,
+without and with the distance in them, know what lies outside. Writes ``domain.csv``.
 """
 
 from __future__ import annotations
@@ -28,8 +28,8 @@ from polysrl_dc import RECIPES, Domain, PolymorphDataset, PolySRLModel
 from polysrl_dc.domain import OutsideDomainWarning
 from polysrl_dc.recalibration import LAPLACE_95
 
-#: Recipe whose standard deviations are those that ``polysrl train --folds 5`` gives.
-CALIBRATED = "frozen, std cross-validated"
+#: Recipes that cross-validate their standard deviations; the second is ``polysrl train --folds 5``.
+CALIBRATED = ("frozen, std cross-validated", "frozen, std cross-validated, distance")
 
 
 def by_distance(
@@ -52,7 +52,7 @@ def by_distance(
     dict
         ``spearman`` and its ``p``, mean errors ``inside``, ``outside``, of the ``nearest`` and the
         ``farthest`` quarter; NaN where there is no row. With standard deviations also their means
-        and the shares of errors within 95 % intervals, inside and outside.
+        and the shares of errors within 95 % intervals of the same four parts.
 
     Examples
     --------
@@ -65,38 +65,39 @@ def by_distance(
     (0.5, 1.0, 3.0)
     """
 
-    def mean(rows: np.ndarray) -> float:
-        return float(errors[rows].mean()) if rows.any() else np.nan
-
     test = spearmanr(distance, errors)
     found = {
         "n": len(errors),
         "n_outside": int(outside.sum()),
         "spearman": test.statistic,
         "p": test.pvalue,
-        "inside": mean(~outside),
-        "outside": mean(outside),
-        "nearest": mean(distance <= np.quantile(distance, 0.25)),
-        "farthest": mean(distance >= np.quantile(distance, 0.75)),
     }
+    parts = {
+        "inside": ~outside,
+        "outside": outside,
+        "nearest": distance <= np.quantile(distance, 0.25),
+        "farthest": distance >= np.quantile(distance, 0.75),
+    }
+    values = {"": errors}
     if std is not None:
-        for name, part in (("inside", ~outside), ("outside", outside)):
-            found[f"std_{name}"] = float(std[part].mean())
-            found[f"in_95_{name}"] = float((errors[part] <= LAPLACE_95 * std[part]).mean())
+        values |= {"std_": std, "in_95_": errors <= LAPLACE_95 * std}
+    for prefix, each in values.items():
+        for name, part in parts.items():
+            found[prefix + name] = float(each[part].mean()) if part.any() else np.nan
     return found
 
 
-def errors_and_std(target: Target, output_dir: Path) -> tuple[np.ndarray, np.ndarray]:
-    """Those of :data:`CALIBRATED`, (n,) each, on the reporting scale.
+def errors_and_std(target: Target, output_dir: Path, recipe: str) -> tuple[np.ndarray, np.ndarray]:
+    """Those of a recipe, (n,) each, on the reporting scale.
 
     Raises
     ------
     FileNotFoundError
         They have not been recorded.
     """
-    record = load_record(output_dir, target.suite, CALIBRATED, "recipe", 0).get(target.name)
+    record = load_record(output_dir, target.suite, recipe, "recipe", 0).get(target.name)
     if record is None or record.std is None:
-        raise FileNotFoundError(f"no record of {CALIBRATED}, {target.name}: recipes.py makes it")
+        raise FileNotFoundError(f"no record of {recipe}, {target.name}: recipes.py makes it")
     errors = np.abs(record.predictions - target.values)
     return errors * target.scale, record.std * target.scale
 
@@ -122,7 +123,7 @@ def main(argv: list[str] | None = None) -> None:
             (
                 target,
                 absolute_errors(target, arguments.output_dir, "polysrl"),
-                errors_and_std(target, arguments.output_dir),
+                [errors_and_std(target, arguments.output_dir, recipe) for recipe in CALIBRATED],
             )
             for target in wetlab_targets(data_dir)
         ]
@@ -136,11 +137,11 @@ def main(argv: list[str] | None = None) -> None:
     rows = []
     for target, errors, calibrated in measured:
         found = pretraining.query(target.formulas, k=1)
+        to_three = to_training_formulas(three, target)
+        name = "training formulas, three encoders"
         parts = {
-            "training formulas, three encoders": (
-                *to_training_formulas(three, target),
-                *calibrated,
-            ),
+            f"{name}, distance in std": (*to_three, *calibrated[1]),
+            name: (*to_three, *calibrated[0]),
             "training formulas": (*to_training_formulas(model, target), errors),
             "pretraining": (found["distance"].to_numpy(), found["outside"].to_numpy(), errors),
         }

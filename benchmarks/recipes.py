@@ -6,7 +6,8 @@ Each recipe learns from a whole training fold and chooses nothing on a part of i
 *fine-tuned* and *frozen* are those of the package (``polysrl train --recipe``), the others differ
 from one of them in what their names add. Those with a calibrated standard deviation learn from four
 fifths and calibrate on the rest (``--hold-out 0.2``) or, cross-validated, learn from all rows and
-calibrate by models of four fifths each (``--folds 5``). The folds are those of ``run_wetlab.py``.
+calibrate by models of four fifths each (``--folds 5``), with the distance in them as ``polysrl
+train`` does it, or without. The folds are those of ``run_wetlab.py``.
 Predictions go to records as those of ``run_wetlab.py`` do, scores to ``recipes.csv``, which
 ``summarize.py`` reads, and for the first seed those of the uncertainty that the models predict
 along to ``calibration.csv``. What is there is not trained again.
@@ -15,8 +16,9 @@ along to ``calibration.csv``. What is there is not trained again.
 from __future__ import annotations
 
 import argparse
-from collections.abc import Mapping, Sequence
+from collections.abc import Hashable, Mapping, Sequence
 from dataclasses import dataclass
+from functools import partial
 from typing import Any
 
 import numpy as np
@@ -34,8 +36,9 @@ from targets import N_FOLDS, Target, wetlab_targets
 from tasks import find_data_dir
 
 import polysrl_dc
-from polysrl_dc import PolySRLModel, cross_val_predict
+from polysrl_dc import PolySRLModel, cross_val_predict, keep_formulas
 from polysrl_dc.checkpoints import DEFAULT_ENCODER
+from polysrl_dc.cross_validation import HeldOut
 
 
 @dataclass(frozen=True)
@@ -43,21 +46,28 @@ class Recipe:
     """How to train: ``settings`` are arguments of ``PolySRLModel``.
 
     ``held_out``: part of the training rows that only calibrates the standard deviations;
-    ``folds``: parts of a cross-validation that calibrates them instead.
+    ``folds``: parts of a cross-validation that calibrates them instead; ``distance``: whether they
+    grow with the distance to the formulas learned from, as those of ``polysrl train`` do.
     """
 
     epochs: int
     settings: Mapping[str, Any]
     held_out: float
     folds: int
+    distance: bool
 
 
 def _like(
-    name: str, epochs: int | None = None, held_out: float = 0.0, folds: int = 0, **changes: Any
+    name: str,
+    epochs: int | None = None,
+    held_out: float = 0.0,
+    folds: int = 0,
+    distance: bool = False,
+    **changes: Any,
 ) -> Recipe:
     """A recipe of the package, in which some settings differ."""
     own = polysrl_dc.RECIPES[name]
-    return Recipe(epochs or own.epochs, {**own.settings, **changes}, held_out, folds)
+    return Recipe(epochs or own.epochs, {**own.settings, **changes}, held_out, folds, distance)
 
 
 #: The smallest rate of the paper's transfer protocol, without the choice among four.
@@ -78,11 +88,15 @@ RECIPES = {
     "fine-tuned": _like("fine-tuned"),
     "fine-tuned, std calibrated": _like("fine-tuned", held_out=0.2),
     "fine-tuned, std cross-validated": _like("fine-tuned", folds=5),
+    "fine-tuned, std cross-validated, distance": _like("fine-tuned", folds=5, distance=True),
     "frozen": _like("frozen"),
     "frozen, std calibrated": _like("frozen", held_out=0.2),
     "frozen, std cross-validated": _like("frozen", folds=5),
+    "frozen, std cross-validated, distance": _like("frozen", folds=5, distance=True),
 }
 SCORES = "recipes.csv"
+#: Models of the folds trained last and their held-out predictions; see :func:`cross_validated`.
+_LATEST: dict[Hashable, tuple[PolySRLModel, HeldOut]] = {}
 #: All are compared with these: the simplest, what ``polysrl train`` does with so few rows, and
 #: what tells whether the encoder helps where no rate is chosen.
 FIRST, RECOMMENDED = "single", "frozen"
@@ -104,24 +118,44 @@ def predict_fold(
     torch.set_num_threads(threads)
     train, test = split
     way = RECIPES[recipe]
-
-    def fitted(dataset: Dataset) -> PolySRLModel:
-        model = PolySRLModel(seed=seed, **way.settings)
-        model.fit(dataset, nb_epoch=way.epochs, checkpoint_interval=0)
-        return model
-
     if way.held_out:
         learned, kept = split_validation(target.formulas[train], way.held_out, seed)
-        model = fitted(dataset_of(target, train[learned]))
+        model = fitted(way, seed, dataset_of(target, train[learned]))
         model.calibrate(dataset_of(target, train[kept]))
+    elif way.folds:
+        model, predicted = cross_validated(target, train, way, seed)
+        given = predicted if way.distance else predicted[:2]
+        model.calibrate(dataset_of(target, train), predicted=given)
     else:
-        dataset = dataset_of(target, train)
-        model = fitted(dataset)
-        if way.folds:
-            predicted = cross_val_predict(fitted, dataset, way.folds, seed=seed)
-            model.calibrate(dataset, predicted=predicted)
+        model = fitted(way, seed, dataset_of(target, train))
     mean, std = model.predict_uncertainty(dataset_of(target, test))
     return mean[:, 0], std[:, 0], {}
+
+
+def fitted(way: Recipe, seed: int, dataset: Dataset) -> PolySRLModel:
+    """A model of all rows."""
+    model = PolySRLModel(seed=seed, **way.settings)
+    model.fit(dataset, nb_epoch=way.epochs, checkpoint_interval=0)
+    return model
+
+
+def cross_validated(
+    target: Target, train: np.ndarray, way: Recipe, seed: int
+) -> tuple[PolySRLModel, HeldOut]:
+    """A model of all training rows, and predictions of each by one without it.
+
+    Recipes that differ in ``distance`` only share them if they follow one another.
+    """
+    key = (target.name, train.tobytes(), way.epochs, str(way.settings), way.folds, seed)
+    if key not in _LATEST:
+        dataset, train_on = dataset_of(target, train), partial(fitted, way, seed)
+        if len(_LATEST) == N_FOLDS:
+            del _LATEST[next(iter(_LATEST))]
+        held_out = cross_val_predict(train_on, dataset, way.folds, seed=seed)
+        model = train_on(dataset)
+        keep_formulas(model, dataset)
+        _LATEST[key] = model, held_out
+    return _LATEST[key]
 
 
 def main(argv: list[str] | None = None) -> None:
@@ -211,7 +245,7 @@ def settings_of(recipe: str, seed: int) -> dict[str, Any]:
     start = ", ".join(map(representation_digest, encoders_of(way.settings))) or "random weights"
     key = {**model.settings, **model.training, "epochs": way.epochs, "start": start}
     del key["n_encoders"]  # follows from the start
-    parts = {"held_out": way.held_out, "folds": way.folds}
+    parts = {"held_out": way.held_out, "folds": way.folds, "distance": way.distance}
     return {**key, "model": recipe, **{name: part for name, part in parts.items() if part}}
 
 

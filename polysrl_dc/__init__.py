@@ -10,7 +10,7 @@ from polysrl_dc.callbacks import EarlyStopping
 from polysrl_dc.config import PolySRLConfig
 from polysrl_dc.cross_validation import StoichiometrySplitter, cross_val_predict
 from polysrl_dc.datasets import PolymorphDataset
-from polysrl_dc.domain import Domain
+from polysrl_dc.domain import Domain, keep_formulas
 from polysrl_dc.errors import InvalidInputError
 from polysrl_dc.estimators import PolySRLClassifier, PolySRLRegressor
 from polysrl_dc.featurizers import (
@@ -40,6 +40,7 @@ __all__ = [
     "StructureGraphFeaturizer",
     "cross_val_predict",
     "datasets",
+    "keep_formulas",
     "reduced_formulas",
     "register",
     "suitable_recipe",

@@ -17,7 +17,12 @@ import numpy as np
 import pandas as pd
 
 from polysrl_dc.checkpoints import MODEL_FILE, shipped_encoders
-from polysrl_dc.cross_validation import StoichiometrySplitter, cross_val_predict, row_groups
+from polysrl_dc.cross_validation import (
+    HeldOut,
+    StoichiometrySplitter,
+    cross_val_predict,
+    row_groups,
+)
 from polysrl_dc.datasets import PolymorphDataset
 from polysrl_dc.domain import Domain, OutsideDomainWarning, keep_formulas
 from polysrl_dc.errors import InvalidInputError
@@ -26,7 +31,7 @@ from polysrl_dc.model import PolySRLModel
 from polysrl_dc.options import check, follow_recipe, parser
 from polysrl_dc.recalibration import LEAST, UncalibratedWarning
 from polysrl_dc.resumption import UNFINISHED, fit_in
-from polysrl_dc.tables import check_table, predictions, write_table
+from polysrl_dc.tables import check_table, for_each, predictions, write_table
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
@@ -120,6 +125,7 @@ def train(options: argparse.Namespace) -> None:
             each = partial(_trained, options, folds)
             predicted = cross_val_predict(each, dataset, options.folds, **chosen)
         model = _trained(options, iter(["the model"]), dataset)
+    keep_formulas(model, dataset)
     if options.task == "regression":
         if held_out is None:
             enough = dataset.w.any(1).sum() >= LEAST
@@ -127,12 +133,13 @@ def train(options: argparse.Namespace) -> None:
             print(f"std is not calibrated and too small: {advice}", file=sys.stderr)
         else:
             _calibrate(model, held_out, predicted, options.target)
-    keep_formulas(model, dataset)
     _save(model, options.output_dir)
     if held_out is not None:
-        mean, std = predicted or model.predict_uncertainty(held_out)
-        if predicted and model.calibration:
-            std = model.calibration.apply(std)
+        if predicted is None:
+            mean, std = model.predict_uncertainty(held_out)
+        else:
+            mean, std, distance = predicted
+            std = model.calibration.apply(std, distance) if model.calibration else std
         for task, name in enumerate(options.target):
             _print_score(options.task, name, held_out, mean, task)
         if options.predictions:
@@ -142,27 +149,28 @@ def train(options: argparse.Namespace) -> None:
 
 
 def predict(options: argparse.Namespace) -> None:
-    """Formulas -> columns ``prediction``, ``std`` and ``outside``; of several targets, with names.
+    """Formulas -> columns ``prediction``, ``std``, those asked for and ``outside``.
 
-    Whether a formula lies outside is told by models that hold the formulas they have learned from.
+    Columns of several targets have their names. Whether a formula lies outside is told by models
+    that hold the formulas they have learned from.
     """
     model = PolySRLModel.from_pretrained(options.model)
     frame, dataset = read_formulas(options)
     targets = model.provenance.get("targets", range(model.settings["n_tasks"]))
-    tells = options.outside and len(model.provenance.get("formulas") or ()) > 1
-    check_table(frame, targets, options.output, ["outside"] if tells else [])
+    tells = options.outside and model.domain is not None
+    left = model.calibration.uncalibrated if model.calibration else range(len(targets))
+    uncalibrated = ", ".join(for_each(targets, "std")[task] for task in left)
+    if options.interval is not None and uncalibrated:
+        raise InvalidInputError(f"--interval needs a calibrated std, unlike {uncalibrated}")
+    check_table(frame, targets, options.output, ["outside"] if tells else [], options.interval)
     mean, std = model.predict_uncertainty(dataset)
-    found = predictions(mean, std, targets)
-    if model.settings["task"] == "regression":
-        left = model.calibration.uncalibrated if model.calibration else range(mean.shape[1])
-        if left:
-            names = ", ".join(found.columns[mean.shape[1] + task] for task in left)
-            print(f"not calibrated and too small: {names}", file=sys.stderr)
-    if tells:
-        known = Domain(model)
-        found["outside"] = known.outside(dataset)
+    found = predictions(mean, std, targets, options.interval)
+    if uncalibrated and model.settings["task"] == "regression":
+        print(f"not calibrated and too small: {uncalibrated}", file=sys.stderr)
+    if tells and model.domain:
+        found["outside"] = model.domain.outside(dataset)
         if found["outside"].any():
-            _say_outside(found, known)
+            _say_outside(found, model.domain)
     elif options.outside:
         print("no column outside: the model holds no formulas it has learned from", file=sys.stderr)
     write_table(frame, found, options.output)
@@ -265,6 +273,8 @@ def _facts(name: str, model: PolySRLModel) -> dict[str, str]:
         left = len(model.calibration.uncalibrated) if model.calibration else n_tasks
         some = f"but for {left} of {n_tasks} targets" if left else "on held-out labels"
         facts["std"] = f"calibrated {some}" if left < n_tasks else "not calibrated and too small"
+        if model.calibration and model.calibration.needs_distance:
+            facts["std"] += ", grows with the distance to what was learned from"
     return facts
 
 
@@ -318,7 +328,7 @@ def _save(model: PolySRLModel, folder: str) -> None:
 def _calibrate(
     model: PolySRLModel,
     held_out: dc.data.Dataset,
-    predicted: tuple[np.ndarray, np.ndarray] | None,
+    predicted: HeldOut | None,
     targets: Sequence[str],
 ) -> None:
     try:

@@ -2,7 +2,7 @@
 
 from collections.abc import Callable, Hashable, Iterator, Sequence
 from itertools import repeat
-from typing import Any
+from typing import Any, NamedTuple
 
 import numpy as np
 import pandas as pd
@@ -14,6 +14,7 @@ from sklearn.model_selection import GroupKFold
 
 from polysrl_dc.batches import checked_labels
 from polysrl_dc.datasets import PolymorphDataset
+from polysrl_dc.domain import distances_to
 from polysrl_dc.errors import InvalidInputError
 from polysrl_dc.featurizers import check_lengths, reduced_formulas
 from polysrl_dc.model import PolySRLModel
@@ -138,6 +139,23 @@ def row_groups(dataset: Dataset, labels: Sequence[Hashable] | None = None) -> np
     return connected_components(coo_array(links, shape=(size, size)), directed=False)[1][formulas]
 
 
+class HeldOut(NamedTuple):
+    """Predictions of rows by models that have not learned from them.
+
+    Attributes
+    ----------
+    mean, std : numpy.ndarray, each of shape (n, n_tasks)
+        The standard deviations are the models' own.
+    distance : numpy.ndarray, shape (n,)
+        From the formula of each row to the nearest one with a label that its model has learned
+        from, as in :class:`polysrl_dc.Domain`.
+    """
+
+    mean: np.ndarray
+    std: np.ndarray
+    distance: np.ndarray
+
+
 def cross_val_predict(
     train: Callable[[Dataset], PolySRLModel],
     dataset: Dataset,
@@ -145,7 +163,7 @@ def cross_val_predict(
     n_samples: int = 64,
     seed: int = 0,
     groups: Sequence[Hashable] | None = None,
-) -> tuple[np.ndarray, np.ndarray]:
+) -> HeldOut:
     """Predict each row by a model that has not learned from its formula.
 
     To calibrate a model of all rows, hand the result to :meth:`PolySRLModel.calibrate`: unlike
@@ -168,8 +186,8 @@ def cross_val_predict(
 
     Returns
     -------
-    mean, std : numpy.ndarray, each of shape (n, n_tasks)
-        In the order of the rows. The standard deviations are the models' own.
+    HeldOut
+        In the order of the rows.
 
     Raises
     ------
@@ -192,6 +210,7 @@ def cross_val_predict(
     ...     return model
     >>> predicted = cross_val_predict(train, dataset, n_folds=3)
     >>> model = train(dataset)
+    >>> polysrl_dc.keep_formulas(model, dataset)
     >>> calibration = model.calibrate(dataset, predicted=predicted)
     """
     rows = NumpyDataset(dataset.X, ids=np.arange(len(dataset)))
@@ -202,6 +221,7 @@ def cross_val_predict(
     for fold, (learned, _) in enumerate(folds, 1):
         for task in np.flatnonzero(~known[learned].any(0)):
             raise InvalidInputError(f"task {task} has no label outside fold {fold} of {n_folds}")
+    labelled = known.any(1)
     order, predicted = [], []
     for fold, (learned, held_out) in enumerate(folds, 1):
         try:
@@ -209,8 +229,9 @@ def cross_val_predict(
         except InvalidInputError as error:
             raise InvalidInputError(f"without fold {fold} of {n_folds}: {error}") from error
         samples = 0 if model.settings["task"] == "classification" else n_samples
-        predicted.append(model.predict_uncertainty(dataset.select(held_out), n_samples=samples))
+        rest = dataset.select(held_out)
+        distance = distances_to(model, dataset.select(learned[labelled[learned]]), rest)
+        predicted.append((*model.predict_uncertainty(rest, n_samples=samples), distance))
         order.append(held_out)
     back = np.argsort(np.concatenate(order))
-    mean, std = (np.concatenate(parts)[back] for parts in zip(*predicted, strict=True))
-    return mean, std
+    return HeldOut(*(np.concatenate(parts)[back] for parts in zip(*predicted, strict=True)))

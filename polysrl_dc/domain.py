@@ -12,6 +12,8 @@ trained on: how far is a prediction from the data it rests on? The second goes w
 from __future__ import annotations
 
 import warnings
+from functools import cached_property
+from typing import Any, Protocol
 
 import numpy as np
 import pandas as pd
@@ -23,7 +25,14 @@ from polysrl_dc.batches import stoichiometries
 from polysrl_dc.datasets import PolymorphDataset
 from polysrl_dc.errors import InvalidInputError
 from polysrl_dc.featurizers import Formulas, formulas_dataset, reduced_formulas
-from polysrl_dc.model import PolySRLModel
+
+
+class EmbeddingModel(Protocol):
+    """What is asked of a model here; every ``PolySRLModel`` is one."""
+
+    provenance: dict[str, Any]
+
+    def predict_embedding(self, dataset: Formulas) -> np.ndarray: ...
 
 
 class OutsideDomainWarning(UserWarning):
@@ -44,7 +53,7 @@ class Domain:
     reference : PolymorphDataset, dc.data.Dataset of graphs, or iterable of formulas, optional
         At least two different reduced formulas. Rows of one reduced formula count as one. Default:
         the formulas that ``polysrl train``, an estimator for scikit-learn or :func:`keep_formulas`
-        has put into the model.
+        has put into the model; ``model.domain`` is made of them once and kept.
     percentile : float
         Of the reference's own distances: above it a formula lies outside.
     n_sampled : int
@@ -85,7 +94,7 @@ class Domain:
 
     def __init__(
         self,
-        model: PolySRLModel,
+        model: EmbeddingModel,
         reference: Formulas | None = None,
         *,
         percentile: float = 99.0,
@@ -96,11 +105,13 @@ class Domain:
             raise ValueError(f"percentile is {percentile}: must be between 0 and 100")
         if n_sampled < 1:
             raise ValueError(f"n_sampled is {n_sampled}: must be at least 1")
-        if reference is None:
-            reference = model.provenance.get("formulas")
-            if not reference:
-                raise ValueError("the model does not hold the formulas it has learned from")
-        dataset, names = _rows(reference)
+        if reference is not None:
+            dataset, names = _rows(reference)
+        elif model.provenance.get("formulas"):
+            dataset = formulas_dataset(model.provenance["formulas"])
+            names = np.array(model.provenance["formulas"], dtype=str, ndmin=1)  # reduced already
+        else:
+            raise ValueError("the model does not hold the formulas it has learned from")
         self.formulas, rows, groups = np.unique(names, return_index=True, return_inverse=True)
         if len(self.formulas) < 2:
             raise InvalidInputError(
@@ -110,17 +121,25 @@ class Domain:
         self.structures = np.split(dataset.ids[np.argsort(groups, kind="stable")], ends)
         different = dataset.select(rows)
         self.elements = _fractions(different).max(0) > 0
+        self.percentile, self.n_sampled, self.seed = percentile, n_sampled, seed
         self._row = {name: row for row, name in enumerate(self.formulas.tolist())}
         self._model = model
-        vectors = model.predict_embedding(different)
-        self._search = NearestNeighbors(algorithm="brute").fit(vectors)
-        sample = np.arange(len(vectors))
-        if n_sampled < len(sample):
-            sample = np.random.default_rng(seed).choice(sample, n_sampled, replace=False)
-        distances, found = self._search.kneighbors(vectors[sample], 2)
+        self._vectors = model.predict_embedding(different)
+        self._search = _search(self._vectors)
+
+    @cached_property
+    def own_distances(self) -> np.ndarray:
+        sample = np.arange(len(self._vectors))
+        if self.n_sampled < len(sample):
+            chance = np.random.default_rng(self.seed)
+            sample = chance.choice(sample, self.n_sampled, replace=False)
+        distances, found = self._search.kneighbors(self._vectors[sample], 2)
         itself = found[:, 0] == sample  # not so where two formulas have one embedding
-        self.own_distances = np.sort(np.where(itself, distances[:, 1], distances[:, 0]))
-        self.threshold = float(np.percentile(self.own_distances, percentile))
+        return np.sort(np.where(itself, distances[:, 1], distances[:, 0]))
+
+    @cached_property
+    def threshold(self) -> float:
+        return float(np.percentile(self.own_distances, self.percentile))
 
     def query(self, formulas: Formulas, k: int = 5) -> pd.DataFrame:
         """The nearest reference formulas of each formula, and whether it lies outside.
@@ -182,6 +201,27 @@ class Domain:
         }
         return pd.DataFrame(columns, index=np.repeat(dataset.ids, k))
 
+    def distance(self, formulas: Formulas) -> np.ndarray:
+        """From each formula to the nearest of the reference, shape (n,), float64, 0 to 2.
+
+        Parameters
+        ----------
+        formulas : dc.data.Dataset of n graphs, or iterable of n formulas
+
+        Raises
+        ------
+        InvalidInputError
+            A bad formula or row, which is named.
+
+        Examples
+        --------
+        >>> import polysrl_dc
+        >>> model = polysrl_dc.PolySRLModel.from_pretrained("polysrl-mp")
+        >>> Domain(model, ["NaCl", "KCl"]).distance(["Na2Cl2", "RbCl"]).round(1).tolist()
+        [0.0, 0.5]
+        """
+        return self._search.kneighbors(self._model.predict_embedding(formulas), 1)[0][:, 0]
+
     def outside(self, formulas: Formulas) -> np.ndarray:
         """Whether each formula lies outside, shape (n,) bool: what :meth:`query` says, and faster.
 
@@ -202,8 +242,7 @@ class Domain:
         [False, True]
         """
         dataset = formulas_dataset(formulas)
-        distances = self._search.kneighbors(self._model.predict_embedding(dataset), 1)[0]
-        return self._unseen(dataset).any(1) | (distances[:, 0] > self.threshold)
+        return self._unseen(dataset).any(1) | (self.distance(dataset) > self.threshold)
 
     def _unseen(self, dataset: Dataset) -> np.ndarray:
         """Which elements of each formula the reference lacks, (n, 119) by atomic number."""
@@ -237,7 +276,7 @@ class Domain:
         )
 
 
-def keep_formulas(model: PolySRLModel, dataset: Dataset) -> None:
+def keep_formulas(model: EmbeddingModel, dataset: Dataset) -> None:
     """Put the formulas that a model has learned from into it, where :class:`Domain` finds them.
 
     They are written in clear into the file of the model, and forgotten when it learns more.
@@ -265,6 +304,17 @@ def keep_formulas(model: PolySRLModel, dataset: Dataset) -> None:
     [False, True]
     """
     model.provenance["formulas"] = np.unique(reduced_formulas(dataset)).tolist()
+
+
+def distances_to(model: EmbeddingModel, reference: Dataset, dataset: Dataset) -> np.ndarray:
+    """Distance of each row to the nearest of the reference, shape (n,), whatever it holds."""
+    return _search(model.predict_embedding(reference)).kneighbors(
+        model.predict_embedding(dataset), 1
+    )[0][:, 0]
+
+
+def _search(vectors: np.ndarray) -> NearestNeighbors:
+    return NearestNeighbors(algorithm="brute").fit(vectors)
 
 
 def _rows(source: Formulas) -> tuple[Dataset, np.ndarray]:

@@ -83,7 +83,7 @@ class _FormulaEstimator(BaseEstimator):
         model.provenance |= {"recipe": name, **({"targets": targets} if targets else {})}
         self.__dict__.pop("cv_predictions_", None)  # of what it had learned before
         if predicted is not None:
-            self.cv_predictions_ = predicted[0].reshape(y.shape)
+            self.cv_predictions_ = predicted.mean.reshape(y.shape)
         if predicted is not None and self._task == "regression":
             try:
                 model.calibrate(dataset, predicted=predicted)

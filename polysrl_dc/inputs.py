@@ -2,7 +2,7 @@
 
 import argparse
 import sys
-from collections.abc import Sequence
+from collections.abc import Hashable, Sequence
 from pathlib import Path
 
 import deepchem as dc
@@ -15,7 +15,7 @@ from polysrl_dc.errors import InvalidInputError
 from polysrl_dc.featurizers import StoichiometryGraphFeaturizer, StructureGraphFeaturizer
 from polysrl_dc.model import PolySRLModel
 from polysrl_dc.sources import read_structure
-from polysrl_dc.tables import numbers, read_table, ungrouped
+from polysrl_dc.tables import MISSING, numbers, read_table
 
 _SHOWN = 10  # of many that are skipped for the same reason
 
@@ -136,7 +136,7 @@ def read_labels(
     rows = ""
     if options.group is not None:
         column = frame.loc[dataset.ids, options.group]
-        missing = ungrouped(column)
+        missing = _ungrouped(column)
         if missing and options.on_error == "raise":
             text = next(iter(missing.values()))
             raise InvalidInputError(f"{text}; --group needs all of them, or --on-error skip")
@@ -194,3 +194,14 @@ def read_structures(paths: Sequence[str], on_error: str) -> dc.data.Dataset:
     if len(dataset) == 0:
         raise InvalidInputError("no usable structure is left")
     return dataset
+
+
+def _ungrouped(column: pd.Series) -> dict[Hashable, str]:
+    """What is wrong with the fields that name no group: row -> a sentence."""
+    wrong = {}
+    for row, value in column.items():
+        if not pd.api.types.is_scalar(value):
+            wrong[row] = f"row {row}: {column.name} is {value!r}, not a name or number"
+        elif pd.isna(value) or value in MISSING:
+            wrong[row] = f"row {row}: {column.name} is {value!r}, which means that it is missing"
+    return wrong

@@ -111,10 +111,17 @@ def parser(commands: Sequence[Command]) -> argparse.ArgumentParser:
     add_table(sub)
     sub.add_argument("--model", required=True, help="folder that polysrl train has written")
     sub.add_argument(
+        "--interval",
+        type=_fraction,
+        metavar="SHARE",
+        help="also the bounds that are meant to hold this share of the values, as 0.95; needs a "
+        "calibrated std",
+    )
+    sub.add_argument(
         "--no-outside",
         dest="outside",
         action="store_false",
-        help="not the latter, which takes longest where the model has learned from many formulas",
+        help="without the last of these, which takes time where the model has learned from many",
     )
     add_output(sub)
 

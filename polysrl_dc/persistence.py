@@ -85,6 +85,10 @@ class PersistentModel(TorchModel):
     #: The network of a configuration and settings.
     _network: Callable[..., Any]
 
+    def __getstate__(self) -> dict[str, Any]:
+        """Without the embeddings of known formulas, which may be large and can be made again."""
+        return {name: value for name, value in self.__dict__.items() if name != "_domain"}
+
     def __setstate__(self, state: dict[str, Any]) -> None:
         """A copy; it has a temporary folder of its own, without checkpoints."""
         self.__dict__.update(state)

@@ -14,6 +14,7 @@ from torch import Tensor, nn
 from tqdm import tqdm
 
 from polysrl_dc.batches import checked_labels, stoichiometries
+from polysrl_dc.domain import Domain
 from polysrl_dc.errors import refused
 from polysrl_dc.featurizers import Formulas, formulas_dataset
 from polysrl_dc.graphs import StoichiometryBatch
@@ -28,12 +29,31 @@ _QUIET = 50_000  # formulas that take no time to speak of
 class PredictingModel(PersistentModel):
     """What a :class:`~polysrl_dc.model.PolySRLModel` answers; nothing here changes a weight."""
 
+    #: What :attr:`domain` has made, and the formulas it is of.
+    _domain: tuple[Domain | None, list[str]] = (None, [])
+
     fit_generator = refused("fit_generator", "fit(dataset)")
     predict_on_generator = refused("predict_on_generator", "predict(dataset)")
     evaluate_generator = refused("evaluate_generator", "evaluate(dataset, metrics)")
     predict_uncertainty_on_batch = refused("predict_uncertainty_on_batch", "predict_uncertainty")
     compute_saliency = refused("compute_saliency", "predict(dataset)")
     load_from_pretrained = refused("load_from_pretrained", "load_encoder or from_pretrained")
+
+    @property
+    def domain(self) -> Domain | None:
+        """The formulas that the model has learned from, if it holds two at least; made once.
+
+        ``polysrl train``, the estimators for scikit-learn and
+        :func:`~polysrl_dc.domain.keep_formulas` put them into it.
+        """
+        known = self.provenance.get("formulas")
+        if not isinstance(known, list) or len(known) < 2:
+            return None
+        domain, of = self._domain
+        if domain is None or of is not known:  # there are others after fit or restore
+            domain = Domain(self)
+            self._domain = domain, known
+        return domain
 
     @contextmanager
     def _evaluating(self) -> Iterator[None]:
@@ -121,8 +141,8 @@ class PredictingModel(PersistentModel):
         The variance follows the law of total variance: that between the members of the ensemble
         and, with ``n_samples``, between samples of the formula's Gaussian N(z_mu, sigma²), plus the
         mean over both of what a heteroscedastic head predicts, the variance of a Laplace
-        distribution. By itself it is too small (``benchmarks/UNCERTAINTY.md``): see
-        :meth:`calibrate`. For classification it is p (1 - p).
+        distribution. By itself it is too small (``benchmarks/UNCERTAINTY.md``), most of all far
+        from what was learned: see :meth:`calibrate`. For classification it is p (1 - p).
 
         Parameters
         ----------
@@ -146,7 +166,7 @@ class PredictingModel(PersistentModel):
         ------
         ValueError
             Nothing here makes a variance, ``n_samples`` is negative or meant for classification,
-            or the model is not fitted.
+            the model is not fitted, or its formulas have been removed, which its calibration needs.
 
         Examples
         --------
@@ -177,14 +197,20 @@ class PredictingModel(PersistentModel):
             shape = (n_samples, self.config.n_features)
             noise = torch.randn(shape, generator=generator, dtype=torch.float32)
             noise = noise.to(self.device)
+        if calibration is None or not calibration.needs_distance:
+            mean, std = self._mean_and_std(dataset, noise)
+            return mean, calibration.apply(std) if calibration else std
+        if self.domain is None:
+            raise ValueError("the formulas that the model has learned from have been removed")
+        dataset = formulas_dataset(dataset)
         mean, std = self._mean_and_std(dataset, noise)
-        return mean, calibration.apply(std) if calibration else std
+        return mean, calibration.apply(std, self.domain.distance(dataset))
 
     def calibrate(
         self,
         dataset: Dataset,
         n_samples: int = 64,
-        predicted: tuple[np.ndarray, np.ndarray] | None = None,
+        predicted: Sequence[np.ndarray] | None = None,
     ) -> Calibration:
         """Scale the standard deviations by the errors on data that the model has not learned from.
 
@@ -192,22 +218,26 @@ class PredictingModel(PersistentModel):
         Laplace distribution: 95 % of these errors lie within 2.12 of them. Predictions stay as they
         are. The calibration is saved with the model and forgotten when it is fitted again.
 
+        Of a model that holds the formulas it has learned from (:attr:`domain`), they also grow with
+        the distance to the nearest of these, as the errors do, up to the spread of the labels.
+
         Parameters
         ----------
         dataset : dc.data.Dataset
             X holds stoichiometry graphs, y labels; labels of weight 0 are missing.
         n_samples : int
             As in :meth:`predict_uncertainty`; 0, or no trained variance: nothing of polymorphs.
-        predicted : tuple of numpy.ndarray, each of shape (n, n_tasks), optional
-            Mean and standard deviation of these rows, made with ``n_samples``, where this model has
-            learned from them: by models like it that have not, as
+        predicted : sequence of numpy.ndarray, optional
+            Mean and standard deviation of these rows, (n, n_tasks) each, made with ``n_samples``,
+            and, where they shall grow with it, the distance, (n,). For rows that this model has
+            learned from: by models like it that have not, as
             :func:`~polysrl_dc.cross_val_predict` makes them. Default: this model's own.
 
         Returns
         -------
         Calibration
-            For each task, factor and offset of ``factor * (std + offset)``. Of several tasks, those
-            with fewer than 20 labels are left as they are (1 and 0) and named by a warning.
+            For each task, factor, offset, rate and ceiling. Of several tasks, those with fewer than
+            20 labels are left as they are (1, 0, 0 and 0) and named by a warning.
 
         Raises
         ------
@@ -225,6 +255,7 @@ class PredictingModel(PersistentModel):
         >>> train, valid = dc.splits.StoichiometrySplitter().train_test_split(dataset)
         >>> model = dc.models.PolySRLModel(freeze_encoder=True)
         >>> loss = model.fit(train, nb_epoch=2)
+        >>> polysrl_dc.keep_formulas(model, train)
         >>> calibration = model.calibrate(valid)
         >>> std = model.predict_uncertainty(valid)[1]
         """
@@ -232,12 +263,15 @@ class PredictingModel(PersistentModel):
             raise ValueError("only a fitted model of regression has a std to scale")
         n_samples = operator.index(n_samples)
         if predicted is None:
-            predicted = self.predict_uncertainty(dataset, n_samples=n_samples)
+            mean, std = self.predict_uncertainty(dataset, n_samples=n_samples)
+            given = [self.domain.distance(dataset)] if self.domain else []
+        else:
+            mean, std, *given = predicted
         labels, weights = checked_labels(dataset, self.settings["n_tasks"], False)
-        if np.shape(predicted[0]) != labels.shape:
-            raise ValueError(f"the mean has shape {np.shape(predicted[0])}, not {labels.shape}")
-        errors = labels - predicted[0]
-        self.calibration = Calibration.fit(errors, predicted[1], weights != 0, n_samples)
+        if np.shape(mean) != labels.shape:
+            raise ValueError(f"the mean has shape {np.shape(mean)}, not {labels.shape}")
+        far = (given[0], labels) if given and self.domain else ()
+        self.calibration = Calibration.fit(labels - mean, std, weights != 0, n_samples, *far)
         return self.calibration
 
     def predict_embedding(self, dataset: Formulas) -> np.ndarray:

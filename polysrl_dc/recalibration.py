@@ -4,6 +4,11 @@ A model of few rows is too certain, and of some rows by far. So its standard dev
 and scaled (standard deviation scaling, Levi et al. 2022, doi:10.3390/s22155540; by a quantile and a
 shift, as in normalized conformal prediction, Papadopoulos et al. 2008). A factor of the greatest
 likelihood would not hold 95 % where errors have heavy tails.
+
+It is most of all too certain far from all that it has learned from: heads that agree on known
+formulas go on agreeing where they only extrapolate. So a standard deviation also grows with the
+distance to the nearest known formula, at the rate at which the errors do, until it says that
+nothing is known: that the label may be any of the known ones.
 """
 
 from __future__ import annotations
@@ -15,14 +20,30 @@ from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
+from scipy.optimize import brentq
 
 from polysrl_dc.errors import InvalidInputError
 
+
+def half_width(level: float) -> float:
+    """Standard deviations of a Laplace distribution that hold so much of it on either side.
+
+    Examples
+    --------
+    >>> round(half_width(0.95), 2)
+    2.12
+    """
+    return -math.log1p(-level) / math.sqrt(2)
+
+
 LEVEL = 0.95
-#: Standard deviations of a Laplace distribution that hold :data:`LEVEL` of it on either side.
-LAPLACE_95 = -math.log(1 - LEVEL) / math.sqrt(2)  # 2.12
+LAPLACE_95 = half_width(LEVEL)
 #: Rows of which one is not within :data:`LEVEL`.
 LEAST = 20
+#: Between embeddings of unit length; a little more than that for rounding.
+FARTHEST = 2.001
+#: Rate that no fit exceeds.
+MOST = 5.0
 
 
 class UncalibratedWarning(UserWarning):
@@ -31,7 +52,9 @@ class UncalibratedWarning(UserWarning):
 
 @dataclass(frozen=True)
 class Calibration:
-    """Calibrated standard deviation = factor * (the model's own + offset), task by task.
+    """Calibrated std = factor * (the model's own + offset) * exp(rate * distance), task by task.
+
+    The last of these does not lift it above a ceiling.
 
     Parameters
     ----------
@@ -39,13 +62,20 @@ class Calibration:
         Positive.
     offsets : tuple of float, (n_tasks,)
         In label units; not negative.
+    rates : tuple of float, (n_tasks,)
+        Not negative. The distance is that to the nearest formula that was learned from
+        (:meth:`polysrl_dc.Domain.distance`); 0: it does not matter.
+    ceilings : tuple of float, (n_tasks,)
+        In label units; not negative.
     n_samples : int
         Samples of the Gaussian of each formula that the model's own is made with.
 
     Attributes
     ----------
     uncalibrated : tuple of int
-        Tasks of factor 1 and offset 0, whose standard deviations stay the model's own.
+        Tasks of factor 1 and no offset or rate, whose standard deviations stay the model's own.
+    needs_distance : bool
+        Whether any rate is other than 0.
 
     Raises
     ------
@@ -54,37 +84,61 @@ class Calibration:
 
     Examples
     --------
-    >>> Calibration((2.0,), (0.1,), n_samples=0).apply(np.array([[0.1], [0.4]])).tolist()
+    >>> own, distance = np.array([[0.1], [0.4]]), np.array([0.0, 1.0])
+    >>> Calibration((2.0,), (0.1,), (0.0,), (0.0,), n_samples=0).apply(own).tolist()
     [[0.4], [1.0]]
+    >>> found = Calibration((2.0,), (0.1,), (0.5,), (2.0,), n_samples=0)
+    >>> found.apply(own, distance).round(2).tolist()
+    [[0.4], [1.65]]
+    >>> found.apply(own, 3 * distance / 2).round(2).tolist()
+    [[0.4], [2.0]]
     """
 
     factors: tuple[float, ...]
     offsets: tuple[float, ...]
+    rates: tuple[float, ...]
+    ceilings: tuple[float, ...]
     n_samples: int
 
     def __post_init__(self) -> None:
         if not all(0 < factor < math.inf for factor in self.factors):
             raise ValueError(f"factors are {self.factors}: must be positive and finite")
-        if not all(0 <= offset < math.inf for offset in self.offsets):
-            raise ValueError(f"offsets are {self.offsets}: must be finite and not negative")
+        for name in ("offsets", "rates", "ceilings"):
+            values = getattr(self, name)
+            if not all(0 <= value < math.inf for value in values):
+                raise ValueError(f"{name} are {values}: must be finite and not negative")
         if not isinstance(self.n_samples, int) or self.n_samples < 0:
             raise ValueError(f"n_samples is {self.n_samples!r}: must be 0 or more")
 
     @property
     def uncalibrated(self) -> tuple[int, ...]:
-        pairs = enumerate(zip(self.factors, self.offsets, strict=True))
-        return tuple(task for task, pair in pairs if pair == (1, 0))
+        each = enumerate(zip(self.factors, self.offsets, self.rates, strict=True))
+        return tuple(task for task, numbers in each if numbers == (1, 0, 0))
+
+    @property
+    def needs_distance(self) -> bool:
+        return any(self.rates)
 
     @classmethod
     def fit(
-        cls, errors: np.ndarray, std: np.ndarray, known: np.ndarray, n_samples: int
+        cls,
+        errors: np.ndarray,
+        std: np.ndarray,
+        known: np.ndarray,
+        n_samples: int,
+        distance: np.ndarray | None = None,
+        labels: np.ndarray | None = None,
     ) -> Calibration:
         """Bring 95 % of the errors within 2.12 standard deviations.
 
         They are meant as those of Laplace distributions, as the model's own are. The offset is the
         median of these, so that rows that the model is far too certain of do not widen all others.
+        The rate is the likeliest one for such distributions, with an exponential prior of mean 1
+        that keeps it small where rows are few. The factor comes last. The ceiling is that of the
+        difference of two labels, of which 95 % are within sqrt(2) times what holds 95 % of the
+        labels around their median.
 
-        A task is left with factor 1 and offset 0 if it has fewer than 20 labels, or no error or
+        A task is left as it is (1, 0, 0 and 0) if it has fewer than 20 labels, or no error or
         standard deviation other than zero; an :class:`UncalibratedWarning` names it.
 
         Parameters
@@ -96,6 +150,10 @@ class Calibration:
         known : numpy.ndarray of bool, shape (n, n_tasks)
             Where there is a label.
         n_samples : int
+        distance : numpy.ndarray, shape (n,), optional
+            To the nearest formula that was learned from. Without, the rates are 0.
+        labels : numpy.ndarray, shape (n, n_tasks), optional
+            Goes with the distance.
 
         Raises
         ------
@@ -115,11 +173,17 @@ class Calibration:
             raise ValueError(
                 f"errors {errors.shape}, std {np.shape(std)}, known {known.shape}: shapes differ"
             )
+        if distance is not None and np.shape(distance) != errors.shape[:1]:
+            raise ValueError(f"distances have shape {np.shape(distance)}, not {errors.shape[:1]}")
         if not (np.isfinite(errors[known]).all() and np.isfinite(std[known]).all()):
             raise ValueError("an error or standard deviation is not finite")
-        pairs, reasons = [], []
+        if distance is not None and not ((distance >= 0) & (distance <= FARTHEST)).all():
+            raise ValueError(f"distances are not all between 0 and {FARTHEST}")
+        if (distance is None) != (labels is None):
+            raise ValueError("distance and labels go together")
+        found, reasons = [], []
         for task, rows in enumerate(known.T):
-            pairs.append((1.0, 0.0))
+            found.append((1.0, 0.0, 0.0, 0.0))
             if rows.sum() < LEAST:
                 reasons.append(
                     f"{rows.sum()} labels of task {task} are too few, at least {LEAST} are needed"
@@ -129,28 +193,62 @@ class Calibration:
             offset = float(np.median(own))
             with np.errstate(divide="ignore", invalid="ignore"):
                 ratios = np.abs(errors[rows, task]) / (own + offset)
+            rate, ceiling = 0.0, 0.0
+            if distance is not None and labels is not None and 0 < ratios.sum() < math.inf:
+                rate = _likeliest_rate(ratios, distance[rows])
+                ratios = ratios * np.exp(-rate * distance[rows])
+                around = np.abs(labels[rows, task] - np.median(labels[rows, task]))
+                if rate:
+                    ceiling = math.sqrt(2) * float(np.quantile(around, LEVEL)) / LAPLACE_95
             factor = float(np.quantile(ratios, LEVEL)) / LAPLACE_95
             if 0 < factor < math.inf:
-                pairs[task] = factor, offset
+                found[task] = factor, offset, rate, ceiling
             else:
                 reasons.append(f"task {task}: no error, or no standard deviation but zero")
         why = "; ".join(reasons)
-        if len(reasons) == len(pairs):
+        if len(reasons) == len(found):
             raise InvalidInputError(why)
         if reasons:
             warnings.warn(f"std is not calibrated: {why}", UncalibratedWarning, stacklevel=3)
-        factors, offsets = zip(*pairs, strict=True)
-        return cls(factors, offsets, n_samples)
+        factors, offsets, rates, ceilings = zip(*found, strict=True)
+        return cls(factors, offsets, rates, ceilings, n_samples)
 
     @classmethod
     def from_dict(cls, values: Mapping[str, Any], n_tasks: int) -> Calibration:
-        """Read what ``dataclasses.asdict`` wrote, for a model of ``n_tasks``."""
-        pairs = {name: tuple(values[name]) for name in ("factors", "offsets")}
-        if {len(pair) for pair in pairs.values()} != {n_tasks}:
-            raise ValueError(f"factors and offsets {pairs} are not those of {n_tasks} tasks")
-        return cls(**{**values, **pairs})
+        """Read what ``dataclasses.asdict`` wrote; once there were no rates and ceilings."""
+        values = {"rates": [0.0] * n_tasks, "ceilings": [0.0] * n_tasks, **values}
+        names = ("factors", "offsets", "rates", "ceilings")
+        each = {name: tuple(values[name]) for name in names}
+        if {len(numbers) for numbers in each.values()} != {n_tasks}:
+            raise ValueError(f"{each} are not those of {n_tasks} tasks")
+        return cls(**{**values, **each})
 
-    def apply(self, std: np.ndarray) -> np.ndarray:
-        """Calibrated standard deviations, shape (n, n_tasks), of the model's own."""
+    def apply(self, std: np.ndarray, distance: np.ndarray | None = None) -> np.ndarray:
+        """Calibrated standard deviations, shape (n, n_tasks), of the model's own.
+
+        ``distance`` has shape (n,), and must be given if :attr:`needs_distance`.
+        """
         shift, scale = np.array(self.offsets, std.dtype), np.array(self.factors, std.dtype)
-        return scale * (std + shift)
+        near = scale * (std + shift)
+        if not self.needs_distance:
+            return near
+        if distance is None:
+            raise ValueError("distance is None: this calibration needs it")
+        far = near * np.exp(np.outer(distance, self.rates)).astype(std.dtype)
+        return np.minimum(far, np.maximum(near, np.array(self.ceilings, std.dtype)))
+
+
+def _likeliest_rate(ratios: np.ndarray, distance: np.ndarray) -> float:
+    """Of scales that grow as exp(rate * distance), for Laplace distributed ratios.
+
+    Their negative log-likelihood, least over a common factor, and the prior are convex in the rate:
+    n log(sum(ratios exp(-rate distance))) + rate (sum(distance) + 1).
+    """
+
+    def slope(rate: float) -> float:
+        weights = ratios * np.exp(-rate * distance)
+        return float(distance.sum() + 1 - len(ratios) * np.average(distance, weights=weights))
+
+    if slope(0) >= 0:
+        return 0.0
+    return float(brentq(slope, 0, MOST)) if slope(MOST) > 0 else MOST

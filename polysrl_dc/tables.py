@@ -18,6 +18,7 @@ import pyarrow.parquet
 from polysrl_dc.batches import GREATEST_LABEL
 from polysrl_dc.checkpoints import write_atomic
 from polysrl_dc.errors import InvalidInputError
+from polysrl_dc.recalibration import half_width
 from polysrl_dc.sources import unpacked
 
 _LARGEST = 2**30  # bytes of a table, unpacked
@@ -302,22 +303,28 @@ def _number(value: Any) -> float:
         return np.nan
 
 
-def predictions(mean: np.ndarray, std: np.ndarray, targets: Sequence[str] | range) -> pd.DataFrame:
-    """Columns ``prediction`` and ``std``; of several targets, with their names."""
-    ends = [f"_{target}" for target in targets] if len(targets) > 1 else [""]
-    names = [name + end for name in ("prediction", "std") for end in ends]
-    return pd.DataFrame(np.hstack([mean, std]), columns=names)
+def predictions(
+    mean: np.ndarray,
+    std: np.ndarray,
+    targets: Sequence[str] | range,
+    interval: float | None = None,
+) -> pd.DataFrame:
+    """Columns ``prediction`` and ``std``; of several targets, with their names.
+
+    With ``interval``, a share of the values, also ``lower`` and ``upper``, the bounds that a
+    calibrated standard deviation gives it.
+    """
+    columns = {"prediction": mean, "std": std}
+    if interval is not None:
+        half = half_width(interval) * std
+        columns |= {"lower": mean - half, "upper": mean + half}
+    names = [column for name in columns for column in for_each(targets, name)]
+    return pd.DataFrame(np.hstack([*columns.values()]), columns=names)
 
 
-def ungrouped(column: pd.Series) -> dict[Hashable, str]:
-    """What is wrong with the fields that name no group: row -> a sentence."""
-    wrong = {}
-    for row, value in column.items():
-        if not pd.api.types.is_scalar(value):
-            wrong[row] = f"row {row}: {column.name} is {value!r}, not a name or number"
-        elif pd.isna(value) or value in MISSING:
-            wrong[row] = f"row {row}: {column.name} is {value!r}, which means that it is missing"
-    return wrong
+def for_each(targets: Sequence[str] | range, name: str) -> list[str]:
+    """Names of the columns of a quantity that each target has."""
+    return [f"{name}_{target}" for target in targets] if len(targets) > 1 else [name]
 
 
 def check_table(
@@ -325,6 +332,7 @@ def check_table(
     targets: Sequence[str] | range,
     path: str | None,
     others: Sequence[str] = (),
+    interval: float | None = None,
 ) -> None:
     """Refuse what :func:`write_table` could not write beside predictions that are yet to be made.
 
@@ -337,9 +345,11 @@ def check_table(
         Ends in one of :data:`WRITERS`; None: standard output.
     others : sequence of str
         Columns besides predictions.
+    interval : float, optional
+        As in :func:`predictions`.
     """
     nothing = np.zeros((len(given), len(targets)))
-    found = predictions(nothing, nothing, targets).assign(**dict.fromkeys(others, False))
+    found = predictions(nothing, nothing, targets, interval).assign(**dict.fromkeys(others, False))
     frame = _beside(given, found)
     if path is not None:
         _content(frame, path)

@@ -3,6 +3,7 @@
 import re
 import subprocess
 import sys
+from dataclasses import replace
 from io import StringIO
 from pathlib import Path
 from typing import Any
@@ -21,6 +22,7 @@ from polysrl_dc import (
     __version__,
     cli,
     cross_val_predict,
+    keep_formulas,
 )
 from polysrl_dc.checkpoints import load_checkpoint
 from polysrl_dc.cli import main
@@ -143,6 +145,9 @@ def test_train_scores_on_held_out_formulas(
     assert "mae_score of gap: " in error and "mae_score of oxide: " in error
     assert error.count(" on 3 held-out labels") == 2
     assert "std is not calibrated: 3 labels of gap are too few, at least 20 are needed" in error
+    assert main(["predict", "--model", folder, "NaCl", "--interval", "0.95"]) == 2
+    refused = "--interval needs a calibrated std, unlike std_gap, std_oxide"
+    assert capsys.readouterr().err.endswith(f"error: {refused}\n")
     assert main(["predict", "--model", folder, "NaCl", "UN"]) == 0
     out, error = capsys.readouterr()
     header, *rows = out.splitlines()
@@ -221,6 +226,15 @@ def test_train_says_what_else_was_meant_perhaps(tmp_path: Path, capsys) -> None:
 def test_info_tells_what_a_model_is(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     folders = [str(tmp_path / "model"), str(tmp_path / "other")]
     assert main(train_command(tmp_path, 24, "--epochs", "2", "--folds", "2")) == 0
+    model = PolySRLModel.from_pretrained(folders[0])
+    for rate, ending in ((1.0, ", grows with the distance to what was learned from"), (0.0, "")):
+        model.calibration = replace(model.calibration, rates=(rate,), ceilings=(1.0,))
+        model.save(folders[0])
+        capsys.readouterr()
+        assert main(["info", folders[0]]) == 0
+        assert capsys.readouterr().out.splitlines()[-1].endswith(
+            f"calibrated on held-out labels{ending}"
+        )
     model = PolySRLModel("regression", 2, n_ensemble=2, pretrained=None, batch_size=8)
     model.save(folders[1])
     capsys.readouterr()
@@ -349,16 +363,25 @@ def test_folds_score_and_calibrate_a_model_of_all_rows(
         model.fit(part, nb_epoch=1)
         return model
 
-    mean, std = predicted = cross_val_predict(train, dataset, n_folds=3)
+    mean, std, distance = predicted = cross_val_predict(train, dataset, n_folds=3)
     whole = train(dataset)
+    keep_formulas(whole, dataset)
     calibration = whole.calibrate(dataset, predicted=predicted)
     model = PolySRLModel.from_pretrained(folder)
     assert model.calibration == calibration
     np.testing.assert_array_equal(model.predict(dataset), whole.predict(dataset))
+    asked = ["predict", "--model", folder, "--no-outside", "--interval", "0.9", "NaCl", "UTe2"]
+    assert main([*asked, "--output", str(tmp_path / "asked.csv")]) == 0
+    found = pd.read_csv(tmp_path / "asked.csv")
+    assert found.columns.tolist() == ["formula", "prediction", "std", "lower", "upper"]
+    mean_asked, std_asked = whole.predict_uncertainty(["NaCl", "UTe2"])
+    half = np.log(10) / np.sqrt(2) * std_asked[:, 0]
+    np.testing.assert_allclose(found["upper"], mean_asked[:, 0] + half, rtol=1e-5)
+    np.testing.assert_allclose(found["lower"], mean_asked[:, 0] - half, rtol=1e-5)
     held_out = pd.read_csv(written)
     assert held_out["formula"].tolist() == formulas[:-1]
     np.testing.assert_allclose(held_out["prediction"], mean[:, 0], rtol=1e-5)
-    np.testing.assert_allclose(held_out["std"], calibration.apply(std)[:, 0], rtol=1e-5)
+    np.testing.assert_allclose(held_out["std"], calibration.apply(std, distance)[:, 0], rtol=1e-5)
     error = capsys.readouterr().err
     score = np.abs(mean[:, 0] - labels[:-1]).mean()
     assert f"mae_score of gap: {score:.4g} on 48 held-out labels; " in error

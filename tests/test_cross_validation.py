@@ -3,10 +3,11 @@
 import deepchem as dc
 import numpy as np
 import pytest
-from models import FORMULAS, SIGNAL, N, data, fitted
+from models import FORMULAS, SIGNAL, N, data, fitted, make
 
 from polysrl_dc import InvalidInputError, cross_val_predict
 from polysrl_dc.cross_validation import row_groups
+from polysrl_dc.domain import Domain
 
 TWICE = [*FORMULAS, *reversed(FORMULAS)]
 LABELS = np.concatenate([SIGNAL, SIGNAL[::-1] + 0.1])
@@ -22,14 +23,35 @@ def test_each_row_is_predicted_by_a_model_without_its_formula(task):
         made.append((set(part.ids), fitted(task, dataset=part, nb_epoch=1)))
         return made[-1][1]
 
-    mean, std = cross_val_predict(train, dataset, n_folds=4, n_samples=8)
+    mean, std, distance = cross_val_predict(train, dataset, n_folds=4, n_samples=8)
     assert len(made) == 4 and mean.shape == std.shape == (len(TWICE), 1)
+    assert distance.shape == (len(TWICE),)
     for row, formula in enumerate(TWICE):
-        (model,) = (model for learned, model in made if formula not in learned)
+        ((learned, model),) = (pair for pair in made if formula not in pair[0])
         n_samples = 8 if task == "regression" else 0
         alone = model.predict_uncertainty(dataset.select([row]), n_samples=n_samples)
         expected = np.array(alone)[:, 0]
         np.testing.assert_allclose((mean[row], std[row]), expected, rtol=1e-4, atol=1e-6)
+        far = Domain(model, sorted(learned)).distance(formula)
+        np.testing.assert_allclose(distance[row], far, atol=1e-4)
+
+
+def test_distances_are_those_to_formulas_with_a_label():
+    weights = np.ones(N)
+    weights[1::3] = 0  # no sulfide
+    learned = []
+
+    def train(part):
+        learned.append(set(part.ids))
+        return fitted(dataset=part, nb_epoch=1, freeze_encoder=True)
+
+    found = cross_val_predict(train, data(w=weights), n_folds=3).distance
+    vectors = make(freeze_encoder=True).predict_embedding(FORMULAS)
+    distance = np.linalg.norm(vectors[:, None] - vectors, axis=2)
+    for row in range(N):
+        (known,) = (part for part in learned if row not in part)
+        nearest = min(distance[row, i] for i in known if weights[i])
+        assert found[row] == pytest.approx(nearest, abs=1e-4)
 
 
 def test_parts_follow_the_seed():

@@ -6,11 +6,12 @@ import deepchem as dc
 import numpy as np
 import pandas as pd
 import pytest
+from models import data, fitted
 from pymatgen.core import Composition, Lattice, Structure
 
 from polysrl_dc import InvalidInputError, PolymorphDataset, PolySRLModel
 from polysrl_dc.cli import main
-from polysrl_dc.domain import Domain, OutsideDomainWarning
+from polysrl_dc.domain import Domain, OutsideDomainWarning, keep_formulas
 from polysrl_dc.elements import N_ELEMENTS
 from polysrl_dc.featurizers import StoichiometryGraphFeaturizer
 
@@ -224,10 +225,12 @@ def test_outside_is_what_a_query_says(encoder, domain):
     asked = [*ASKED, *KNOWN[:40], "RbI", "CsPbI3", "Fe2O3", "YBa2Cu3O7", "W"]
     with warnings.catch_warnings():
         warnings.simplefilter("ignore", OutsideDomainWarning)
-        expected = domain.query(asked, k=1)["outside"].to_numpy()
+        queried = domain.query(asked, k=1)
+    expected = queried["outside"].to_numpy()
     found = domain.outside(asked)
     assert found.dtype == bool and 0 < found.sum() < len(asked)
     np.testing.assert_array_equal(found, expected)
+    np.testing.assert_allclose(domain.distance(asked), queried["distance"], atol=1e-4)
     np.testing.assert_array_equal(domain.outside(dc.data.NumpyDataset(featurize(asked))), expected)
     with pytest.raises(InvalidInputError, match=r"row 1: .*Qq"):
         domain.outside(["NaCl", "Qq"])
@@ -273,6 +276,23 @@ def test_a_model_holds_the_formulas_it_has_learned_from(tmp_path, capsys):
     assert main(["domain", "NaCl", "--model", folder]) == 2
     with pytest.raises(ValueError, match="does not hold the formulas"):
         Domain(PolySRLModel.from_pretrained("polysrl-mp"))
+
+
+def test_the_domain_of_a_model_is_made_once_for_the_formulas_that_it_holds(tmp_path):
+    model = fitted(model_dir=str(tmp_path))
+    assert model.domain is None
+    keep_formulas(model, data())
+    first = model.domain
+    assert first is model.domain and first.formulas.tolist() == sorted(g.formula for g in data().X)
+    model.save()
+    keep_formulas(model, data(formulas=["NaCl", "KCl"], y=[1, 2]))
+    assert model.domain.formulas.tolist() == ["KCl", "NaCl"]
+    model.reload()
+    assert model.domain.formulas.tolist() == first.formulas.tolist()
+    model.fit(data(), nb_epoch=1, checkpoint_interval=0)
+    assert model.domain is None
+    keep_formulas(model, data(formulas=["NaCl", "Na2Cl2"], y=[1, 2]))
+    assert model.domain is None  # one formula has no distances
 
 
 def test_rows_that_a_model_has_not_learned_from_are_no_reference(tmp_path, capsys):

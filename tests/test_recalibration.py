@@ -1,19 +1,23 @@
 """Calibrated standard deviations: what they hold, what keeps and what forgets them."""
 
 import math
+import pickle
 from dataclasses import asdict
 
 import deepchem as dc
 import numpy as np
 import pytest
-from models import SIGNAL, N, data, fitted, make
+from models import FORMULAS, SIGNAL, N, data, fitted, make
 
 from polysrl_dc.checkpoints import CheckpointError, load_checkpoint, save_checkpoint
+from polysrl_dc.domain import Domain, keep_formulas
 from polysrl_dc.errors import InvalidInputError
 from polysrl_dc.recalibration import Calibration, UncalibratedWarning
 
 OTHER = SIGNAL + np.sin(7.0 * np.arange(N))  # labels that the model has not learned
 KNOWN = np.ones((N, 1), bool)
+WIDE = 100  # labels, beside errors that shall grow without bounds
+ASKED = [FORMULAS[0], "UTe5", "Xe", "CsBr"]
 
 
 def test_standard_deviations_that_are_right_but_for_a_factor_become_right():
@@ -65,6 +69,125 @@ def test_rows_far_too_certain_or_without_error_give_no_calibration():
     ):
         with pytest.raises(InvalidInputError, match=message):
             Calibration.fit(errors, own, known, 0)
+
+
+def grown(n, rate, seed=0):
+    """Errors whose scale grows with the distance at a rate, standard deviations that do not."""
+    rng = np.random.default_rng(seed)
+    distance = rng.uniform(0, 1, n)
+    errors = 0.3 * np.exp(rate * distance)[:, None] * rng.laplace(size=(n, 1))
+    return errors, np.ones((n, 1)), np.ones((n, 1), bool), distance
+
+
+@pytest.mark.parametrize("rate", [0.5, 2.0, 4.5])
+def test_standard_deviations_grow_with_the_distance_as_the_errors_do(rate):
+    errors, own, known, distance = grown(50_000, rate)
+    found = Calibration.fit(errors, own, known, 0, distance, WIDE * errors)
+    assert found.needs_distance and found.rates[0] == pytest.approx(rate, abs=0.05)
+    std = found.apply(own, distance)
+    np.testing.assert_allclose(std[:, 0], 0.3 * math.sqrt(2) * np.exp(rate * distance), rtol=0.05)
+    inside = np.abs(errors[:, 0]) <= 2.118 * std[:, 0]
+    plain = np.abs(errors[:, 0]) <= 2.118 * Calibration.fit(errors, own, known, 0).apply(own)[:, 0]
+    for part in (distance < 0.2, distance > 0.8):
+        assert inside[part].mean() == pytest.approx(0.95, abs=0.01)
+        assert abs(plain[part].mean() - 0.95) > 0.01
+
+
+def test_they_grow_no_further_than_the_labels_spread():
+    errors, own, known, distance = grown(1000, 2.0)
+    labels = np.random.default_rng(1).normal(7, 0.2, (1000, 1))
+    found = Calibration.fit(errors, own, known, 0, distance, labels)
+    differences = np.abs(labels - labels.T)
+    assert 2.118 * found.ceilings[0] == pytest.approx(np.quantile(differences, 0.95), rel=0.05)
+    assert found.rates == Calibration.fit(errors, own, known, 0, distance, errors).rates
+    std = found.apply(np.array([[0.0], [0.0], [0.0], [9.0]]), np.array([0, 0.01, 1, 1]))[:, 0]
+    assert std[0] < std[1] < std[2] == pytest.approx(found.ceilings[0])
+    near = found.factors[0] * (9 + found.offsets[0])
+    assert std[3] == pytest.approx(near) and near > found.ceilings[0]  # its own is not cut
+
+
+def test_the_rate_is_the_likeliest_one_and_small_where_rows_are_few():
+    errors, own, known, distance = grown(200, 1.5)
+    ratios = np.abs(errors[:, 0]) / 2
+
+    def objective(rate, weight=1.0):
+        scale = np.exp(rate * distance)
+        laplace = np.log(scale).sum() + len(ratios) * math.log((ratios / scale).mean())
+        return laplace + weight * rate
+
+    found = Calibration.fit(errors, own, known, 0, distance, errors).rates[0]
+    grid = np.linspace(0, 5, 5001)
+    assert found == pytest.approx(grid[np.argmin([objective(rate) for rate in grid])], abs=2e-3)
+    likeliest = []
+    for seed in range(100):
+        errors, own, known, distance = grown(20, float(seed >= 50), seed)
+        likeliest += Calibration.fit(errors, own, known, 0, distance, errors).rates
+    assert np.mean(likeliest[:50]) < 0.4 < np.mean(likeliest[50:]) < 1
+
+
+def test_errors_that_do_not_grow_leave_the_distance_out():
+    errors, own, known, distance = grown(100, -0.5)
+    found = Calibration.fit(errors, own, known, 0, distance, errors)
+    assert found == Calibration.fit(errors, own, known, 0) and not found.needs_distance
+    np.testing.assert_array_equal(found.apply(own, distance), found.apply(own))
+    same = Calibration.fit(errors, own, known, 0, np.full(100, 0.7), errors)
+    assert same.rates == (0.0,)
+    only = np.where(distance[:, None] > 0.99, 1.0, 0.0) + 1e-9 * (distance[:, None] > 0.9)
+    assert Calibration.fit(only, own, known, 0, distance, errors).rates == (5.0,)  # and it ends
+
+
+def test_distances_that_are_none_are_refused():
+    errors, own, known, distance = grown(30, 2.0)
+    for wrong in (distance[:-1], distance[:, None]):
+        with pytest.raises(ValueError, match="distances have shape"):
+            Calibration.fit(errors, own, known, 0, wrong, errors)
+    for value in (-0.1, 2.1, np.nan, np.inf):
+        with pytest.raises(ValueError, match="distances are not all between 0 and 2"):
+            wrong = np.where(distance > 0.5, value, distance)
+            Calibration.fit(errors, own, known, 0, wrong, errors)
+    with pytest.raises(ValueError, match="distance and labels go together"):
+        Calibration.fit(errors, own, known, 0, distance)
+    with pytest.raises(ValueError, match="distance is None"):
+        Calibration.fit(errors, own, known, 0, distance, errors).apply(own)
+
+
+def test_a_model_that_holds_its_formulas_widens_with_their_distance(tmp_path):
+    model = fitted()
+    without = model.calibrate(data(OTHER), 0)
+    keep_formulas(model, data())
+    distances = Domain(model).distance(ASKED)
+    assert distances[0] < 1e-3 and 0.1 < distances[1:].min()
+    labels = np.where(np.arange(N) % 3 == 2, 5.0, 0.1) * OTHER  # of chlorides, far from oxides
+    rest = [row for row in range(N) if row % 3 < 2]
+    model.provenance["formulas"] = sorted(np.array(FORMULAS)[rest])
+    distance = Domain(model).distance(data())
+    mean, own = model.predict_uncertainty(data(), n_samples=0)
+    found = model.calibrate(data(labels), 0)
+    labels = labels[:, None]
+    assert found == Calibration.fit(labels - mean, own, KNOWN, 0, distance, labels)
+    assert found.needs_distance and found != without
+    again, std = model.predict_uncertainty(ASKED)
+    np.testing.assert_array_equal(again, model.predict(ASKED))
+    own = model.predict_uncertainty(ASKED, n_samples=0)[1]
+    far = Domain(model).distance(ASKED)
+    np.testing.assert_allclose(std, found.apply(own, far), rtol=1e-6)
+    np.testing.assert_allclose(model.predict_uncertainty(f for f in ASKED)[1], std, rtol=1e-6)
+    model.save(tmp_path)
+    for copied in (
+        dc.models.PolySRLModel.from_pretrained(tmp_path),
+        pickle.loads(pickle.dumps(model)),
+    ):
+        assert copied.calibration == found
+        np.testing.assert_allclose(copied.predict_uncertainty(ASKED)[1], std, rtol=1e-6)
+    predicted = (mean, np.ones_like(mean), distance)
+    assert model.calibrate(data(labels), 0, predicted).needs_distance
+    assert not model.calibrate(data(labels), 0, predicted[:2]).needs_distance
+    model.calibrate(data(labels), 0, predicted)
+    del model.provenance["formulas"]
+    with pytest.raises(ValueError, match="learned from have been removed"):
+        model.predict_uncertainty(ASKED)
+    model.predict_uncertainty(ASKED, n_samples=0)
+    assert not model.calibrate(data(labels), 0, predicted).needs_distance
 
 
 @pytest.mark.parametrize("n_samples", [0, 8])
@@ -169,19 +292,24 @@ def test_files_without_one_are_read_and_wrong_ones_are_not(tmp_path):
     fitted().save(tmp_path)
     path = tmp_path / "model.safetensors"
     tensors, manifest = load_checkpoint(path)
-    right = asdict(Calibration((1.0,), (0.0,), 1))
+    right = asdict(Calibration((1.0,), (0.0,), (0.5,), (2.0,), 1))
     save_checkpoint(path, tensors, {**manifest, "calibration": right})
     assert dc.models.PolySRLModel.from_pretrained(tmp_path).calibration is not None
     for wrong in (
         *({}, [], 1, False, {"factors": [1.0]}, {**right, "level": 0.9}),
         *({**right, "factors": factors} for factors in ([], [0.0], [-1.0], ["1"], [None], [1, 1])),
         *({**right, "offsets": offsets} for offsets in ([], [-0.1], [[0.1]], 1.0)),
+        *({**right, "rates": rates} for rates in ([], [-0.1], ["1"], [None], [1, 1])),
+        *({**right, "ceilings": ceilings} for ceilings in ([], [-0.1], [None], [1, 1])),
         *({**right, "n_samples": n} for n in (-1, 0.5, None)),
     ):
         save_checkpoint(path, tensors, {**manifest, "calibration": wrong})
         with pytest.raises(CheckpointError, match=r"model\.safetensors"):
             dc.models.PolySRLModel.from_pretrained(tmp_path)
-    del manifest["calibration"]  # as files were before
+    del right["rates"], right["ceilings"]  # as files were before
+    save_checkpoint(path, tensors, {**manifest, "calibration": right})
+    assert dc.models.PolySRLModel.from_pretrained(tmp_path).calibration.rates == (0.0,)
+    del manifest["calibration"]  # and still earlier
     save_checkpoint(path, tensors, manifest)
     assert dc.models.PolySRLModel.from_pretrained(tmp_path).calibration is None
 

@@ -18,7 +18,7 @@ from submission import run_file
 from targets import Target
 from transfer import dataset_of
 
-from polysrl_dc import RECIPES, PolySRLModel, cross_val_predict
+from polysrl_dc import RECIPES, PolySRLModel, cross_val_predict, keep_formulas
 
 FOLDER = "single_frozen_std_calibrated_recipe_seed1"
 
@@ -70,10 +70,22 @@ def test_a_held_out_part_calibrates_and_is_not_learned_from(target):
     np.testing.assert_array_equal(std, calibration.apply(own)[:, 0])
 
 
-def test_a_cross_validated_std_costs_no_training_row(target):
+@pytest.fixture
+def spread(target):
+    """The same with formulas far from all others, whose values no model of the others can tell."""
+    formulas, values = target.formulas.copy(), target.values.copy()
+    formulas[::10] = "U Xe PuO2 WC OsO4 IrF6 CBr4 BN Tc Ba3N2 P Hg S8 DyAl2 H2".split()
+    values[::10] = np.where(np.arange(15) % 2, -9, 9)
+    return replace(target, formulas=formulas, values=values)
+
+
+@pytest.mark.parametrize("distance", ["", ", distance"])
+def test_a_cross_validated_std_costs_no_training_row(spread, distance):
+    target = spread
     train, test = target.splits()[1]
     whole, own, _ = recipes.predict_fold(target, (train, test), "frozen", 2)
-    mean, std, _ = recipes.predict_fold(target, (train, test), "frozen, std cross-validated", 2)
+    name = f"frozen, std cross-validated{distance}"
+    mean, std, _ = recipes.predict_fold(target, (train, test), name, 2)
     np.testing.assert_array_equal(mean, whole)
 
     def fitted(dataset):
@@ -83,9 +95,30 @@ def test_a_cross_validated_std_costs_no_training_row(target):
 
     dataset = dataset_of(target, train)
     model = fitted(dataset)
-    model.calibrate(dataset, predicted=cross_val_predict(fitted, dataset, seed=2))
+    if distance:
+        keep_formulas(model, dataset)
+    calibration = model.calibrate(dataset, predicted=cross_val_predict(fitted, dataset, seed=2))
+    assert calibration.needs_distance or not distance
     np.testing.assert_array_equal(std, model.predict_uncertainty(dataset_of(target, test))[1][:, 0])
     assert (std != own).all()
+
+
+def test_recipes_that_differ_in_the_distance_share_the_models_of_a_fold(spread, monkeypatch):
+    target = spread
+    monkeypatch.setattr(recipes, "_LATEST", {})
+    fits, fit = [], PolySRLModel.fit
+    monkeypatch.setattr(PolySRLModel, "fit", lambda *a, **k: fits.append(1) or fit(*a, **k))
+    splits, name = target.splits(), "frozen, std cross-validated"
+    std = {
+        other: [recipes.predict_fold(target, split, other, 2)[1] for split in splits]
+        for other in (name, f"{name}, distance")
+    }
+    assert len(fits) == len(splits) * 6
+    assert any((one != two).any() for one, two in zip(*std.values(), strict=True))
+    again = recipes.predict_fold(target, splits[1], name, 2)[1]
+    np.testing.assert_array_equal(again, std[name][1])  # whatever was asked in between
+    recipes.predict_fold(target, splits[0], name, 3)
+    assert len(fits) == (len(splits) + 1) * 6 and len(recipes._LATEST) == len(splits)
 
 
 def test_what_is_finished_is_kept_and_belongs_to_one_recipe(target, tmp_path, monkeypatch):
