@@ -160,8 +160,10 @@ def predict(options: argparse.Namespace) -> None:
     tells = options.outside and model.domain is not None
     left = model.calibration.uncalibrated if model.calibration else range(len(targets))
     uncalibrated = ", ".join(for_each(targets, "std")[task] for task in left)
+    if options.interval is not None and model.settings["task"] != "regression":
+        raise InvalidInputError("--interval is for models of regression")
     if options.interval is not None and uncalibrated:
-        raise InvalidInputError(f"--interval needs a calibrated std, unlike {uncalibrated}")
+        raise InvalidInputError(f"--interval needs a calibrated std; not so: {uncalibrated}")
     check_table(frame, targets, options.output, ["outside"] if tells else [], options.interval)
     mean, std = model.predict_uncertainty(dataset)
     found = predictions(mean, std, targets, options.interval)

@@ -146,7 +146,7 @@ def test_train_scores_on_held_out_formulas(
     assert error.count(" on 3 held-out labels") == 2
     assert "std is not calibrated: 3 labels of gap are too few, at least 20 are needed" in error
     assert main(["predict", "--model", folder, "NaCl", "--interval", "0.95"]) == 2
-    refused = "--interval needs a calibrated std, unlike std_gap, std_oxide"
+    refused = "--interval needs a calibrated std; not so: std_gap, std_oxide"
     assert capsys.readouterr().err.endswith(f"error: {refused}\n")
     assert main(["predict", "--model", folder, "NaCl", "UN"]) == 0
     out, error = capsys.readouterr()
@@ -465,6 +465,8 @@ def test_classification_gives_probabilities(
     assert main([*command, *options]) == 0
     assert main(["predict", "--model", folder, "NaCl", "MgO", "--output", output]) == 0
     assert pd.read_csv(output)["prediction"].between(0, 1).all()
+    message = error_of(["predict", "--model", folder, "NaCl", "--interval", "0.9"], capsys)
+    assert message.endswith("error: --interval is for models of regression")
 
 
 def test_pretrain_on_structure_files(tmp_path: Path) -> None:
