@@ -13,6 +13,8 @@ import uncertainty_toolbox as uct
 from crepes import ConformalRegressor
 from scipy.stats import norm
 
+from polysrl_dc.recalibration import half_width
+
 LEVELS = (0.5, 0.8, 0.95)
 #: Of the curve whose distance from the diagonal is the miscalibration area.
 GRID = np.linspace(0.01, 0.99, 99)
@@ -101,7 +103,7 @@ class Laplace(Intervals):
         return std / np.sqrt(2)
 
     def half_widths(self, std: np.ndarray, level: float) -> np.ndarray:
-        return -np.log1p(-level) * self.scales(std)
+        return half_width(level) * std
 
     def crps(self, errors: np.ndarray, std: np.ndarray) -> float:
         scales, sizes = self.scales(std), np.abs(errors)

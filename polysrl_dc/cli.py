@@ -157,22 +157,22 @@ def predict(options: argparse.Namespace) -> None:
     model = PolySRLModel.from_pretrained(options.model)
     frame, dataset = read_formulas(options)
     targets = model.provenance.get("targets", range(model.settings["n_tasks"]))
-    tells = options.outside and model.domain is not None
+    known = model.domain if options.outside else None
     left = model.calibration.uncalibrated if model.calibration else range(len(targets))
     uncalibrated = ", ".join(for_each(targets, "std")[task] for task in left)
     if options.interval is not None and model.settings["task"] != "regression":
         raise InvalidInputError("--interval is for models of regression")
     if options.interval is not None and uncalibrated:
         raise InvalidInputError(f"--interval needs a calibrated std; not so: {uncalibrated}")
-    check_table(frame, targets, options.output, ["outside"] if tells else [], options.interval)
+    check_table(frame, targets, options.output, ["outside"] if known else [], options.interval)
     mean, std = model.predict_uncertainty(dataset)
     found = predictions(mean, std, targets, options.interval)
     if uncalibrated and model.settings["task"] == "regression":
         print(f"not calibrated and too small: {uncalibrated}", file=sys.stderr)
-    if tells and model.domain:
-        found["outside"] = model.domain.outside(dataset)
+    if known:
+        found["outside"] = known.outside(dataset)
         if found["outside"].any():
-            _say_outside(found, model.domain)
+            _say_outside(found, known)
     elif options.outside:
         print("no column outside: the model holds no formulas it has learned from", file=sys.stderr)
     write_table(frame, found, options.output)

@@ -220,7 +220,7 @@ class Domain:
         >>> Domain(model, ["NaCl", "KCl"]).distance(["Na2Cl2", "RbCl"]).round(1).tolist()
         [0.0, 0.5]
         """
-        return self._search.kneighbors(self._model.predict_embedding(formulas), 1)[0][:, 0]
+        return _to_nearest(self._search, self._model, formulas)
 
     def outside(self, formulas: Formulas) -> np.ndarray:
         """Whether each formula lies outside, shape (n,) bool: what :meth:`query` says, and faster.
@@ -308,9 +308,11 @@ def keep_formulas(model: EmbeddingModel, dataset: Dataset) -> None:
 
 def distances_to(model: EmbeddingModel, reference: Dataset, dataset: Dataset) -> np.ndarray:
     """Distance of each row to the nearest of the reference, shape (n,), whatever it holds."""
-    return _search(model.predict_embedding(reference)).kneighbors(
-        model.predict_embedding(dataset), 1
-    )[0][:, 0]
+    return _to_nearest(_search(model.predict_embedding(reference)), model, dataset)
+
+
+def _to_nearest(search: NearestNeighbors, model: EmbeddingModel, formulas: Formulas) -> np.ndarray:
+    return search.kneighbors(model.predict_embedding(formulas), 1)[0][:, 0]
 
 
 def _search(vectors: np.ndarray) -> NearestNeighbors:

@@ -46,14 +46,19 @@ class PredictingModel(PersistentModel):
         ``polysrl train``, the estimators for scikit-learn and
         :func:`~polysrl_dc.domain.keep_formulas` put them into it.
         """
-        known = self.provenance.get("formulas")
-        if not isinstance(known, list) or len(known) < 2:
+        known = self._kept_formulas()
+        if known is None:
             return None
         domain, of = self._domain
         if domain is None or of is not known:  # there are others after fit or restore
             domain = Domain(self)
             self._domain = domain, known
         return domain
+
+    def _kept_formulas(self) -> list[str] | None:
+        """Those of :attr:`domain`, which takes long to make where they are many."""
+        known = self.provenance.get("formulas")
+        return known if isinstance(known, list) and len(known) > 1 else None
 
     @contextmanager
     def _evaluating(self) -> Iterator[None]:
@@ -270,7 +275,7 @@ class PredictingModel(PersistentModel):
         labels, weights = checked_labels(dataset, self.settings["n_tasks"], False)
         if np.shape(mean) != labels.shape:
             raise ValueError(f"the mean has shape {np.shape(mean)}, not {labels.shape}")
-        far = (given[0], labels) if given and self.domain else ()
+        far = (given[0], labels) if given and self._kept_formulas() else ()
         self.calibration = Calibration.fit(labels - mean, std, weights != 0, n_samples, *far)
         return self.calibration
 
