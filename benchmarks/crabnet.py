@@ -26,6 +26,8 @@ import math
 from copy import deepcopy
 from dataclasses import dataclass
 from itertools import pairwise
+from pathlib import Path
+from typing import Any
 
 import numpy as np
 import torch
@@ -36,8 +38,10 @@ from pytorch_optimizer import Lamb, Lookahead
 from torch import Tensor, nn
 from torch.optim.lr_scheduler import CyclicLR
 from torch.optim.swa_utils import AveragedModel
+from training_state import TrainingState
 
 from polysrl_dc.batches import LabeledData
+from polysrl_dc.checkpoints import content_digest
 from polysrl_dc.elements import N_FEATURES, element_features
 from polysrl_dc.errors import InvalidInputError
 from polysrl_dc.graphs import StoichiometryBatch
@@ -233,6 +237,19 @@ class WeightAverage:
             self.model.update_parameters(network)
         return good
 
+    def state_dict(self) -> dict[str, Any]:
+        """The mean and the two errors."""
+        return {
+            "model": self.model.state_dict(),
+            "started_at": self.started_at,
+            "best": self.best,
+        }
+
+    def load_state_dict(self, state: dict[str, Any]) -> None:
+        """Inverse of :meth:`state_dict`."""
+        self.model.load_state_dict(state["model"])
+        self.started_at, self.best = state["started_at"], state["best"]
+
 
 class CrabNetModel:
     """Fit and predict as ``PolySRLModel`` does, for one regression task.
@@ -282,7 +299,9 @@ class CrabNetModel:
         """Trainable weights."""
         return sum(parameter.numel() for parameter in self.network.parameters())
 
-    def fit(self, dataset: Dataset, valid: Dataset | None = None) -> CrabNetModel:
+    def fit(
+        self, dataset: Dataset, valid: Dataset | None = None, unfinished: Path | None = None
+    ) -> CrabNetModel:
         """Train from the initial weights, chosen among by validation data; returns itself.
 
         Parameters
@@ -291,6 +310,8 @@ class CrabNetModel:
             X holds stoichiometry graphs, y one column.
         valid : dc.data.Dataset, optional
             Default: a quarter of ``dataset``, drawn by the seed, which is then not learned from.
+        unfinished : path, optional
+            Folder from which the same training, if it was interrupted, goes on.
 
         Raises
         ------
@@ -312,10 +333,10 @@ class CrabNetModel:
                 )
             if len(data) < 2:
                 raise InvalidInputError("fewer than two rows to learn from")
-            self._train(data, held_out)
+            self._train(data, held_out, unfinished)
         return self
 
-    def _train(self, data: LabeledData, held_out: LabeledData) -> None:
+    def _train(self, data: LabeledData, held_out: LabeledData, unfinished: Path | None) -> None:
         network, config, size = self.network, self.config, batch_size(len(data))
         optimizer, average = crabnet_optimizer(network), WeightAverage(network)
         rise = config.half_cycle * math.ceil(len(data) / size)
@@ -323,8 +344,14 @@ class CrabNetModel:
         center, scale = data.label_statistics()
         scale = torch.where(scale > 0, scale, 1.0)
         targets = (data.labels[:, 0] - center) / scale
-        self.history, self._scale, failures = [], None, 0
-        for epoch in range(1, self.epochs + 1):
+        made_of = [str(config), self.epochs, data.fingerprint(), held_out.fingerprint()]
+        key = content_digest(network.state_dict(), made_of)
+        parts = {"network": network, "optimizer": optimizer, "rates": rates, "average": average}
+        state = TrainingState(unfinished, key, self.device, **parts)
+        kept = {"history": [], "failures": 0, **state.restore()}
+        self.history, self._scale, failures = kept["history"], None, kept["failures"]
+        done = self.history[-1][0] if self.history else 0
+        for epoch in range(done + 1, self.epochs + 1):
             network.train()
             errors, good = [], False
             for rows in torch.randperm(len(data)).split(size):
@@ -348,6 +375,7 @@ class CrabNetModel:
                 failures += not good
                 if failures == config.patience:
                     break
+                state.keep(history=self.history, failures=failures)
         network.load_state_dict(average.model.module.state_dict())
         self._scale = center, scale
 

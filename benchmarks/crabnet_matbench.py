@@ -5,7 +5,7 @@
 
 Published scores are those of the record ``CrabNet`` in ``matbench/leaderboard.csv``, fold by fold.
 Both go to ``crabnet_scores.csv``, which ``summarize.py`` reads, and it ends with them beside one
-another; finished folds are kept.
+another; finished folds are kept, and one that was interrupted goes on.
 """
 
 from __future__ import annotations
@@ -17,7 +17,14 @@ import numpy as np
 import pandas as pd
 import torch
 from command_line import refusing, runner_parser
-from folds import FoldStore, in_parallel, output_folder, readable
+from folds import (
+    FoldStore,
+    in_parallel,
+    output_folder,
+    readable,
+    unfinished_fold,
+    unfinished_folder,
+)
 from graph_data import graph_dataset
 from peers import lacking, peer_model, peer_settings
 from scores import COLUMNS, leaderboard, merge_scores
@@ -36,9 +43,12 @@ def predict_fold(
     train_targets: np.ndarray,
     test_formulas: list[str],
     seed: int,
+    unfinished: Path | None = None,
     threads: int = 1,
 ) -> tuple[int, np.ndarray, int]:
     """Train on a fold as published, and predict its test formulas.
+
+    ``unfinished`` is as for :func:`transfer.predict_fold`.
 
     Returns
     -------
@@ -54,9 +64,11 @@ def predict_fold(
         for part in (train_formulas, test_formulas)
     )
     model = peer_model("crabnet", seed)
-    model.fit(graph_dataset(np.array(train_formulas)[learned], train_targets[learned]))
+    dataset = graph_dataset(np.array(train_formulas)[learned], train_targets[learned])
     predictions = np.full(len(test_formulas), train_targets.mean())
-    predictions[asked] = model.predict(graph_dataset(np.array(test_formulas)[asked]))[:, 0]
+    with unfinished_folder(unfinished) as place:
+        model.fit(dataset, unfinished=place)
+        predictions[asked] = model.predict(graph_dataset(np.array(test_formulas)[asked]))[:, 0]
     return fold, predictions, model.history[-1][0]
 
 
@@ -78,7 +90,11 @@ def run(
     store = FoldStore(arguments.output_dir / "folds", f"official_{name}", settings)
     tests = {fold: task.validation[f"fold_{fold}"].test for fold in arguments.folds}
     missing = [fold for fold, ids in tests.items() if store.load(fold, ids) is None]
-    calls = ((fold, *task_inputs(task, fold), arguments.seed) for fold in missing)
+    part = (arguments.output_dir, f"official_{name}", "crabnet", arguments.seed)
+    calls = (
+        (fold, *task_inputs(task, fold), arguments.seed, unfinished_fold(*part, fold))
+        for fold in missing
+    )
     with tqdm(total=len(tests), initial=len(tests) - len(missing), unit="fold") as bar:
         bar.set_description(f"crabnet, seed {arguments.seed}, {name}")
         for fold, predictions, epochs in in_parallel(predict_fold, calls, arguments.jobs):

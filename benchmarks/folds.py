@@ -24,6 +24,7 @@ from sklearn.model_selection import GroupShuffleSplit, ShuffleSplit
 
 from polysrl_dc.checkpoints import write_atomic
 from polysrl_dc.errors import InvalidInputError
+from polysrl_dc.resumption import UNFINISHED
 from polysrl_dc.stoichiometry import parse_formula, reduced_formula
 
 
@@ -149,20 +150,28 @@ def _alone(folder: Path) -> Iterator[None]:
         yield
 
 
+def unfinished_fold(output_dir: Path, task: str, model: str, seed: int, fold: int) -> Path:
+    """Where what is trained of a fold lies until it is finished, for :func:`unfinished_folder`."""
+    return output_dir / UNFINISHED / task / f"{model}_seed{seed}_fold{fold}"
+
+
 @contextlib.contextmanager
-def unfinished_folder(folder: Path) -> Iterator[Path | None]:
+def unfinished_folder(folder: Path | None) -> Iterator[Path | None]:
     """A folder for what a command has trained so far, which is removed when all is well.
 
     Parameters
     ----------
-    folder : path
-        Made if it is missing.
+    folder : path or None
+        Made if it is missing; None where nothing shall be kept.
 
     Yields
     ------
     path or None
         ``folder``; None if another process is at work in it, or has just removed it.
     """
+    if folder is None:
+        yield None
+        return
     lock = folder / ".lock"
     with contextlib.ExitStack() as held:
         try:

@@ -21,7 +21,7 @@ import pandas as pd
 import torch
 import transfer
 from command_line import chosen_targets, refusing, runner_parser
-from folds import FoldStore, in_parallel, output_folder
+from folds import FoldStore, in_parallel, output_folder, unfinished_fold
 from magpie import BASELINES, predict_baseline
 from paired import comparison
 from paper_models import MODELS, encoder_embeddings, encoder_of
@@ -33,7 +33,6 @@ from tasks import find_data_dir
 from tqdm import tqdm
 
 from polysrl_dc.checkpoints import checkpoint_path
-from polysrl_dc.resumption import UNFINISHED
 
 PROTOCOLS = ("representation", "transfer")
 #: Command that makes the records of a suite.
@@ -113,13 +112,13 @@ def run_transfer(
             if run.is_done(target, arguments.suite):
                 continue
             key = {**run.made_by, "seed": run.seed}
+            part = (arguments.output_dir, target.task.dataset_name, model, run.seed)
+            places = [unfinished_fold(*part, fold) for fold in range(N_FOLDS)]
             predict: PredictFold = predict_peer_fold
-            calls: list[tuple[Any, ...]] = [(model, run.seed)] * N_FOLDS
+            calls: list[tuple[Any, ...]] = [(model, run.seed, place) for place in places]
             if model not in PEERS:
                 rates = _rates(target, run)
                 key["rates"] = [list(part) for part in rates]
-                place = arguments.output_dir / UNFINISHED / target.task.dataset_name
-                places = [place / f"{model}_seed{run.seed}_fold{i}" for i in range(N_FOLDS)]
                 predict = transfer.predict_fold
                 calls = [(encoder, run.seed, *call) for call in zip(rates, places, strict=True)]
             predictions, std, params = train_folds(target, predict, calls, key, arguments)

@@ -10,10 +10,12 @@ from __future__ import annotations
 from collections.abc import Iterator
 from contextlib import contextmanager
 from importlib.util import find_spec
+from pathlib import Path
 from typing import Any
 
 import numpy as np
 import torch
+from folds import unfinished_folder
 from graph_data import Dataset, dataset_of
 from targets import Target
 from tasks import PAPER_TASKS
@@ -108,9 +110,26 @@ def peer_settings(name: str) -> dict[str, Any]:
 
 
 def predict_peer_fold(
-    target: Target, split: tuple[np.ndarray, np.ndarray], name: str, seed: int, threads: int = 1
+    target: Target,
+    split: tuple[np.ndarray, np.ndarray],
+    name: str,
+    seed: int,
+    unfinished: Path | None = None,
+    threads: int = 1,
 ) -> tuple[np.ndarray, np.ndarray, dict[str, Any]]:
     """Train a peer on the training rows of a fold, and predict its test rows.
+
+    Parameters
+    ----------
+    target : Target
+    split : tuple of numpy.ndarray
+        Training and test rows.
+    name : str
+        As for :func:`peer_model`.
+    seed : int
+    unfinished : path, optional
+        As for :func:`transfer.predict_fold`.
+    threads : int
 
     Returns
     -------
@@ -123,8 +142,9 @@ def predict_peer_fold(
     """
     torch.set_num_threads(threads)
     train, test = split
-    model = peer_model(name, seed).fit(dataset_of(target, train))
-    predictions, std = model.predict_uncertainty(dataset_of(target, test))
+    with unfinished_folder(unfinished) as place:
+        model = peer_model(name, seed).fit(dataset_of(target, train), unfinished=place)
+        predictions, std = model.predict_uncertainty(dataset_of(target, test))
     return np.ravel(predictions), np.ravel(std), {}
 
 

@@ -17,6 +17,7 @@ import gc
 from collections.abc import Iterator
 from contextlib import contextmanager
 from importlib.metadata import version
+from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -30,7 +31,9 @@ from peers import asked, labeled, seeded
 from pymatgen.core import Element
 from torch import Tensor
 from torch.utils.data import DataLoader
+from training_state import TrainingState
 
+from polysrl_dc.checkpoints import content_digest
 from polysrl_dc.errors import InvalidInputError
 from polysrl_dc.graphs import StoichiometryBatch
 
@@ -87,13 +90,15 @@ class RoostModel:
         """Trainable weights."""
         return self.network.num_params
 
-    def fit(self, dataset: Dataset) -> RoostModel:
+    def fit(self, dataset: Dataset, unfinished: Path | None = None) -> RoostModel:
         """Train from the initial weights by the package's own loop; returns itself.
 
         Parameters
         ----------
         dataset : dc.data.Dataset
             X holds stoichiometry graphs, y one column.
+        unfinished : path, optional
+            Folder from which the same training, if it was interrupted, goes on.
 
         Raises
         ------
@@ -117,21 +122,29 @@ class RoostModel:
             optimizer, scheduler = initialize_optim(
                 network, "AdamW", LEARNING_RATE, WEIGHT_DECAY, momentum=0.9, device=self.device
             )
-            network.fit(
-                loader,
-                val_loader=None,
-                optimizer=optimizer,
-                scheduler=scheduler,
-                epochs=self.epochs,
-                loss_dict=initialize_losses(network.task_dict, {TASK: "L1"}, robust=True),
-                normalizer_dict={TASK: normalizer},
-                model_name="roost",
-                run_id=0,
-                checkpoint=False,
-                verbose=False,
-            )
-        if scheduler.last_epoch < self.epochs:
-            raise KeyboardInterrupt
+            losses = initialize_losses(network.task_dict, {TASK: "L1"}, robust=True)
+            made_of = [VERSION, self.epochs, data.fingerprint()]
+            key = content_digest(network.state_dict(), made_of)
+            parts = {"network": network, "optimizer": optimizer, "scheduler": scheduler}
+            state = TrainingState(unfinished, key, self.device, **parts)
+            state.restore()
+            for epoch in range(scheduler.last_epoch, self.epochs):
+                network.fit(
+                    loader,
+                    val_loader=None,
+                    optimizer=optimizer,
+                    scheduler=scheduler,
+                    epochs=1,
+                    loss_dict=losses,
+                    normalizer_dict={TASK: normalizer},
+                    model_name="roost",
+                    run_id=0,
+                    checkpoint=False,
+                    verbose=False,
+                )
+                if scheduler.last_epoch == epoch:
+                    raise KeyboardInterrupt
+                state.keep()
         if not all(bool(weight.isfinite().all()) for weight in network.parameters()):
             raise FloatingPointError("a weight is not finite after training")
         self.network, self._normalizer = network, normalizer

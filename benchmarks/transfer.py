@@ -8,7 +8,6 @@ its last checkpoint on.
 from __future__ import annotations
 
 from collections.abc import Sequence
-from contextlib import nullcontext
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -87,7 +86,7 @@ def predict_fold(
         return model
 
     trials: dict[float, float] = {}
-    with nullcontext() if unfinished is None else unfinished_folder(unfinished) as place:
+    with unfinished_folder(unfinished) as place:
         if len(learning_rates) > 1:
             part, valid = split_validation(target.formulas[train], seed=seed)
             truth, asked = target.values[train[valid]], dataset_of(target, train[valid])

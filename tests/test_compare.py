@@ -40,7 +40,8 @@ class MeanModel:
     def __init__(self, calls, name, seed):
         self.calls, self.name, self.seed = calls, name, seed
 
-    def fit(self, dataset):
+    def fit(self, dataset, unfinished):
+        assert unfinished.is_dir()
         self.calls.append((self.name, self.seed, sorted(dataset.ids.tolist())))
         self.mean = dataset.y.mean() + 0.01 * self.seed
         return self
@@ -103,6 +104,25 @@ def test_what_is_there_is_not_run_again_unless_the_peer_changes(quick, monkeypat
     monkeypatch.setattr(paper_protocol, "peer_settings", lambda name: other)
     quick("--models", "roost")
     assert len(quick.calls) == 5
+
+
+def test_what_is_trained_of_a_fold_is_kept_until_it_is_finished(quick, monkeypatch):
+    fit, found = MeanModel.fit, []
+
+    def interrupted(model, dataset, unfinished):
+        found.append((unfinished / "state").exists())
+        (unfinished / "state").touch()
+        if len(found) == 3:
+            raise KeyboardInterrupt
+        return fit(model, dataset, unfinished)
+
+    monkeypatch.setattr(MeanModel, "fit", interrupted)
+    with pytest.raises(KeyboardInterrupt):
+        quick("--models", "crabnet")
+    quick("--models", "crabnet")
+    assert found == [False, False, False, True, False, False]
+    left = quick.folder / "unfinished" / "wetlab_metallic"
+    assert left.is_dir() and not list(left.iterdir())
 
 
 def test_settings_of_peers_name_all_that_makes_them():

@@ -2,11 +2,13 @@
 
 import math
 from dataclasses import replace
+from functools import partial
 
 import deepchem as dc
 import numpy as np
 import pytest
 import torch
+import training_state
 
 pytest.importorskip("pytorch_optimizer", reason="CrabNet needs the extra 'peers'")
 
@@ -21,6 +23,7 @@ from crabnet import (
     crabnet_optimizer,
     robust_l1,
 )
+from training_state import TrainingState
 
 from polysrl_dc.batches import stoichiometries
 from polysrl_dc.errors import InvalidInputError
@@ -213,6 +216,31 @@ def test_a_seed_fixes_the_model_and_leaves_the_global_state_alone(rule):
     np.testing.assert_array_equal(first, predictions(0)[0])
     np.testing.assert_array_equal(first, model.fit(rule).predict(rule))
     assert np.abs(first - predictions(1)[0]).max() > 1e-3
+
+
+@pytest.mark.parametrize("at", [1, 3])
+def test_an_interrupted_training_goes_on(at, rule, tmp_path, monkeypatch):
+    write, written = TrainingState.write, []
+
+    def interrupted(state, **values):
+        write(state, **values)
+        written.append(values["history"][-1][0])
+        if len(written) == at:
+            raise KeyboardInterrupt
+
+    config = replace(SMALL, half_cycle=2)
+    model = partial(CrabNetModel, seed=1, epochs=20, device="cpu", config=config)
+    whole = model().fit(rule)
+    monkeypatch.setattr(training_state, "INTERVAL", 0.0)
+    monkeypatch.setattr(TrainingState, "write", interrupted)
+    with pytest.raises(KeyboardInterrupt):
+        model().fit(rule, unfinished=tmp_path)
+    again = model().fit(rule, unfinished=tmp_path)
+    assert again.history == whole.history
+    assert written == [epoch for epoch, _ in whole.history][: len(written)]  # none twice
+    np.testing.assert_array_equal(again.predict(rule), whole.predict(rule))
+    other = model(seed=2).fit(rule, unfinished=tmp_path)  # nothing of the first
+    assert other.history[0][0] == 4 and other.history[0] != whole.history[0]
 
 
 def test_given_validation_data_are_not_learned_from(rule):

@@ -21,7 +21,8 @@ class Constant:
     seed: int
     history: list = field(default_factory=lambda: [(20, 0.5), (40, 0.4)])
 
-    def fit(self, dataset):
+    def fit(self, dataset, unfinished):
+        assert unfinished.is_dir()
         self.value = dataset.y.max() + self.seed
         return self
 
@@ -73,11 +74,17 @@ def test_finished_folds_are_kept_and_seeds_are_not_mixed(command, tmp_path, monk
     crabnet_matbench.main([*command, "--folds", "0", "1"])
     trained = []
     fit = Constant.fit
-    monkeypatch.setattr(Constant, "fit", lambda *call: trained.append(1) or fit(*call))
+
+    def counted(model, dataset, unfinished):
+        trained.append(unfinished)
+        return fit(model, dataset, unfinished)
+
+    monkeypatch.setattr(Constant, "fit", counted)
     crabnet_matbench.main([*command, "--folds", "0", "1", "2"])
     assert len(trained) == 1
     crabnet_matbench.main([*command, "--folds", "2", "--seed", "1"])
-    assert len(trained) == 2
+    assert len(trained) == 2 and len(set(trained)) == 2
+    assert not any(folder.exists() for folder in trained)
     scores = pd.read_csv(tmp_path / "crabnet_scores.csv")
     found = scores[scores["model"] == "crabnet"].pivot_table("value", ["seed", "fold"], "metric")
     expected = [error_of(0), error_of(1), error_of(2), error_of(2, seed=1)]

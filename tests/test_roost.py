@@ -10,6 +10,7 @@ import numpy as np
 import pandas as pd
 import pytest
 import torch
+import training_state
 
 pytest.importorskip("aviary", reason="Roost needs the extra 'peers'")
 
@@ -95,11 +96,15 @@ def test_training_has_the_published_settings(rule, monkeypatch):
 
     monkeypatch.setattr(Roost, "fit", fit)
     RoostModel(device="cpu").fit(rule)
-    ((loader, settings),) = calls
+    assert [settings["epochs"] for _, settings in calls] == [1] * 100
+    loader, settings = calls[0]
+    assert all(call[0] is loader for call in calls)
+    for name in ("optimizer", "scheduler", "loss_dict"):
+        assert all(call[1][name] is settings[name] for call in calls)
     assert loader.batch_size == 128 and isinstance(
         loader.sampler, torch.utils.data.sampler.RandomSampler
     )
-    assert settings["epochs"] == 100 and settings["val_loader"] is None
+    assert settings["val_loader"] is None
     assert settings["loss_dict"] == {"target": ("regression", robust_l1_loss)}
     optimizer = settings["optimizer"]
     assert type(optimizer) is torch.optim.AdamW
@@ -138,6 +143,29 @@ def test_a_seed_fixes_the_model_and_leaves_the_global_state_alone(rule):
     np.testing.assert_array_equal(first, small(epochs=2).fit(rule).predict(rule))
     np.testing.assert_array_equal(first, model.fit(rule).predict(rule))
     assert np.abs(first - small(1, epochs=2).fit(rule).predict(rule)).max() > 1e-3
+
+
+@pytest.mark.parametrize("at", [1, 2])
+def test_an_interrupted_training_goes_on(at, rule, tmp_path, monkeypatch):
+    evaluate, calls = Roost.evaluate, []
+
+    def interrupted(self, *given, **settings):
+        calls.append(settings["action"])
+        if len(calls) == at + 1:
+            raise KeyboardInterrupt
+        return evaluate(self, *given, **settings)
+
+    whole = small(epochs=3).fit(rule)
+    monkeypatch.setattr(training_state, "INTERVAL", 0.0)
+    monkeypatch.setattr(Roost, "evaluate", interrupted)
+    with pytest.raises(KeyboardInterrupt):
+        small(epochs=3).fit(rule, unfinished=tmp_path)
+    again = small(epochs=3).fit(rule, unfinished=tmp_path)
+    assert calls == ["train"] * 4  # three epochs, one of them begun twice
+    for one, other in zip(again.network.parameters(), whole.network.parameters(), strict=True):
+        torch.testing.assert_close(one, other, rtol=0, atol=0)
+    small(epochs=4).fit(rule, unfinished=tmp_path)  # another training
+    assert len(calls) == 8
 
 
 def test_an_interruption_is_not_taken_for_the_end_of_training(rule, monkeypatch):

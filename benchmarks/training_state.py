@@ -1,0 +1,91 @@
+"""Where the training of a peer stands, on disk: a fold of a large task takes an hour and more."""
+
+from __future__ import annotations
+
+import io
+import time
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from polysrl_dc.checkpoints import load_checkpoint, save_checkpoint
+from polysrl_dc.resumption import INTERVAL
+
+
+class TrainingState:
+    """Everything that a training goes on from; exactly, on a CPU.
+
+    Parameters
+    ----------
+    folder : path or None
+        None: nothing is kept.
+    key : str
+        Hexadecimal digits that tell this training from others in the folder.
+    device : torch.device
+        Whose generator the training draws from, besides that of the CPU.
+    parts
+        What has a ``state_dict`` and a ``load_state_dict``, by name.
+
+    Examples
+    --------
+    >>> import tempfile
+    >>> layer = torch.nn.Linear(2, 1)
+    >>> with tempfile.TemporaryDirectory() as folder:
+    ...     made = Path(folder), "0123", torch.device("cpu")
+    ...     TrainingState(*made, network=layer).write(epoch=3)
+    ...     TrainingState(*made, network=torch.nn.Linear(2, 1)).restore()
+    {'epoch': 3}
+    """
+
+    def __init__(self, folder: Path | None, key: str, device: torch.device, **parts: Any) -> None:
+        self.path = folder / f"{key[:16]}.safetensors" if folder else None
+        self.device, self.parts = device, parts
+        self._kept_at = time.monotonic()
+
+    def keep(self, **values: Any) -> None:
+        """:meth:`write`, unless that was done, or the training begun, a few minutes ago."""
+        if time.monotonic() >= self._kept_at + INTERVAL:
+            self.write(**values)
+            self._kept_at = time.monotonic()
+
+    def write(self, **values: Any) -> None:
+        """Write the parts and generators as they are.
+
+        Parameters
+        ----------
+        values
+            Numbers, lists and tuples that :meth:`restore` gives back.
+        """
+        if self.path is None:
+            return
+        file = io.BytesIO()
+        parts = {name: part.state_dict() for name, part in self.parts.items()}
+        torch.save({"parts": parts, "generators": self._generators(), "values": values}, file)
+        content = torch.frombuffer(file.getbuffer(), dtype=torch.uint8)
+        save_checkpoint(self.path, {"state": content}, {})
+
+    def restore(self) -> dict[str, Any]:
+        """Put parts and generators where they stood; the values, or none at the beginning.
+
+        Raises
+        ------
+        CheckpointError
+            The file is damaged.
+        """
+        if self.path is None or not self.path.exists():
+            return {}
+        content = load_checkpoint(self.path)[0]["state"].numpy().tobytes()
+        kept = torch.load(io.BytesIO(content), map_location="cpu", weights_only=True)
+        for name, part in self.parts.items():
+            part.load_state_dict(kept["parts"][name])
+        torch.set_rng_state(kept["generators"][0])
+        for state in kept["generators"][1:]:
+            torch.cuda.set_rng_state(state, self.device)
+        return kept["values"]
+
+    def _generators(self) -> list[torch.Tensor]:
+        states = [torch.get_rng_state()]
+        if self.device.type == "cuda":
+            states.append(torch.cuda.get_rng_state(self.device))
+        return states
