@@ -22,7 +22,6 @@ from folds import (
     in_parallel,
     output_folder,
     readable,
-    unfinished_fold,
     unfinished_folder,
 )
 from graph_data import graph_dataset
@@ -43,12 +42,12 @@ def predict_fold(
     train_targets: np.ndarray,
     test_formulas: list[str],
     seed: int,
-    unfinished: Path | None = None,
+    unfinished: Path,
     threads: int = 1,
 ) -> tuple[int, np.ndarray, int]:
     """Train on a fold as published, and predict its test formulas.
 
-    ``unfinished`` is as for :func:`transfer.predict_fold`.
+    The folder ``unfinished`` keeps what has been trained until the fold is finished.
 
     Returns
     -------
@@ -90,10 +89,8 @@ def run(
     store = FoldStore(arguments.output_dir / "folds", f"official_{name}", settings)
     tests = {fold: task.validation[f"fold_{fold}"].test for fold in arguments.folds}
     missing = [fold for fold, ids in tests.items() if store.load(fold, ids) is None]
-    part = (arguments.output_dir, f"official_{name}", "crabnet", arguments.seed)
     calls = (
-        (fold, *task_inputs(task, fold), arguments.seed, unfinished_fold(*part, fold))
-        for fold in missing
+        (fold, *task_inputs(task, fold), arguments.seed, store.unfinished(fold)) for fold in missing
     )
     with tqdm(total=len(tests), initial=len(tests) - len(missing), unit="fold") as bar:
         bar.set_description(f"crabnet, seed {arguments.seed}, {name}")

@@ -150,28 +150,20 @@ def _alone(folder: Path) -> Iterator[None]:
         yield
 
 
-def unfinished_fold(output_dir: Path, task: str, model: str, seed: int, fold: int) -> Path:
-    """Where what is trained of a fold lies until it is finished, for :func:`unfinished_folder`."""
-    return output_dir / UNFINISHED / task / f"{model}_seed{seed}_fold{fold}"
-
-
 @contextlib.contextmanager
-def unfinished_folder(folder: Path | None) -> Iterator[Path | None]:
+def unfinished_folder(folder: Path) -> Iterator[Path | None]:
     """A folder for what a command has trained so far, which is removed when all is well.
 
     Parameters
     ----------
-    folder : path or None
-        Made if it is missing; None where nothing shall be kept.
+    folder : path
+        Made if it is missing.
 
     Yields
     ------
     path or None
         ``folder``; None if another process is at work in it, or has just removed it.
     """
-    if folder is None:
-        yield None
-        return
     lock = folder / ".lock"
     with contextlib.ExitStack() as held:
         try:
@@ -222,7 +214,7 @@ class FoldStore:
     Parameters
     ----------
     root : path
-        Folder of all stores.
+        Folder of all stores; beside it lies that of unfinished folds.
     task : str
         Name of the task.
     settings : dict
@@ -238,6 +230,10 @@ class FoldStore:
     def path(self, fold: int) -> Path:
         """Where a fold is kept."""
         return self.folder / f"fold_{fold}.json"
+
+    def unfinished(self, fold: int) -> Path:
+        """Where what is trained of a fold lies until then, for :func:`unfinished_folder`."""
+        return self.folder.parents[2] / UNFINISHED / self.task / f"{self.key}_fold{fold}"
 
     def load(self, fold: int, ids: Sequence[str]) -> dict[str, Any] | None:
         """A finished fold, or ``None`` when it is absent, damaged or of other settings or ids.

@@ -21,7 +21,7 @@ import pandas as pd
 import torch
 import transfer
 from command_line import chosen_targets, refusing, runner_parser
-from folds import FoldStore, in_parallel, output_folder, unfinished_fold
+from folds import FoldStore, in_parallel, output_folder, unfinished_folder
 from magpie import BASELINES, predict_baseline
 from paired import comparison
 from paper_models import MODELS, encoder_embeddings, encoder_of
@@ -112,15 +112,13 @@ def run_transfer(
             if run.is_done(target, arguments.suite):
                 continue
             key = {**run.made_by, "seed": run.seed}
-            part = (arguments.output_dir, target.task.dataset_name, model, run.seed)
-            places = [unfinished_fold(*part, fold) for fold in range(N_FOLDS)]
             predict: PredictFold = predict_peer_fold
-            calls: list[tuple[Any, ...]] = [(model, run.seed, place) for place in places]
+            calls: list[tuple[Any, ...]] = [(model, run.seed)] * N_FOLDS
             if model not in PEERS:
                 rates = _rates(target, run)
                 key["rates"] = [list(part) for part in rates]
                 predict = transfer.predict_fold
-                calls = [(encoder, run.seed, *call) for call in zip(rates, places, strict=True)]
+                calls = [(encoder, run.seed, tried) for tried in rates]
             predictions, std, params = train_folds(target, predict, calls, key, arguments)
             run.save(target, predictions, params, std)
             run.score(target, predictions, arguments.suite, target.splits())
@@ -147,8 +145,9 @@ def train_folds(
     ----------
     target : Target
     predict : callable
-        ``predict(target, split, *call)`` trains on a fold and gives its predictions, their standard
-        deviations or None, and what it chose.
+        ``predict(target, split, *call, unfinished=folder)`` trains on a fold and gives its
+        predictions, their standard deviations or None, and what it chose. The folder keeps what has
+        been trained until the fold is finished; None while another process is at work in it.
     calls : sequence of tuple
         For each fold.
     key : dict
@@ -167,7 +166,10 @@ def train_folds(
     tests = [task.validation[name].test for name in task.folds_keys]
     kept = {fold: store.load(fold, ids) for fold, ids in enumerate(tests)}
     missing = [fold for fold, record in kept.items() if record is None]
-    tasks = [(fold, predict, target, splits[fold], *calls[fold]) for fold in missing]
+    tasks = [
+        (fold, store.unfinished(fold), predict, target, splits[fold], *calls[fold])
+        for fold in missing
+    ]
     with tqdm(total=len(splits), initial=len(splits) - len(missing), unit="fold") as bar:
         bar.set_description(f"{key['model']}, seed {key['seed']}, {target.name}")
         for fold, predictions, std, params in in_parallel(_train_fold, tasks, arguments.jobs):
@@ -184,9 +186,10 @@ def train_folds(
 
 
 def _train_fold(
-    fold: int, predict: PredictFold, *call: Any
+    fold: int, unfinished: Path, predict: PredictFold, *call: Any
 ) -> tuple[int, np.ndarray, np.ndarray | None, dict[str, Any]]:
-    return fold, *predict(*call)
+    with unfinished_folder(unfinished) as place:
+        return fold, *predict(*call, unfinished=place)
 
 
 def runs_of(

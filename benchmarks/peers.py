@@ -15,7 +15,6 @@ from typing import Any
 
 import numpy as np
 import torch
-from folds import unfinished_folder
 from graph_data import Dataset, dataset_of
 from targets import Target
 from tasks import PAPER_TASKS
@@ -142,9 +141,8 @@ def predict_peer_fold(
     """
     torch.set_num_threads(threads)
     train, test = split
-    with unfinished_folder(unfinished) as place:
-        model = peer_model(name, seed).fit(dataset_of(target, train), unfinished=place)
-        predictions, std = model.predict_uncertainty(dataset_of(target, test))
+    model = peer_model(name, seed).fit(dataset_of(target, train), unfinished=unfinished)
+    predictions, std = model.predict_uncertainty(dataset_of(target, test))
     return np.ravel(predictions), np.ravel(std), {}
 
 

@@ -9,6 +9,7 @@ import hashlib
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass
 from itertools import product
+from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -16,6 +17,7 @@ import torch
 from folds import readable, split_validation
 from graph_data import graph_dataset
 from sklearn.metrics import mean_absolute_error, roc_auc_score
+from training_state import trained
 
 from polysrl_dc import PolySRLModel
 from polysrl_dc.checkpoints import checkpoint_path
@@ -93,6 +95,7 @@ def train_and_predict(
     test_formulas: Sequence[str],
     protocol: str,
     settings: Settings,
+    unfinished: Path | None = None,
 ) -> tuple[np.ndarray, np.ndarray | None, dict[str, Any]]:
     """Choose hyperparameters on a validation part, train on the whole training fold, predict.
 
@@ -106,6 +109,8 @@ def train_and_predict(
     protocol : {"finetune", "frozen"}
         Whether the encoder is trained with the head or kept as it is (paper, section 5).
     settings : Settings
+    unfinished : path, optional
+        Folder from which the same trainings, if they were interrupted, go on.
 
     Returns
     -------
@@ -124,7 +129,7 @@ def train_and_predict(
     targets = np.asarray(train_targets, dtype=float).reshape(-1, 1)
     parsed = np.array([readable(formula) for formula in train_formulas])
     formulas, targets = _select(train_formulas, parsed), targets[parsed]
-    trials = _trials(task_type, formulas, targets, protocol, settings)
+    trials = _trials(task_type, formulas, targets, protocol, settings, unfinished)
     best = min(trials, key=lambda point: trials[point][0])
     rate, epochs = best
     params: dict[str, Any] = {
@@ -138,7 +143,7 @@ def train_and_predict(
     }
 
     model = _model(task_type, protocol, settings, rate, settings.ensemble)
-    model.fit(graph_dataset(formulas, targets), nb_epoch=epochs, checkpoint_interval=0)
+    model = trained(model, graph_dataset(formulas, targets), epochs, "training", unfinished)
     known = np.array([readable(formula) for formula in test_formulas])
     test = graph_dataset(_select(test_formulas, known))
     predictions = np.full(len(test_formulas), targets.mean())
@@ -160,6 +165,7 @@ def _trials(
     targets: np.ndarray,
     protocol: str,
     settings: Settings,
+    unfinished: Path | None,
 ) -> dict[tuple[float, int], tuple[float, float]]:
     """Loss and uncertainty factor of each (learning rate, epochs) on a part of the training fold.
 
@@ -173,7 +179,7 @@ def _trials(
     trials = {}
     for rate, epochs in product(settings.learning_rates, settings.epochs):
         model = _model(task_type, protocol, settings, rate, None)
-        model.fit(part, nb_epoch=epochs, checkpoint_interval=0)
+        model = trained(model, part, epochs, f"trial, {epochs} epochs at {rate:g}", unfinished)
         if task_type == "classification":
             predicted = np.asarray(model.predict(rest)).reshape(-1)
             trials[rate, epochs] = float(1.0 - roc_auc_score(truth, predicted)), 1.0

@@ -19,6 +19,7 @@ import argparse
 from collections.abc import Hashable, Mapping, Sequence
 from dataclasses import dataclass
 from functools import partial
+from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -34,6 +35,7 @@ from representation import representation_digest
 from scores import read_scores
 from targets import N_FOLDS, Target, wetlab_targets
 from tasks import find_data_dir
+from training_state import trained
 
 import polysrl_dc
 from polysrl_dc import PolySRLModel, cross_val_predict, keep_formulas
@@ -104,9 +106,16 @@ FIXED_RATE = "single, 500 epochs at 1e-4"
 
 
 def predict_fold(
-    target: Target, split: tuple[np.ndarray, np.ndarray], recipe: str, seed: int, threads: int = 1
+    target: Target,
+    split: tuple[np.ndarray, np.ndarray],
+    recipe: str,
+    seed: int,
+    threads: int = 1,
+    unfinished: Path | None = None,
 ) -> tuple[np.ndarray, np.ndarray, dict[str, Any]]:
     """Train on the training rows of a fold by a recipe, and predict its test rows.
+
+    From the folder ``unfinished`` the same trainings, if they were interrupted, go on.
 
     Returns
     -------
@@ -120,27 +129,26 @@ def predict_fold(
     way = RECIPES[recipe]
     if way.held_out:
         learned, kept = split_validation(target.formulas[train], way.held_out, seed)
-        model = fitted(way, seed, dataset_of(target, train[learned]))
+        model = fitted(way, seed, unfinished, dataset_of(target, train[learned]))
         model.calibrate(dataset_of(target, train[kept]))
     elif way.folds:
-        model, predicted = cross_validated(target, train, way, seed)
+        model, predicted = cross_validated(target, train, way, seed, unfinished)
         given = predicted if way.distance else predicted[:2]
         model.calibrate(dataset_of(target, train), predicted=given)
     else:
-        model = fitted(way, seed, dataset_of(target, train))
+        model = fitted(way, seed, unfinished, dataset_of(target, train))
     mean, std = model.predict_uncertainty(dataset_of(target, test))
     return mean[:, 0], std[:, 0], {}
 
 
-def fitted(way: Recipe, seed: int, dataset: Dataset) -> PolySRLModel:
+def fitted(way: Recipe, seed: int, unfinished: Path | None, dataset: Dataset) -> PolySRLModel:
     """A model of all rows."""
     model = PolySRLModel(seed=seed, **way.settings)
-    model.fit(dataset, nb_epoch=way.epochs, checkpoint_interval=0)
-    return model
+    return trained(model, dataset, way.epochs, "training", unfinished)
 
 
 def cross_validated(
-    target: Target, train: np.ndarray, way: Recipe, seed: int
+    target: Target, train: np.ndarray, way: Recipe, seed: int, unfinished: Path | None
 ) -> tuple[PolySRLModel, HeldOut]:
     """A model of all training rows, and predictions of each by one without it.
 
@@ -148,7 +156,7 @@ def cross_validated(
     """
     key = (target.name, train.tobytes(), way.epochs, str(way.settings), way.folds, seed)
     if key not in _LATEST:
-        dataset, train_on = dataset_of(target, train), partial(fitted, way, seed)
+        dataset, train_on = dataset_of(target, train), partial(fitted, way, seed, unfinished)
         if len(_LATEST) == N_FOLDS:
             del _LATEST[next(iter(_LATEST))]
         held_out = cross_val_predict(train_on, dataset, way.folds, seed=seed)

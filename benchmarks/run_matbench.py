@@ -2,7 +2,8 @@
 
 ``python benchmarks/run_matbench.py --tasks jdft2d dielectric`` writes
 ``<output-dir>/matbench_v0.1_PolySRL/`` (the submission), ``<output-dir>/scores.csv`` (all scores),
-and ``<output-dir>/folds/`` (finished folds, from which an interrupted run goes on).
+and ``<output-dir>/folds/`` (finished folds). An interrupted run goes on from these and, where it
+stood within a fold, from ``<output-dir>/unfinished/``.
 
 ``python benchmarks/run_matbench.py --paper`` runs the paper's own use of the seven tasks instead
 (Table 6: one row per formula, 72/8/20, both protocols); ``--paper --help`` shows its options.
@@ -21,7 +22,7 @@ from typing import Any
 import paper_protocol
 import submission
 from command_line import runner_parser
-from folds import FoldStore, in_parallel, output_folder
+from folds import FoldStore, in_parallel, output_folder, unfinished_folder
 from labels import refuse_learned
 from matbench.task import MatbenchTask
 from protocols import (
@@ -178,6 +179,7 @@ def run_task(
     calls = (
         (
             fold,
+            store.unfinished(fold),
             learner,
             task.metadata.task_type,
             *task_inputs(task, fold),
@@ -193,9 +195,12 @@ def run_task(
         bar.update()
 
 
-def _learn(fold: int, learner: Learner, *args: Any) -> tuple[int, tuple[Any, Any, dict[str, Any]]]:
+def _learn(
+    fold: int, unfinished: Path, learner: Learner, *args: Any
+) -> tuple[int, tuple[Any, Any, dict[str, Any]]]:
     """Run the learner, in a process of its own if there are several; keep the fold's number."""
-    return fold, learner(*args)
+    with unfinished_folder(unfinished) as place:
+        return fold, learner(*args, place)
 
 
 def write_results(

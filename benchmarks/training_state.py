@@ -1,4 +1,4 @@
-"""Where the training of a peer stands, on disk: a fold of a large task takes an hour and more."""
+"""Trainings that go on where they were interrupted: a fold of a large task takes an hour."""
 
 from __future__ import annotations
 
@@ -8,13 +8,28 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from graph_data import Dataset
 
+from polysrl_dc import PolySRLModel
 from polysrl_dc.checkpoints import load_checkpoint, save_checkpoint
-from polysrl_dc.resumption import INTERVAL
+from polysrl_dc.resumption import INTERVAL, fit_in
+
+
+def trained(
+    model: PolySRLModel, dataset: Dataset, epochs: int, name: str, unfinished: Path | None
+) -> PolySRLModel:
+    """Train a model, or go on from what the same call has left in the folder ``unfinished``.
+
+    ``name`` stands before the progress bar.
+    """
+    if unfinished is not None:
+        return fit_in(unfinished, model, dataset, epochs, name)
+    model.fit(dataset, nb_epoch=epochs, checkpoint_interval=0)
+    return model
 
 
 class TrainingState:
-    """Everything that a training goes on from; exactly, on a CPU.
+    """Everything that the training of a peer goes on from; exactly, on a CPU.
 
     Parameters
     ----------

@@ -14,13 +14,13 @@ from typing import Any
 
 import numpy as np
 import torch
-from folds import split_validation, unfinished_folder
+from folds import split_validation
 from graph_data import dataset_of
 from sklearn.metrics import mean_absolute_error
 from targets import Target
+from training_state import trained
 
 from polysrl_dc import PolySRLConfig, PolySRLModel
-from polysrl_dc.resumption import fit_in
 
 EPOCHS = 500
 LEARNING_RATES = (5e-3, 1e-3, 5e-4, 1e-4)
@@ -52,8 +52,7 @@ def predict_fold(
     learning_rates : sequence of float
         One alone is taken without a trial.
     unfinished : path, optional
-        Folder for what has been trained, which goes when the fold is finished; without one, or
-        while another process is at work in it, nothing is kept.
+        Folder from which the same trainings, if they were interrupted, go on.
     epochs : int
     threads : int
 
@@ -69,7 +68,7 @@ def predict_fold(
     torch.set_num_threads(threads)
     train, test = split
 
-    def train_on(rows: np.ndarray, rate: float, place: Path | None) -> PolySRLModel:
+    def train_on(rows: np.ndarray, rate: float) -> PolySRLModel:
         model = PolySRLModel(
             "regression",
             config=CONFIG,
@@ -79,23 +78,18 @@ def predict_fold(
             schedule="constant",
             seed=seed,
         )
-        dataset = dataset_of(target, rows)
-        if place is not None:
-            return fit_in(place, model, dataset, epochs, f"{target.name}, rate {rate:g}")
-        model.fit(dataset, nb_epoch=epochs, checkpoint_interval=0)
-        return model
+        name = f"{target.name}, rate {rate:g}"
+        return trained(model, dataset_of(target, rows), epochs, name, unfinished)
 
     trials: dict[float, float] = {}
-    with unfinished_folder(unfinished) as place:
-        if len(learning_rates) > 1:
-            part, valid = split_validation(target.formulas[train], seed=seed)
-            truth, asked = target.values[train[valid]], dataset_of(target, train[valid])
-            for rate in learning_rates:
-                predicted = train_on(train[part], rate, place).predict(asked)
-                trials[rate] = float(mean_absolute_error(truth, np.ravel(predicted)))
-        rate = min(trials, key=trials.__getitem__) if trials else learning_rates[0]
-        model = train_on(train, rate, place)
-        predictions = np.ravel(model.predict(dataset_of(target, test)))
+    if len(learning_rates) > 1:
+        part, valid = split_validation(target.formulas[train], seed=seed)
+        truth, asked = target.values[train[valid]], dataset_of(target, train[valid])
+        for rate in learning_rates:
+            predicted = train_on(train[part], rate).predict(asked)
+            trials[rate] = float(mean_absolute_error(truth, np.ravel(predicted)))
+    rate = min(trials, key=trials.__getitem__) if trials else learning_rates[0]
+    predictions = np.ravel(train_on(train, rate).predict(dataset_of(target, test)))
     params: dict[str, Any] = {"learning_rate": rate}
     if trials:
         params["validation_mae"] = {f"{rate:g}": error for rate, error in trials.items()}

@@ -281,7 +281,7 @@ def _cut_targets() -> None:
     transfer.predict_fold = functools.partial(transfer.predict_fold, epochs=1)
     paper_protocol._train_fold = noting(
         paper_protocol._train_fold,
-        lambda fold, predict, target, split, model, seed, *_: [
+        lambda fold, unfinished, predict, target, split, model, seed, *_: [
             unit(target.task.dataset_name, seed, fold)
         ],
     )

@@ -30,7 +30,7 @@ from polysrl_dc.checkpoints import DEFAULT_ENCODER, save_checkpoint
 OFFICIAL_NAMES = sorted(mbv01_metadata)
 
 
-def dummy_learner(task_type, formulas, targets, test_formulas, protocol, settings):
+def dummy_learner(task_type, formulas, targets, test_formulas, protocol, settings, unfinished):
     """Predict the training median, or the rate of class 1, with NumPy scalars as a model would."""
     assert len(formulas) == len(targets) and protocol in ("frozen", "finetune")
     if task_type == "classification":
@@ -335,6 +335,28 @@ def test_resume_after_interruption(toy_embedded, tmp_path):
     assert resumed.calls == 3
     assert run(tmp_path, *command, learner=resumed) == 0 and resumed.calls == 3
     assert run(tmp_path, *command, "--epochs", "7", learner=resumed) == 0 and resumed.calls == 8
+
+
+def test_resume_within_a_fold(toy_embedded, tmp_path, monkeypatch):
+    given = ["--suite", "embedded", "--tasks", "seebeck", "--folds", "0", "1", "--ensemble", "1"]
+    command, fit, trained = [*given, "--epochs", "1", "2"], PolySRLModel.fit, []
+
+    def interrupted(model, dataset, nb_epoch, **settings):
+        trained.append((len(dataset), nb_epoch))
+        if len(trained) == 5:
+            raise KeyboardInterrupt
+        return fit(model, dataset, nb_epoch=nb_epoch, **settings)
+
+    run(tmp_path / "whole", *command, learner=train_and_predict)
+    monkeypatch.setattr(PolySRLModel, "fit", interrupted)
+    with pytest.raises(KeyboardInterrupt):
+        run(tmp_path / "parts", *command, learner=train_and_predict)
+    run(tmp_path / "parts", *command, learner=train_and_predict)
+    trials, last = [(38, 1), (38, 2)], [(48, epochs) for _, epochs in (trained[2], trained[-1])]
+    assert trained == [*trials, last[0], *trials, trials[1], last[1]]
+    scores = [(tmp_path / name / "scores.csv").read_bytes() for name in ("whole", "parts")]
+    assert scores[0] == scores[1]
+    assert not list((tmp_path / "parts" / "unfinished" / "embedded_seebeck").iterdir())
 
 
 def test_single_folds_add_up_to_a_record(toy_embedded, tmp_path, capsys):

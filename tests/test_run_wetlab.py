@@ -157,17 +157,18 @@ def test_interrupted_folds_are_kept(quick, monkeypatch):
     kind = transfer.predict_fold
     started = []
 
-    def dies(*call):
-        started.append(call)
+    def dies(*call, unfinished):
+        started.append(unfinished)
         if len(started) == 4:
             raise KeyboardInterrupt
-        return kind(*call)
+        return kind(*call, unfinished)
 
     monkeypatch.setattr(transfer, "predict_fold", dies)
     with pytest.raises(KeyboardInterrupt):
         quick("--models", "rand_init", "--protocols", "transfer", "--targets", "one")
     quick("--models", "rand_init", "--protocols", "transfer", "--targets", "one")
     assert len(quick.calls) == 2
+    assert started[4] == started[3] and len(set(started)) == 5
 
 
 def test_other_folds_and_parts_of_the_training_rows(quick):
@@ -223,7 +224,7 @@ def test_an_interrupted_fold_goes_on_with_what_it_had_trained(tmp_path, monkeypa
     target, fit = small_target(), PolySRLModel.fit
     split, rates = (np.arange(16), np.arange(16, 20)), (1e-3, 1e-4)
     expected = transfer.predict_fold(target, split, None, 0, rates, epochs=3)
-    asked, trained = (target, split, None, 0, rates, tmp_path / "fold"), []
+    trained = []
 
     def counted(model, *args, **kwargs):
         trained.append(model.training["learning_rate"])
@@ -231,17 +232,21 @@ def test_an_interrupted_fold_goes_on_with_what_it_had_trained(tmp_path, monkeypa
             raise KeyboardInterrupt
         return fit(model, *args, **kwargs)
 
+    def train():
+        with unfinished_folder(tmp_path / "fold") as place:
+            return transfer.predict_fold(target, split, None, 0, rates, place, epochs=3)
+
     monkeypatch.setattr(PolySRLModel, "fit", counted)
     with pytest.raises(KeyboardInterrupt):
-        transfer.predict_fold(*asked, epochs=3)
+        train()
     with unfinished_folder(tmp_path / "fold"):  # of another process: nothing of it is touched
-        beside = transfer.predict_fold(*asked, epochs=3)
+        beside = train()
         assert len(list((tmp_path / "fold").iterdir())) == 2
         trained[2:], kept = [], tmp_path / "kept"
         (tmp_path / "fold").rename(kept)
     np.testing.assert_array_equal(beside[0], expected[0])
     kept.rename(tmp_path / "fold")
-    found = transfer.predict_fold(*asked, epochs=3)
+    found = train()
     assert trained == [1e-3, 1e-4, 1e-4, found[2]["learning_rate"]]
     np.testing.assert_array_equal(found[0], expected[0])
     assert found[2] == expected[2] and not (tmp_path / "fold").exists()
