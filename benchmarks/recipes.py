@@ -6,8 +6,8 @@ Each recipe learns from a whole training fold and chooses nothing on a part of i
 *fine-tuned* and *frozen* are those of the package (``polysrl train --recipe``), the others differ
 from one of them in what their names add. Those with a calibrated standard deviation learn from four
 fifths and calibrate on the rest (``--hold-out 0.2``) or, cross-validated, learn from all rows and
-calibrate by models of four fifths each (``--folds 5``), with the distance in them as ``polysrl
-train`` does it, or without. The folds are those of ``run_wetlab.py``.
+calibrate by models of four fifths each (``--folds 5``); with the distance in them as ``polysrl
+train`` does both, or without. The folds are those of ``run_wetlab.py``.
 Predictions go to records as those of ``run_wetlab.py`` do, scores to ``recipes.csv``, which
 ``summarize.py`` reads, and for the first seed those of the uncertainty that the models predict
 along to ``calibration.csv``. What is there is not trained again.
@@ -41,6 +41,7 @@ import polysrl_dc
 from polysrl_dc import PolySRLModel, cross_val_predict, keep_formulas
 from polysrl_dc.checkpoints import DEFAULT_ENCODER
 from polysrl_dc.cross_validation import HeldOut
+from polysrl_dc.domain import distances_to
 
 
 @dataclass(frozen=True)
@@ -89,16 +90,20 @@ RECIPES = {
     "single, frozen, three heads": _like("single", **FROZEN, n_ensemble=3),
     "fine-tuned": _like("fine-tuned"),
     "fine-tuned, std calibrated": _like("fine-tuned", held_out=0.2),
+    "fine-tuned, std calibrated, distance": _like("fine-tuned", held_out=0.2, distance=True),
     "fine-tuned, std cross-validated": _like("fine-tuned", folds=5),
     "fine-tuned, std cross-validated, distance": _like("fine-tuned", folds=5, distance=True),
     "frozen": _like("frozen"),
     "frozen, std calibrated": _like("frozen", held_out=0.2),
+    "frozen, std calibrated, distance": _like("frozen", held_out=0.2, distance=True),
     "frozen, std cross-validated": _like("frozen", folds=5),
     "frozen, std cross-validated, distance": _like("frozen", folds=5, distance=True),
 }
 SCORES = "recipes.csv"
-#: Models of the folds trained last and their held-out predictions; see :func:`cross_validated`.
-_LATEST: dict[Hashable, tuple[PolySRLModel, HeldOut]] = {}
+#: Of the Gaussian of each formula, for the standard deviation that is calibrated.
+N_SAMPLES = 64
+#: What :func:`held_out` has found of the folds trained last.
+_LATEST: dict[Hashable, tuple[PolySRLModel, Dataset, HeldOut]] = {}
 #: All are compared with these: the simplest, what ``polysrl train`` does with so few rows, and
 #: what tells whether the encoder helps where no rate is chosen.
 FIRST, RECOMMENDED = "single", "frozen"
@@ -127,14 +132,9 @@ def predict_fold(
     torch.set_num_threads(threads)
     train, test = split
     way = RECIPES[recipe]
-    if way.held_out:
-        learned, kept = split_validation(target.formulas[train], way.held_out, seed)
-        model = fitted(way, seed, unfinished, dataset_of(target, train[learned]))
-        model.calibrate(dataset_of(target, train[kept]))
-    elif way.folds:
-        model, predicted = cross_validated(target, train, way, seed, unfinished)
-        given = predicted if way.distance else predicted[:2]
-        model.calibrate(dataset_of(target, train), predicted=given)
+    if way.held_out or way.folds:
+        model, rows, predicted = held_out(target, train, way, seed, unfinished)
+        model.calibrate(rows, predicted=predicted if way.distance else predicted[:2])
     else:
         model = fitted(way, seed, unfinished, dataset_of(target, train))
     mean, std = model.predict_uncertainty(dataset_of(target, test))
@@ -142,27 +142,37 @@ def predict_fold(
 
 
 def fitted(way: Recipe, seed: int, unfinished: Path | None, dataset: Dataset) -> PolySRLModel:
-    """A model of all rows."""
+    """A model of all these rows."""
     model = PolySRLModel(seed=seed, **way.settings)
     return trained(model, dataset, way.epochs, "training", unfinished)
 
 
-def cross_validated(
+def held_out(
     target: Target, train: np.ndarray, way: Recipe, seed: int, unfinished: Path | None
-) -> tuple[PolySRLModel, HeldOut]:
-    """A model of all training rows, and predictions of each by one without it.
+) -> tuple[PolySRLModel, Dataset, HeldOut]:
+    """A model, rows to calibrate it on, and predictions of these that have not learned from them.
 
     Recipes that differ in ``distance`` only share them if they follow one another.
     """
-    key = (target.name, train.tobytes(), way.epochs, str(way.settings), way.folds, seed)
+    asked = (str(way.settings), way.epochs, way.held_out, way.folds, seed)
+    key = (target.name, train.tobytes(), *asked)
     if key not in _LATEST:
-        dataset, train_on = dataset_of(target, train), partial(fitted, way, seed, unfinished)
         if len(_LATEST) == N_FOLDS:
             del _LATEST[next(iter(_LATEST))]
-        held_out = cross_val_predict(train_on, dataset, way.folds, seed=seed)
-        model = train_on(dataset)
-        keep_formulas(model, dataset)
-        _LATEST[key] = model, held_out
+        train_on = partial(fitted, way, seed, unfinished)
+        if way.folds:
+            learned = rows = dataset_of(target, train)
+        else:
+            parts = split_validation(target.formulas[train], way.held_out, seed)
+            learned, rows = (dataset_of(target, train[part]) for part in parts)
+        model = train_on(learned)
+        keep_formulas(model, learned)
+        if way.folds:
+            found = cross_val_predict(train_on, rows, way.folds, N_SAMPLES, seed)
+        else:
+            said = model.predict_uncertainty(rows, n_samples=N_SAMPLES)
+            found = HeldOut(*said, distances_to(model, learned, rows))
+        _LATEST[key] = model, rows, found
     return _LATEST[key]
 
 

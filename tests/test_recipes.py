@@ -57,19 +57,6 @@ def test_scores_are_those_of_models_of_whole_training_folds(target, tmp_path, ca
     assert [float(cell) for cell in cells[4:7]] == pytest.approx([inside] * 3, abs=6e-4)
 
 
-def test_a_held_out_part_calibrates_and_is_not_learned_from(target):
-    train, test = target.splits()[1]
-    name = "single, frozen, std calibrated"
-    mean, std, _ = recipes.predict_fold(target, (train, test), name, seed=2)
-    learned, kept = (train[part] for part in split_validation(target.formulas[train], 0.2, 2))
-    model = PolySRLModel(freeze_encoder=True, seed=2)
-    model.fit(dataset_of(target, learned), nb_epoch=1)
-    np.testing.assert_array_equal(mean, model.predict(dataset_of(target, test))[:, 0])
-    calibration = model.calibrate(dataset_of(target, kept))
-    own = model.predict_uncertainty(dataset_of(target, test), n_samples=calibration.n_samples)[1]
-    np.testing.assert_array_equal(std, calibration.apply(own)[:, 0])
-
-
 @pytest.fixture
 def spread(target):
     """The same with formulas far from all others, whose values no model of the others can tell."""
@@ -77,6 +64,23 @@ def spread(target):
     formulas[::10] = "U Xe PuO2 WC OsO4 IrF6 CBr4 BN Tc Ba3N2 P Hg S8 DyAl2 H2".split()
     values[::10] = np.where(np.arange(15) % 2, -9, 9)
     return replace(target, formulas=formulas, values=values)
+
+
+@pytest.mark.parametrize("distance", ["", ", distance"])
+def test_a_held_out_part_calibrates_and_is_not_learned_from(spread, distance):
+    target = spread
+    train, test = target.splits()[1]
+    name = f"frozen, std calibrated{distance}"
+    mean, std, _ = recipes.predict_fold(target, (train, test), name, seed=2)
+    learned, kept = (train[part] for part in split_validation(target.formulas[train], 0.2, 2))
+    model = PolySRLModel(seed=2, **RECIPES["frozen"].settings)
+    model.fit(dataset_of(target, learned), nb_epoch=1)
+    np.testing.assert_array_equal(mean, model.predict(dataset_of(target, test))[:, 0])
+    if distance:
+        keep_formulas(model, dataset_of(target, learned))
+    calibration = model.calibrate(dataset_of(target, kept))
+    assert calibration.needs_distance == bool(distance)
+    np.testing.assert_array_equal(std, model.predict_uncertainty(dataset_of(target, test))[1][:, 0])
 
 
 @pytest.mark.parametrize("distance", ["", ", distance"])
@@ -103,22 +107,25 @@ def test_a_cross_validated_std_costs_no_training_row(spread, distance):
     assert (std != own).all()
 
 
-def test_recipes_that_differ_in_the_distance_share_the_models_of_a_fold(spread, monkeypatch):
+@pytest.mark.parametrize(("calibrated", "models"), [("calibrated", 1), ("cross-validated", 6)])
+def test_recipes_that_differ_in_the_distance_share_the_models_of_a_fold(
+    calibrated, models, spread, monkeypatch
+):
     target = spread
     monkeypatch.setattr(recipes, "_LATEST", {})
     fits, fit = [], PolySRLModel.fit
     monkeypatch.setattr(PolySRLModel, "fit", lambda *a, **k: fits.append(1) or fit(*a, **k))
-    splits, name = target.splits(), "frozen, std cross-validated"
+    splits, name = target.splits(), f"frozen, std {calibrated}"
     std = {
         other: [recipes.predict_fold(target, split, other, 2)[1] for split in splits]
         for other in (name, f"{name}, distance")
     }
-    assert len(fits) == len(splits) * 6
+    assert len(fits) == len(splits) * models
     assert any((one != two).any() for one, two in zip(*std.values(), strict=True))
     again = recipes.predict_fold(target, splits[1], name, 2)[1]
     np.testing.assert_array_equal(again, std[name][1])  # whatever was asked in between
     recipes.predict_fold(target, splits[0], name, 3)
-    assert len(fits) == (len(splits) + 1) * 6 and len(recipes._LATEST) == len(splits)
+    assert len(fits) == (len(splits) + 1) * models and len(recipes._LATEST) == len(splits)
 
 
 def test_what_is_finished_is_kept_and_belongs_to_one_recipe(target, tmp_path, monkeypatch):
