@@ -67,7 +67,7 @@ def fit_in(
     }
     place = folder / content_digest(model.model.state_dict(), key)[:16]
     if (place / MODEL_FILE).exists():
-        return PolySRLModel.from_pretrained(place)
+        return PolySRLModel.from_pretrained(place, device=model.device)
     if model.model_dir_is_temp:
         shutil.rmtree(model.model_dir, ignore_errors=True)
     model.model_dir, model.model_dir_is_temp = str(place), False

@@ -6,6 +6,7 @@ from pathlib import Path
 import numpy as np
 import pandas as pd
 import pytest
+import torch
 from models import data, make
 from pymatgen.core import Lattice, Structure
 from test_cli import FORMULAS
@@ -99,6 +100,13 @@ def test_a_pretraining_goes_on_where_it_was_interrupted(
     assert main([*command, str(tmp_path / "parts")]) == 0
     assert steps == list(range(1, 10))
     assert files(tmp_path / "parts") == files(tmp_path / "whole")
+
+
+def test_a_finished_training_comes_back_on_its_device(tmp_path: Path) -> None:
+    made = [make(device=torch.device("cpu:0")) for _ in range(2)]
+    trained = [resumption.fit_in(tmp_path, model, data(), 1) for model in made]
+    assert [model.get_global_step() for model in made] == [trained[0].get_global_step(), 0]
+    assert [str(model.device) for model in trained] == ["cpu:0", "cpu:0"]
 
 
 def test_the_bar_ends_when_all_steps_are_made(
