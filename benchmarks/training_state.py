@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
-import io
+import math
 import time
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
@@ -74,11 +75,11 @@ class TrainingState:
         """
         if self.path is None:
             return
-        file = io.BytesIO()
         parts = {name: part.state_dict() for name, part in self.parts.items()}
-        torch.save({"parts": parts, "generators": self._generators(), "values": values}, file)
-        content = torch.frombuffer(file.getbuffer(), dtype=torch.uint8)
-        save_checkpoint(self.path, {"state": content}, {})
+        state = {"parts": parts, "generators": self._generators(), "values": values}
+        tensors: dict[str, torch.Tensor] = {}
+        manifest = _without_tensors(state, tensors)
+        save_checkpoint(self.path, tensors, manifest)
 
     def restore(self) -> dict[str, Any]:
         """Put parts and generators where they stood; the values, or none at the beginning.
@@ -90,17 +91,48 @@ class TrainingState:
         """
         if self.path is None or not self.path.exists():
             return {}
-        content = load_checkpoint(self.path)[0]["state"].numpy().tobytes()
-        kept = torch.load(io.BytesIO(content), map_location="cpu", weights_only=True)
+        tensors, manifest = load_checkpoint(self.path)
+        state = _with_tensors(manifest, tensors)
         for name, part in self.parts.items():
-            part.load_state_dict(kept["parts"][name])
-        torch.set_rng_state(kept["generators"][0])
-        for state in kept["generators"][1:]:
-            torch.cuda.set_rng_state(state, self.device)
-        return kept["values"]
+            part.load_state_dict(state["parts"][name])
+        torch.set_rng_state(state["generators"][0])
+        for generator in state["generators"][1:]:
+            torch.cuda.set_rng_state(generator, self.device)
+        return state["values"]
 
     def _generators(self) -> list[torch.Tensor]:
         states = [torch.get_rng_state()]
         if self.device.type == "cuda":
             states.append(torch.cuda.get_rng_state(self.device))
         return states
+
+
+def _without_tensors(value: Any, tensors: dict[str, torch.Tensor]) -> Any:
+    """A nested state as JSON holds it; its tensors are put into a dictionary and leave a name."""
+    if isinstance(value, torch.Tensor):
+        tensors[name := str(len(tensors))] = value
+        return {"tensor": name}
+    if isinstance(value, Mapping):
+        parts = [[_without_tensors(part, tensors) for part in pair] for pair in value.items()]
+        return {"mapping": parts}
+    if isinstance(value, list | tuple):
+        parts = [_without_tensors(part, tensors) for part in value]
+        return {"tuple": parts} if isinstance(value, tuple) else parts
+    if isinstance(value, float) and not math.isfinite(value):
+        return {"float": str(value)}
+    return value
+
+
+def _with_tensors(value: Any, tensors: dict[str, torch.Tensor]) -> Any:
+    """Inverse of :func:`_without_tensors`."""
+    if isinstance(value, list):
+        return [_with_tensors(part, tensors) for part in value]
+    if not isinstance(value, dict):
+        return value
+    ((kind, content),) = value.items()
+    if kind == "tensor":
+        return tensors[content]
+    if kind == "float":
+        return float(content)
+    parts = _with_tensors(content, tensors)
+    return tuple(parts) if kind == "tuple" else dict(parts)
