@@ -41,7 +41,6 @@ from torch.optim.swa_utils import AveragedModel
 from training_state import TrainingState
 
 from polysrl_dc.batches import LabeledData
-from polysrl_dc.checkpoints import content_digest
 from polysrl_dc.elements import N_FEATURES, element_features
 from polysrl_dc.errors import InvalidInputError
 from polysrl_dc.graphs import StoichiometryBatch
@@ -345,9 +344,8 @@ class CrabNetModel:
         scale = torch.where(scale > 0, scale, 1.0)
         targets = (data.labels[:, 0] - center) / scale
         made_of = [str(config), self.epochs, data.fingerprint(), held_out.fingerprint()]
-        key = content_digest(network.state_dict(), made_of)
-        parts = {"network": network, "optimizer": optimizer, "rates": rates, "average": average}
-        state = TrainingState(unfinished, key, self.device, **parts)
+        parts = {"optimizer": optimizer, "rates": rates, "average": average}
+        state = TrainingState(unfinished, made_of, self.device, network, **parts)
         kept = {"history": [], "failures": 0, **state.restore()}
         self.history, self._scale, failures = kept["history"], None, kept["failures"]
         done = self.history[-1][0] if self.history else 0

@@ -17,13 +17,7 @@ import numpy as np
 import pandas as pd
 import torch
 from command_line import refusing, runner_parser
-from folds import (
-    FoldStore,
-    in_parallel,
-    output_folder,
-    readable,
-    unfinished_folder,
-)
+from folds import FoldStore, in_parallel, output_folder, readable, unfinished_folder
 from graph_data import graph_dataset
 from peers import lacking, peer_model, peer_settings
 from scores import COLUMNS, leaderboard, merge_scores

@@ -33,7 +33,6 @@ from torch import Tensor
 from torch.utils.data import DataLoader
 from training_state import TrainingState
 
-from polysrl_dc.checkpoints import content_digest
 from polysrl_dc.errors import InvalidInputError
 from polysrl_dc.graphs import StoichiometryBatch
 
@@ -124,9 +123,8 @@ class RoostModel:
             )
             losses = initialize_losses(network.task_dict, {TASK: "L1"}, robust=True)
             made_of = [VERSION, self.epochs, data.fingerprint()]
-            key = content_digest(network.state_dict(), made_of)
-            parts = {"network": network, "optimizer": optimizer, "scheduler": scheduler}
-            state = TrainingState(unfinished, key, self.device, **parts)
+            parts = {"optimizer": optimizer, "scheduler": scheduler}
+            state = TrainingState(unfinished, made_of, self.device, network, **parts)
             state.restore()
             for epoch in range(scheduler.last_epoch, self.epochs):
                 network.fit(

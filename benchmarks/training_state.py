@@ -12,7 +12,7 @@ import torch
 from graph_data import Dataset
 
 from polysrl_dc import PolySRLModel
-from polysrl_dc.checkpoints import load_checkpoint, save_checkpoint
+from polysrl_dc.checkpoints import content_digest, load_checkpoint, save_checkpoint
 from polysrl_dc.resumption import INTERVAL, fit_in
 
 
@@ -36,27 +36,39 @@ class TrainingState:
     ----------
     folder : path or None
         None: nothing is kept.
-    key : str
-        Hexadecimal digits that tell this training from others in the folder.
+    made_of : list
+        What tells this training from others in the folder, besides the initial weights.
     device : torch.device
         Whose generator the training draws from, besides that of the CPU.
+    network : torch.nn.Module
+        With its initial weights.
     parts
-        What has a ``state_dict`` and a ``load_state_dict``, by name.
+        What else has a ``state_dict`` and a ``load_state_dict``, by name.
 
     Examples
     --------
     >>> import tempfile
     >>> layer = torch.nn.Linear(2, 1)
     >>> with tempfile.TemporaryDirectory() as folder:
-    ...     made = Path(folder), "0123", torch.device("cpu")
-    ...     TrainingState(*made, network=layer).write(epoch=3)
-    ...     TrainingState(*made, network=torch.nn.Linear(2, 1)).restore()
-    {'epoch': 3}
+    ...     training = Path(folder), ["three epochs"], torch.device("cpu"), layer
+    ...     TrainingState(*training).write(epoch=2)
+    ...     TrainingState(*training).restore()
+    {'epoch': 2}
     """
 
-    def __init__(self, folder: Path | None, key: str, device: torch.device, **parts: Any) -> None:
-        self.path = folder / f"{key[:16]}.safetensors" if folder else None
-        self.device, self.parts = device, parts
+    def __init__(
+        self,
+        folder: Path | None,
+        made_of: list[Any],
+        device: torch.device,
+        network: torch.nn.Module,
+        **parts: Any,
+    ) -> None:
+        self.path: Path | None = None
+        if folder is not None:
+            key = content_digest(network.state_dict(), made_of)
+            self.path = folder / f"{key[:16]}.safetensors"
+        self.device, self.parts = device, {"network": network, **parts}
         self._kept_at = time.monotonic()
 
     def keep(self, **values: Any) -> None:
