@@ -165,12 +165,13 @@ def predict(options: argparse.Namespace) -> None:
     if options.interval is not None and uncalibrated:
         raise InvalidInputError(f"--interval needs a calibrated std; not so: {uncalibrated}")
     check_table(frame, targets, options.output, ["outside"] if known else [], options.interval)
-    mean, std = model.predict_uncertainty(dataset)
+    distance = known.distance(dataset) if known else None
+    mean, std = model.predict_uncertainty(dataset, distance=distance)
     found = predictions(mean, std, targets, options.interval)
     if uncalibrated and model.settings["task"] == "regression":
         print(f"not calibrated and too small: {uncalibrated}", file=sys.stderr)
     if known:
-        found["outside"] = known.outside(dataset)
+        found["outside"] = known.outside(dataset, distance)
         if found["outside"].any():
             _say_outside(found, known)
     elif options.outside:

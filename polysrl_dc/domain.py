@@ -222,17 +222,21 @@ class Domain:
         """
         return _to_nearest(self._search, self._model, formulas)
 
-    def outside(self, formulas: Formulas) -> np.ndarray:
+    def outside(self, formulas: Formulas, distance: np.ndarray | None = None) -> np.ndarray:
         """Whether each formula lies outside, shape (n,) bool: what :meth:`query` says, and faster.
 
         Parameters
         ----------
         formulas : dc.data.Dataset of n graphs, or iterable of n formulas
+        distance : numpy.ndarray, shape (n,), optional
+            What :meth:`distance` says of them, if it is there already.
 
         Raises
         ------
         InvalidInputError
             A bad formula or row, which is named.
+        ValueError
+            ``distance`` has another shape.
 
         Examples
         --------
@@ -242,7 +246,10 @@ class Domain:
         [False, True]
         """
         dataset = formulas_dataset(formulas)
-        return self._unseen(dataset).any(1) | (self.distance(dataset) > self.threshold)
+        distance = self.distance(dataset) if distance is None else distance
+        if np.shape(distance) != (len(dataset),):
+            raise ValueError(f"distance has shape {np.shape(distance)}, not {(len(dataset),)}")
+        return self._unseen(dataset).any(1) | (distance > self.threshold)
 
     def _unseen(self, dataset: Dataset) -> np.ndarray:
         """Which elements of each formula the reference lacks, (n, 119) by atomic number."""

@@ -189,26 +189,28 @@ class PropertyNetwork(nn.Module):
             Regression: standard normal. The variance is then that over members and samples
             z_mu + sigma * noise of each member's Gaussian. The mean stays that of z_mu.
         """
-        location, log_scale = self.outputs(self.embed(batch))
+        if noise is None:
+            means = self.embed(batch)
+        else:
+            means, sigmas = self._gaussians(batch)
+        location, log_scale = self.outputs(means)
         mean = location.mean(0)
         if self.classification:
             probability = torch.sigmoid(location).mean(0)
             return probability, (probability * (1 - probability)).sqrt()
         if noise is not None:
-            location, log_scale = self._sampled_outputs(batch, noise)
+            samples = [self.outputs(means + sigmas * draw) for draw in noise]
+            location, log_scale = map(torch.cat, zip(*samples, strict=True))
         variance = location.var(0, unbiased=False)
         if self.heteroscedastic:
             variance = variance + (2 * torch.exp(2 * log_scale)).mean(0)
         return mean * self.label_std + self.label_mean, variance.sqrt() * self.label_std
 
-    def _sampled_outputs(self, batch: StoichiometryBatch, noise: Tensor) -> tuple[Tensor, Tensor]:
-        """Outputs of members and samples, each (n_ensemble * n_samples, n_graphs, n_tasks)."""
-        gaussians = [cast(StoichiometryEncoder, encoder)(batch) for encoder in self.encoders]
-        means, log_sigmas = (torch.stack(part) for part in zip(*gaussians, strict=True))
-        sigmas = log_sigmas.exp()
-        samples = [self.outputs(means + sigmas * draw) for draw in noise]
-        locations, log_scales = zip(*samples, strict=True)
-        return torch.cat(locations), torch.cat(log_scales)
+    def _gaussians(self, batch: StoichiometryBatch) -> tuple[Tensor, Tensor]:
+        """Mean and standard deviation by each encoder, each (n_encoders, n_graphs, F)."""
+        each = [cast(StoichiometryEncoder, encoder)(batch) for encoder in self.encoders]
+        means, log_sigmas = map(torch.stack, zip(*each, strict=True))
+        return means, log_sigmas.exp()
 
 
 def _apply(heads: nn.ModuleList, embeddings: Tensor) -> Tensor:

@@ -139,7 +139,11 @@ class PredictingModel(PersistentModel):
         return undo_transforms(self._mean_and_std(dataset)[0], list(transformers))
 
     def predict_uncertainty(
-        self, dataset: Formulas, masks: None = None, n_samples: int | None = None
+        self,
+        dataset: Formulas,
+        masks: None = None,
+        n_samples: int | None = None,
+        distance: np.ndarray | None = None,
     ) -> tuple[np.ndarray, np.ndarray]:
         """Predict labels and the standard deviation of each.
 
@@ -161,6 +165,9 @@ class PredictingModel(PersistentModel):
             rows, so a row does not depend on the others. 0: none, the representation is certain.
             Default: the calibrated standard deviation of a calibrated model, else 0. What is asked
             for by number is not calibrated.
+        distance : numpy.ndarray, shape (n,), optional
+            What ``domain.distance(dataset)`` says, if it is there already; a calibration may need
+            it.
 
         Returns
         -------
@@ -209,7 +216,8 @@ class PredictingModel(PersistentModel):
             raise ValueError("the formulas that the model has learned from have been removed")
         dataset = formulas_dataset(dataset)
         mean, std = self._mean_and_std(dataset, noise)
-        return mean, calibration.apply(std, self.domain.distance(dataset))
+        distance = self.domain.distance(dataset) if distance is None else distance
+        return mean, calibration.apply(std, distance)
 
     def calibrate(
         self,

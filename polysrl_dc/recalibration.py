@@ -232,8 +232,9 @@ class Calibration:
         near = scale * (std + shift)
         if not self.needs_distance:
             return near
-        if distance is None:
-            raise ValueError("distance is None: this calibration needs it")
+        if distance is None or np.shape(distance) != std.shape[:1]:
+            got = "none" if distance is None else f"of shape {np.shape(distance)}"
+            raise ValueError(f"distance is {got}: this calibration needs shape {std.shape[:1]}")
         far = near * np.exp(np.outer(distance, self.rates)).astype(std.dtype)
         return np.minimum(far, np.maximum(near, np.array(self.ceilings, std.dtype)))
 

@@ -232,6 +232,9 @@ def test_outside_is_what_a_query_says(encoder, domain):
     np.testing.assert_array_equal(found, expected)
     np.testing.assert_allclose(domain.distance(asked), queried["distance"], atol=1e-4)
     np.testing.assert_array_equal(domain.outside(dc.data.NumpyDataset(featurize(asked))), expected)
+    np.testing.assert_array_equal(domain.outside(asked, domain.distance(asked)), expected)
+    with pytest.raises(ValueError, match="distance has shape"):
+        domain.outside(asked, domain.distance(asked[1:]))
     with pytest.raises(InvalidInputError, match=r"row 1: .*Qq"):
         domain.outside(["NaCl", "Qq"])
 

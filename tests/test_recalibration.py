@@ -147,8 +147,9 @@ def test_distances_that_are_none_are_refused():
             Calibration.fit(errors, own, known, 0, wrong, errors)
     with pytest.raises(ValueError, match="distance and labels go together"):
         Calibration.fit(errors, own, known, 0, distance)
-    with pytest.raises(ValueError, match="distance is None"):
-        Calibration.fit(errors, own, known, 0, distance, errors).apply(own)
+    for given, told in ((None, "none"), (distance[:1], r"of shape \(1,\)")):
+        with pytest.raises(ValueError, match=f"distance is {told}: this calibration needs shape"):
+            Calibration.fit(errors, own, known, 0, distance, errors).apply(own, given)
 
 
 def test_a_model_that_holds_its_formulas_widens_with_their_distance(tmp_path):
@@ -172,6 +173,10 @@ def test_a_model_that_holds_its_formulas_widens_with_their_distance(tmp_path):
     far = Domain(model).distance(ASKED)
     np.testing.assert_allclose(std, found.apply(own, far), rtol=1e-6)
     np.testing.assert_allclose(model.predict_uncertainty(f for f in ASKED)[1], std, rtol=1e-6)
+    at_once = model.predict_uncertainty(ASKED, distance=model.domain.distance(ASKED))[1]
+    np.testing.assert_array_equal(at_once, std)
+    with pytest.raises(ValueError, match="needs shape"):
+        model.predict_uncertainty(ASKED, distance=far[1:])
     model.save(tmp_path)
     for copied in (
         dc.models.PolySRLModel.from_pretrained(tmp_path),
