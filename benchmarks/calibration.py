@@ -50,9 +50,9 @@ from polysrl_dc.recalibration import Calibration
 #: Name -> kind of intervals, and the standard deviation that they are made from.
 METHODS: dict[str, tuple[type[Intervals], str]] = {
     "scaled": (Scaled, "std"),
-    "scaled, polymorphs": (Scaled, "sampled_std"),
+    "scaled, polymorphs": (Scaled, "total_std"),
     "normalized": (Normalized, "std"),
-    "normalized, polymorphs": (Normalized, "sampled_std"),
+    "normalized, polymorphs": (Normalized, "total_std"),
     "constant": (Constant, "std"),
 }
 #: Of which each training fold takes one: 300 rows want more, 4,000 are learned by heart.
@@ -87,8 +87,6 @@ class Settings:
         Of each model, in batches of the target's size, and its members.
     inner_folds : int
         Parts of a training fold; each is predicted by a model of the others.
-    n_samples : int
-        Of the Gaussian of a formula, for the variance of its polymorphs.
     seed : int
     device : str, optional
         Does not count as a setting of the results.
@@ -99,7 +97,6 @@ class Settings:
     epochs: int = EPOCHS[-1]
     ensemble: int = 2
     inner_folds: int = 5
-    n_samples: int = 64
     seed: int = 0
     device: str | None = None
 
@@ -133,20 +130,20 @@ def cross_predict(
     Returns
     -------
     dict
-        ``mean, std, sampled_std``, each of shape (n_train,): the row's label was not known to the
-        model. ``test_mean, test_std, test_sampled_std``, each of shape (n_test,): the mean over
+        ``mean, std, total_std``, each of shape (n_train,): the row's label was not known to the
+        model. ``test_mean, test_std, test_total_std``, each of shape (n_test,): the mean over
         the models, of the standard deviations as root mean square.
     """
-    names = ("mean", "std", "sampled_std")
+    names = ("mean", "std", "total_std")
     found = {name: np.zeros(len(train)) for name in names}
     tests: dict[str, list[np.ndarray]] = {name: [] for name in names}
     folds = KFold(settings.inner_folds, shuffle=True, random_state=settings.seed).split(train)
     for number, (part, rest) in enumerate(folds):
         model = settings.model(target.batch_size, number)
         model.fit(dataset_of(target, train[part]), settings.epochs, checkpoint_interval=0)
-        for name, values in predict(model, dataset_of(target, train[rest]), settings).items():
+        for name, values in predict(model, dataset_of(target, train[rest])).items():
             found[name][rest] = values
-        for name, values in predict(model, dataset_of(target, test), settings).items():
+        for name, values in predict(model, dataset_of(target, test)).items():
             tests[name].append(values)
     found["test_mean"] = np.mean(tests["mean"], axis=0)
     for name in names[1:]:
@@ -154,11 +151,11 @@ def cross_predict(
     return found
 
 
-def predict(model: PolySRLModel, dataset: Any, settings: Settings) -> dict[str, np.ndarray]:
-    """Mean, and standard deviation without and with samples of the Gaussians, each (n,)."""
+def predict(model: PolySRLModel, dataset: Any) -> dict[str, np.ndarray]:
+    """Mean, and standard deviation without and with the Gaussians of formulas, each (n,)."""
     mean, std = model.predict_uncertainty(dataset)
-    _, sampled = model.predict_uncertainty(dataset, n_samples=settings.n_samples)
-    return {"mean": mean[:, 0], "std": std[:, 0], "sampled_std": sampled[:, 0]}
+    _, total = model.predict_uncertainty(dataset, polymorphs=True)
+    return {"mean": mean[:, 0], "std": std[:, 0], "total_std": total[:, 0]}
 
 
 def fold_predictions(
@@ -224,7 +221,9 @@ def calibrated_by_other_folds(
     """
     errors, own, found = (target.values - predictions)[:, None], std[:, None], np.empty(len(std))
     for rest, test in target.splits():
-        fitted = Calibration.fit(errors[rest], own[rest], np.isfinite(errors[rest]), n_samples=0)
+        fitted = Calibration.fit(
+            errors[rest], own[rest], np.isfinite(errors[rest]), polymorphs=False
+        )
         found[test] = fitted.apply(own[test])[:, 0]
     return found
 
@@ -302,7 +301,7 @@ def main(argv: Sequence[str] | None = None) -> None:
     add("--encoder", default=default.encoder, help="name, folder or file")
     add("--fine-tune", action="store_true", help="train the encoder, too")
     add("--epochs", nargs="+", type=int, default=EPOCHS, help="chosen on each training fold")
-    for name in ("ensemble", "inner_folds", "n_samples", "seed"):
+    for name in ("ensemble", "inner_folds", "seed"):
         add(f"--{name.replace('_', '-')}", type=int, default=getattr(default, name))
     add("--peers", nargs="+", choices=PEERS, metavar="PEER", help="score their records instead")
     add("--submission", type=Path, metavar="FOLDER", help="only say what its intervals hold")

@@ -100,8 +100,6 @@ RECIPES = {
     "frozen, std cross-validated, distance": _like("frozen", folds=5, distance=True),
 }
 SCORES = "recipes.csv"
-#: Of the Gaussian of each formula, for the standard deviation that is calibrated.
-N_SAMPLES = 64
 #: What :func:`held_out` has found of the folds trained last.
 _LATEST: dict[Hashable, tuple[PolySRLModel, Dataset, HeldOut]] = {}
 #: All are compared with these: the simplest, what ``polysrl train`` does with so few rows, and
@@ -168,9 +166,9 @@ def held_out(
         model = train_on(learned)
         keep_formulas(model, learned)
         if way.folds:
-            found = cross_val_predict(train_on, rows, way.folds, N_SAMPLES, seed)
+            found = cross_val_predict(train_on, rows, way.folds, seed=seed)
         else:
-            said = model.predict_uncertainty(rows, n_samples=N_SAMPLES)
+            said = model.predict_uncertainty(rows, polymorphs=True)
             found = HeldOut(*said, distances_to(model, learned, rows))
         _LATEST[key] = model, rows, found
     return _LATEST[key]

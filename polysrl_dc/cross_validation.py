@@ -160,7 +160,7 @@ def cross_val_predict(
     train: Callable[[Dataset], PolySRLModel],
     dataset: Dataset,
     n_folds: int = 5,
-    n_samples: int = 64,
+    polymorphs: bool = True,
     seed: int = 0,
     groups: Sequence[Hashable] | None = None,
 ) -> HeldOut:
@@ -177,7 +177,7 @@ def cross_val_predict(
         X holds stoichiometry graphs, y labels.
     n_folds : int
         Parts of about the same size; all rows of a reduced formula are in one of them.
-    n_samples : int
+    polymorphs : bool
         As in :meth:`PolySRLModel.predict_uncertainty`; classifiers take none.
     seed : int
         Of the parts.
@@ -228,10 +228,10 @@ def cross_val_predict(
             model = train(dataset.select(learned))
         except InvalidInputError as error:
             raise InvalidInputError(f"without fold {fold} of {n_folds}: {error}") from error
-        samples = 0 if model.settings["task"] == "classification" else n_samples
+        asked = polymorphs and model.settings["task"] == "regression"
         rest = dataset.select(held_out)
         distance = distances_to(model, dataset.select(learned[labelled[learned]]), rest)
-        predicted.append((*model.predict_uncertainty(rest, n_samples=samples), distance))
+        predicted.append((*model.predict_uncertainty(rest, polymorphs=asked), distance))
         order.append(held_out)
     back = np.argsort(np.concatenate(order))
     return HeldOut(*(np.concatenate(parts)[back] for parts in zip(*predicted, strict=True)))

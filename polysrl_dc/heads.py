@@ -5,6 +5,7 @@ from typing import cast
 
 import torch
 from torch import Tensor, nn
+from torch.func import jacrev, vmap
 from torch.nn import functional
 
 from polysrl_dc.config import PolySRLConfig
@@ -135,13 +136,16 @@ class PropertyNetwork(nn.Module):
 
         Both are in units of the normalized labels; embeddings are those of encoders or of members.
         """
-        readers = len(self.heads) // len(embeddings)
-        embeddings = embeddings.expand(readers, *embeddings.shape).flatten(0, 1)
-        embeddings = embeddings * self.config.head_scale
+        embeddings = self._read(embeddings)
         location = _apply(self.heads, embeddings)
         if not self.heteroscedastic:
             return location, torch.zeros_like(location)
         return location, _apply(self.scale_heads, embeddings.detach())
+
+    def _read(self, embeddings: Tensor) -> Tensor:
+        """What each head takes in, (n_ensemble, n_graphs, F), of encoders or of members."""
+        readers = len(self.heads) // len(embeddings)
+        return embeddings.expand(readers, *embeddings.shape).flatten(0, 1) * self.config.head_scale
 
     def loss(self, embeddings: Tensor, labels: Tensor, weights: Tensor) -> Tensor:
         """Mean of weight times loss over the labels, summed over the members.
@@ -174,9 +178,7 @@ class PropertyNetwork(nn.Module):
         per_member = (losses * weights).sum((1, 2)) / known
         return per_member.sum()
 
-    def forward(
-        self, batch: StoichiometryBatch, noise: Tensor | None = None
-    ) -> tuple[Tensor, Tensor]:
+    def forward(self, batch: StoichiometryBatch, polymorphs: bool = False) -> tuple[Tensor, Tensor]:
         """Predictive mean and standard deviation, each (n_graphs, n_tasks), in label units.
 
         Regression: mean over members; variance = variance between members + mean over members of
@@ -185,24 +187,26 @@ class PropertyNetwork(nn.Module):
         Parameters
         ----------
         batch : StoichiometryBatch
-        noise : torch.Tensor, shape (n_samples, F), optional
-            Regression: standard normal. The variance is then that over members and samples
-            z_mu + sigma * noise of each member's Gaussian. The mean stays that of z_mu.
+        polymorphs : bool
+            Regression: the variance also has what each member's Gaussian N(z_mu, sigma^2) gives, to
+            first order. The mean stays that of z_mu.
         """
-        if noise is None:
-            means = self.embed(batch)
-        else:
+        if polymorphs:
             means, sigmas = self._gaussians(batch)
+        else:
+            means = self.embed(batch)
         location, log_scale = self.outputs(means)
         mean = location.mean(0)
         if self.classification:
             probability = torch.sigmoid(location).mean(0)
             return probability, (probability * (1 - probability)).sqrt()
-        if noise is not None:
-            samples = [self.outputs(means + sigmas * draw) for draw in noise]
-            location, log_scale = map(torch.cat, zip(*samples, strict=True))
         variance = location.var(0, unbiased=False)
+        if polymorphs:
+            read = self._read(means), self._read(sigmas)
+            variance = variance + _first_order_variance(self.heads, *read).mean(0)
         if self.heteroscedastic:
+            if polymorphs:  # exp(2 x) of a normal x has the mean exp(2 mean + 2 variance)
+                log_scale = log_scale + _first_order_variance(self.scale_heads, *read)
             variance = variance + (2 * torch.exp(2 * log_scale)).mean(0)
         return mean * self.label_std + self.label_mean, variance.sqrt() * self.label_std
 
@@ -216,3 +220,12 @@ class PropertyNetwork(nn.Module):
 def _apply(heads: nn.ModuleList, embeddings: Tensor) -> Tensor:
     """Each head on its own embedding: (n_ensemble, n_graphs, n_tasks)."""
     return torch.stack([head(row) for head, row in zip(heads, embeddings, strict=True)])
+
+
+def _first_order_variance(heads: nn.ModuleList, means: Tensor, sigmas: Tensor) -> Tensor:
+    """Variance of what each head makes of N(mean, sigma^2): the sum of (slope times sigma)^2.
+
+    Means and sigmas (n_ensemble, n_graphs, F) -> (n_ensemble, n_graphs, n_tasks).
+    """
+    slopes = torch.stack([vmap(jacrev(head))(row) for head, row in zip(heads, means, strict=True)])
+    return (slopes * sigmas[:, :, None]).square().sum(-1)

@@ -1,6 +1,5 @@
 """Prediction and evaluation of a fitted model, with and without uncertainty."""
 
-import operator
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from typing import Any
@@ -92,9 +91,9 @@ class PredictingModel(PersistentModel):
         if not self.model.fitted:
             raise ValueError("the model is not fitted; call fit or restore first")
 
-    def _mean_and_std(self, dataset: Formulas, noise: Tensor | None = None) -> list[np.ndarray]:
+    def _mean_and_std(self, dataset: Formulas, polymorphs: bool = False) -> list[np.ndarray]:
         self._check_fitted()
-        found = self._map(dataset, lambda batch: self.model(batch, noise))
+        found = self._map(dataset, lambda batch: self.model(batch, polymorphs))
         return [torch.cat(parts).cpu().numpy() for parts in zip(*found, strict=True)]
 
     def predict(
@@ -142,14 +141,14 @@ class PredictingModel(PersistentModel):
         self,
         dataset: Formulas,
         masks: None = None,
-        n_samples: int | None = None,
+        polymorphs: bool | None = None,
         distance: np.ndarray | None = None,
     ) -> tuple[np.ndarray, np.ndarray]:
         """Predict labels and the standard deviation of each.
 
         The variance follows the law of total variance: that between the members of the ensemble
-        and, with ``n_samples``, between samples of the formula's Gaussian N(z_mu, sigma²), plus the
-        mean over both of what a heteroscedastic head predicts, the variance of a Laplace
+        and, with ``polymorphs``, what the formula's Gaussian N(z_mu, sigma²) changes in them, plus
+        the mean over both of what a heteroscedastic head predicts, the variance of a Laplace
         distribution. By itself it is too small (``benchmarks/UNCERTAINTY.md``), most of all far
         from what was learned: see :meth:`calibrate`. For classification it is p (1 - p).
 
@@ -158,13 +157,12 @@ class PredictingModel(PersistentModel):
         dataset : dc.data.Dataset of stoichiometry graphs, or iterable of formulas
         masks : None
             DeepChem's dropout masks; there is no dropout here.
-        n_samples : int, optional
-            For regression, samples of each formula's Gaussian in every encoder: what the polymorphs
-            that it may have add to the variance, where ``variance_trained``; elsewhere sigma is
-            nearly the same for all formulas. They come from a fixed seed and are the same for all
-            rows, so a row does not depend on the others. 0: none, the representation is certain.
-            Default: the calibrated standard deviation of a calibrated model, else 0. What is asked
-            for by number is not calibrated.
+        polymorphs : bool, optional
+            For regression, whether the Gaussian of each formula in every encoder counts: what the
+            polymorphs that it may have add to the variance, where ``variance_trained``; elsewhere
+            sigma is nearly the same for all formulas. It is carried through the heads to first
+            order. Default: the calibrated standard deviation of a calibrated model, else False.
+            What is asked for is not calibrated.
         distance : numpy.ndarray, shape (n,), optional
             What ``domain.distance(dataset)`` says, if it is there already; a calibration may need
             it.
@@ -172,13 +170,13 @@ class PredictingModel(PersistentModel):
         Returns
         -------
         mean, std : numpy.ndarray, each of shape (n, n_tasks)
-            In label units. The mean is that of :meth:`predict`, with samples or without.
+            In label units. The mean is that of :meth:`predict`.
 
         Raises
         ------
         ValueError
-            Nothing here makes a variance, ``n_samples`` is negative or meant for classification,
-            the model is not fitted, or its formulas have been removed, which its calibration needs.
+            Nothing here makes a variance, ``polymorphs`` is asked of a classifier, the model is not
+            fitted, or its formulas have been removed, which its calibration needs.
 
         Examples
         --------
@@ -187,42 +185,36 @@ class PredictingModel(PersistentModel):
         >>> dataset = dc.data.NumpyDataset(graphs, np.array([8.5, 8.4, 7.8]))
         >>> model = dc.models.PolySRLModel(freeze_encoder=True)
         >>> loss = model.fit(dataset, nb_epoch=2)
-        >>> mean, std = model.predict_uncertainty(dataset, n_samples=16)
+        >>> mean, std = model.predict_uncertainty(dataset, polymorphs=True)
         >>> mean.shape, std.shape
         ((3, 1), (3, 1))
         """
         if masks is not None:
             raise ValueError("masks must be None: the uncertainty does not come from dropout")
         self._check_fitted()
-        calibration = self.calibration if n_samples is None else None
-        if n_samples is None:
-            n_samples = calibration.n_samples if calibration else 0
-        if n_samples < 0 or (n_samples and self.model.classification):
-            raise ValueError(f"n_samples is {n_samples}: must be 0, or for regression more")
-        if not (self.model.heteroscedastic or self.model.classification or n_samples) and (
+        calibration = self.calibration if polymorphs is None else None
+        if polymorphs is None:
+            polymorphs = calibration.polymorphs if calibration else False
+        if polymorphs and self.model.classification:
+            raise ValueError("polymorphs is True: only regression has it")
+        if not (self.model.heteroscedastic or self.model.classification or polymorphs) and (
             self.settings["n_ensemble"] < 2
         ):
-            raise ValueError("needs a heteroscedastic configuration, n_ensemble > 1 or n_samples")
-        noise = None
-        if n_samples:
-            generator = torch.Generator().manual_seed(0)
-            shape = (n_samples, self.config.n_features)
-            noise = torch.randn(shape, generator=generator, dtype=torch.float32)
-            noise = noise.to(self.device)
+            raise ValueError("needs a heteroscedastic configuration, n_ensemble > 1 or polymorphs")
         if calibration is None or not calibration.needs_distance:
-            mean, std = self._mean_and_std(dataset, noise)
+            mean, std = self._mean_and_std(dataset, polymorphs)
             return mean, calibration.apply(std) if calibration else std
         if self.domain is None:
             raise ValueError("the formulas that the model has learned from have been removed")
         dataset = formulas_dataset(dataset)
-        mean, std = self._mean_and_std(dataset, noise)
+        mean, std = self._mean_and_std(dataset, polymorphs)
         distance = self.domain.distance(dataset) if distance is None else distance
         return mean, calibration.apply(std, distance)
 
     def calibrate(
         self,
         dataset: Dataset,
-        n_samples: int = 64,
+        polymorphs: bool = True,
         predicted: Sequence[np.ndarray] | None = None,
     ) -> Calibration:
         """Scale the standard deviations by the errors on data that the model has not learned from.
@@ -238,10 +230,10 @@ class PredictingModel(PersistentModel):
         ----------
         dataset : dc.data.Dataset
             X holds stoichiometry graphs, y labels; labels of weight 0 are missing.
-        n_samples : int
-            As in :meth:`predict_uncertainty`; 0, or no trained variance: nothing of polymorphs.
+        polymorphs : bool
+            As in :meth:`predict_uncertainty`.
         predicted : sequence of numpy.ndarray, optional
-            Mean and standard deviation of these rows, (n, n_tasks) each, made with ``n_samples``,
+            Mean and standard deviation of these rows, (n, n_tasks) each, made with ``polymorphs``,
             and, where they shall grow with it, the distance, (n,). For rows that this model has
             learned from: by models like it that have not, as
             :func:`~polysrl_dc.cross_val_predict` makes them. Default: this model's own.
@@ -274,9 +266,8 @@ class PredictingModel(PersistentModel):
         """
         if self.settings["task"] != "regression" or not self.model.fitted:
             raise ValueError("only a fitted model of regression has a std to scale")
-        n_samples = operator.index(n_samples)
         if predicted is None:
-            mean, std = self.predict_uncertainty(dataset, n_samples=n_samples)
+            mean, std = self.predict_uncertainty(dataset, polymorphs=polymorphs)
             given = [self.domain.distance(dataset)] if self.domain else []
         else:
             mean, std, *given = predicted
@@ -284,7 +275,7 @@ class PredictingModel(PersistentModel):
         if np.shape(mean) != labels.shape:
             raise ValueError(f"the mean has shape {np.shape(mean)}, not {labels.shape}")
         far = (given[0], labels) if given and self._kept_formulas() else ()
-        self.calibration = Calibration.fit(labels - mean, std, weights != 0, n_samples, *far)
+        self.calibration = Calibration.fit(labels - mean, std, weights != 0, polymorphs, *far)
         return self.calibration
 
     def predict_embedding(self, dataset: Formulas) -> np.ndarray:

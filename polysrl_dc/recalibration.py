@@ -67,8 +67,8 @@ class Calibration:
         (:meth:`polysrl_dc.Domain.distance`); 0: it does not matter.
     ceilings : tuple of float, (n_tasks,)
         In label units; not negative.
-    n_samples : int
-        Samples of the Gaussian of each formula that the model's own is made with.
+    polymorphs : bool
+        Whether the model's own has the variance of each formula's Gaussian in it.
 
     Attributes
     ----------
@@ -85,9 +85,9 @@ class Calibration:
     Examples
     --------
     >>> own, distance = np.array([[0.1], [0.4]]), np.array([0.0, 1.0])
-    >>> Calibration((2.0,), (0.1,), (0.0,), (0.0,), n_samples=0).apply(own).tolist()
+    >>> Calibration((2.0,), (0.1,), (0.0,), (0.0,), polymorphs=False).apply(own).tolist()
     [[0.4], [1.0]]
-    >>> found = Calibration((2.0,), (0.1,), (0.5,), (2.0,), n_samples=0)
+    >>> found = Calibration((2.0,), (0.1,), (0.5,), (2.0,), polymorphs=False)
     >>> found.apply(own, distance).round(2).tolist()
     [[0.4], [1.65]]
     >>> found.apply(own, 3 * distance / 2).round(2).tolist()
@@ -98,7 +98,7 @@ class Calibration:
     offsets: tuple[float, ...]
     rates: tuple[float, ...]
     ceilings: tuple[float, ...]
-    n_samples: int
+    polymorphs: bool
 
     def __post_init__(self) -> None:
         if not all(0 < factor < math.inf for factor in self.factors):
@@ -107,8 +107,8 @@ class Calibration:
             values = getattr(self, name)
             if not all(0 <= value < math.inf for value in values):
                 raise ValueError(f"{name} are {values}: must be finite and not negative")
-        if not isinstance(self.n_samples, int) or self.n_samples < 0:
-            raise ValueError(f"n_samples is {self.n_samples!r}: must be 0 or more")
+        if not isinstance(self.polymorphs, bool):
+            raise ValueError(f"polymorphs is {self.polymorphs!r}: must be True or False")
 
     @property
     def uncalibrated(self) -> tuple[int, ...]:
@@ -125,11 +125,11 @@ class Calibration:
         errors: np.ndarray,
         std: np.ndarray,
         known: np.ndarray,
-        n_samples: int,
+        polymorphs: bool,
         distance: np.ndarray | None = None,
         labels: np.ndarray | None = None,
     ) -> Calibration:
-        """Bring 95 % of the errors within 2.12 standard deviations.
+        """Bring one more error like these with 95 % within 2.12 standard deviations.
 
         They are meant as those of Laplace distributions, as the model's own are. The offset is the
         median of these, so that rows that the model is far too certain of do not widen all others.
@@ -149,7 +149,7 @@ class Calibration:
             The model's own.
         known : numpy.ndarray of bool, shape (n, n_tasks)
             Where there is a label.
-        n_samples : int
+        polymorphs : bool
         distance : numpy.ndarray, shape (n,), optional
             To the nearest formula that was learned from. Without, the rates are 0.
         labels : numpy.ndarray, shape (n, n_tasks), optional
@@ -165,7 +165,7 @@ class Calibration:
         Examples
         --------
         >>> errors = np.random.default_rng(0).laplace(scale=3.0, size=(100_000, 1))
-        >>> found = Calibration.fit(errors, np.ones_like(errors), errors < np.inf, n_samples=0)
+        >>> found = Calibration.fit(errors, np.ones_like(errors), errors < np.inf, polymorphs=False)
         >>> found.apply(np.ones(1)).round(1).tolist()  # 3 sqrt(2)
         [4.2]
         """
@@ -200,7 +200,8 @@ class Calibration:
                 around = np.abs(labels[rows, task] - np.median(labels[rows, task]))
                 if rate:
                     ceiling = math.sqrt(2) * float(np.quantile(around, LEVEL)) / LAPLACE_95
-            factor = float(np.quantile(ratios, LEVEL)) / LAPLACE_95
+            # "weibull": one error more is within with this probability, however few there are
+            factor = float(np.quantile(ratios, LEVEL, method="weibull")) / LAPLACE_95
             if 0 < factor < math.inf:
                 found[task] = factor, offset, rate, ceiling
             else:
@@ -211,12 +212,17 @@ class Calibration:
         if reasons:
             warnings.warn(f"std is not calibrated: {why}", UncalibratedWarning, stacklevel=3)
         factors, offsets, rates, ceilings = zip(*found, strict=True)
-        return cls(factors, offsets, rates, ceilings, n_samples)
+        return cls(factors, offsets, rates, ceilings, polymorphs)
 
     @classmethod
     def from_dict(cls, values: Mapping[str, Any], n_tasks: int) -> Calibration:
-        """Read what ``dataclasses.asdict`` wrote; once there were no rates and ceilings."""
+        """Read what ``dataclasses.asdict`` wrote.
+
+        Once there were no rates and ceilings, and samples for the variance of the Gaussians.
+        """
         values = {"rates": [0.0] * n_tasks, "ceilings": [0.0] * n_tasks, **values}
+        if isinstance(n_samples := values.pop("n_samples", None), int) and n_samples >= 0:
+            values["polymorphs"] = n_samples > 0
         names = ("factors", "offsets", "rates", "ceilings")
         each = {name: tuple(values[name]) for name in names}
         if {len(numbers) for numbers in each.values()} != {n_tasks}:

@@ -264,7 +264,7 @@ def _cut_targets() -> None:
     search.wetlab_targets = recipes.wetlab_targets = run_wetlab.wetlab_targets
     calibration.all_targets = run_wetlab.wetlab_targets
     calibration.EPOCHS = (1,)
-    cut = {"ensemble": 1, "inner_folds": 2, "n_samples": 2}
+    cut = {"ensemble": 1, "inner_folds": 2}
     calibration.Settings = functools.partial(calibration.Settings, **cut)
     recipes.RECIPES = {name: replace(one, epochs=1) for name, one in recipes.RECIPES.items()}
     calibration.cross_predict = noting(

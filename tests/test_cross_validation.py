@@ -23,13 +23,12 @@ def test_each_row_is_predicted_by_a_model_without_its_formula(task):
         made.append((set(part.ids), fitted(task, dataset=part, nb_epoch=1)))
         return made[-1][1]
 
-    mean, std, distance = cross_val_predict(train, dataset, n_folds=4, n_samples=8)
+    mean, std, distance = cross_val_predict(train, dataset, n_folds=4)
     assert len(made) == 4 and mean.shape == std.shape == (len(TWICE), 1)
     assert distance.shape == (len(TWICE),)
     for row, formula in enumerate(TWICE):
         ((learned, model),) = (pair for pair in made if formula not in pair[0])
-        n_samples = 8 if task == "regression" else 0
-        alone = model.predict_uncertainty(dataset.select([row]), n_samples=n_samples)
+        alone = model.predict_uncertainty(dataset.select([row]), polymorphs=task == "regression")
         expected = np.array(alone)[:, 0]
         np.testing.assert_allclose((mean[row], std[row]), expected, rtol=1e-4, atol=1e-6)
         far = Domain(model, sorted(learned)).distance(formula)

@@ -512,7 +512,7 @@ def test_the_default_type_of_torch_is_not_that_of_a_model(tmp_path):
     try:
         model = make()
         model.fit(data(), nb_epoch=1, checkpoint_interval=0)
-        mean, std = model.predict_uncertainty(data(), n_samples=4)
+        mean, std = model.predict_uncertainty(data(), polymorphs=True)
         model.save(tmp_path)
         again = dc.models.PolySRLModel.from_pretrained(tmp_path).predict(data())
         for objective in ("polysrl", "graphcl"):
