@@ -164,8 +164,7 @@ class PredictingModel(PersistentModel):
             order. Default: the calibrated standard deviation of a calibrated model, else False.
             What is asked for is not calibrated.
         distance : numpy.ndarray, shape (n,), optional
-            What ``domain.distance(dataset)`` says, if it is there already; a calibration may need
-            it.
+            What ``domain.distance(dataset)`` says, if it is there already.
 
         Returns
         -------
@@ -220,8 +219,9 @@ class PredictingModel(PersistentModel):
         """Scale the standard deviations by the errors on data that the model has not learned from.
 
         From here on :meth:`predict_uncertainty` gives calibrated standard deviations, those of a
-        Laplace distribution: 95 % of these errors lie within 2.12 of them. Predictions stay as they
-        are. The calibration is saved with the model and forgotten when it is fitted again.
+        Laplace distribution: one more error like these lies within 2.12 of them with 95 %.
+        Predictions stay as they are. The calibration is saved with the model and forgotten when it
+        is fitted again.
 
         Of a model that holds the formulas it has learned from (:attr:`domain`), they also grow with
         the distance to the nearest of these, as the errors do, up to the spread of the labels.

@@ -129,7 +129,7 @@ class Calibration:
         distance: np.ndarray | None = None,
         labels: np.ndarray | None = None,
     ) -> Calibration:
-        """Bring one more error like these with 95 % within 2.12 standard deviations.
+        """So that one more error like these is within 2.12 standard deviations with 95 %.
 
         They are meant as those of Laplace distributions, as the model's own are. The offset is the
         median of these, so that rows that the model is far too certain of do not widen all others.
