@@ -308,8 +308,9 @@ def test_bfloat16_agrees_within_its_precision(name):
     # bfloat16 has steps of 0.4 %; NT-Xent divides cosines by a temperature of 0.1
     first, later = (0.1, 0.5) if name in ("infomax3d", "graphcl") else (0.01, 0.25)
     np.testing.assert_allclose(half[0], whole[0], rtol=first)
-    # Each step amplifies: after some more of them the processor decides how far.
     np.testing.assert_allclose(half[1:3], whole[1:3], rtol=0, atol=later * np.abs(whole).mean())
+    if name != "pretraining":  # each step amplifies, in this one as far as the processor decides
+        np.testing.assert_allclose(half.mean(), whole.mean(), rtol=later)
 
 
 @pytest.mark.skipif(shutil.which("g++") is None, reason="torch.compile needs a C++ compiler")
