@@ -8,22 +8,33 @@ from pathlib import Path
 import numpy as np
 import pandas as pd
 from scipy import stats
-from targets import N_FOLDS
+from targets import HELD_BACK, N_FOLDS
 
 PLACE = ["suite", "protocol", "metric", "task"]  # what a score is of, but for model, seed and fold
 PAPER_COLUMNS = ["table", "protocol", "model", "dataset", "metric", "mean", "std"]
 #: Of the intervals and of p.
 LEVEL = 0.05
-#: Test rows of a fold by its training rows.
-TEST_TO_TRAIN = 1 / (N_FOLDS - 1)
+#: Part of the rows outside a fold that are trained on, where it is not all of them.
+TRAINED_ON = {"paper": 1 - HELD_BACK, "wetlab_10%": 0.1, "wetlab_25%": 0.25, "wetlab_50%": 0.5}
+
+
+def held_out_ratio(suite: str) -> float:
+    """Test rows of a fold by its training rows.
+
+    Examples
+    --------
+    >>> [round(held_out_ratio(suite), 3) for suite in ("wetlab", "paper", "wetlab_10%")]
+    [0.25, 0.278, 2.5]
+    """
+    return 1 / (N_FOLDS - 1) / TRAINED_ON.get(suite, 1.0)
 
 
 def over_folds(scores: pd.DataFrame) -> pd.DataFrame:
     """Mean over the folds, after that over the seeds, of each column; its interval and its test.
 
     Folds share most of their training rows, so their scores are no independent samples. The
-    variance of their mean is estimated as that of one fold times 1/n + 1/4, 1/4 being test rows by
-    training rows, instead of 1/n (Nadeau & Bengio, Machine Learning 52, 239, 2003).
+    variance of their mean is estimated as that of one fold times 1/n + test rows by training rows,
+    instead of 1/n (Nadeau & Bengio, Machine Learning 52, 239, 2003).
 
     Parameters
     ----------
@@ -46,7 +57,8 @@ def over_folds(scores: pd.DataFrame) -> pd.DataFrame:
     """
     folds = scores.groupby([*PLACE, "fold"]).mean().groupby(PLACE)
     mean, n = folds.mean(), folds.count()
-    error = folds.std() * np.sqrt(1 / n.replace(0, np.nan) + TEST_TO_TRAIN)
+    ratio = [held_out_ratio(suite) for suite in mean.index.get_level_values("suite")]
+    error = folds.std() * np.sqrt((1 / n.replace(0, np.nan)).add(np.array(ratio, float), axis=0))
     with np.errstate(divide="ignore", invalid="ignore"):
         t = np.abs(mean / error)
     half, p = stats.t.ppf(1 - LEVEL / 2, n - 1) * error, 2 * stats.t.sf(t, n - 1)

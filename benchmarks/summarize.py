@@ -93,12 +93,13 @@ Intervals and tests: seeds repeat the same folds, so they are no further samples
 averaged over the seeds first; the interval is that of Student's t over the means of the {folds}
 folds, and it contains how much the folds differ. Folds share most of their training rows, so the
 variance of their mean is taken as 1/{folds} + 1/4 of theirs, not 1/{folds} (test rows are a fourth
-of the training rows; Nadeau and Bengio, Machine Learning 52, 239, 2003). To compare models, look at
-the second table of each pair: paired differences on the same seeds and folds, their 95 % interval,
-and p of a paired t-test with this variance (bold: p < {level}). Its last columns count the targets
-where the model is better and worse than the baseline, in brackets those with p < {level}. Of many
-tests about one in twenty would be bold without any effect. Each encoder was pretrained once: what a
-second run changes is in no interval and no p (`PRETRAINING.md`, "The same run on another machine").
+of the training rows; where fewer are trained on, as of Table 6, more; Nadeau and Bengio, Machine
+Learning 52, 239, 2003). To compare models, look at the second table of each pair: paired
+differences on the same seeds and folds, their 95 % interval, and p of a paired t-test with this
+variance (bold: p < {level}). Its last columns count the targets where the model is better and worse
+than the baseline, in brackets those with p < {level}. Of many tests about one in twenty would be
+bold without any effect. Each encoder was pretrained once: what a second run changes is in no
+interval and no p (`PRETRAINING.md`, "The same run on another machine").
 In transfer the rate of a fold is chosen once, with the first seed, so the seeds share that choice.
 """
 

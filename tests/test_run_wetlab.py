@@ -13,14 +13,14 @@ import transfer
 from check_submission import check_records
 from folds import unfinished_folder
 from magpie import magpie_features, predict_baseline
-from paired import comparison, paired_differences
+from paired import PLACE, comparison, held_out_ratio, over_folds, paired_differences
 from paper_models import MODELS, encoder_embeddings, encoder_of
 from paper_protocol import FOLDS, part_of_training
 from paper_records import absolute_errors, load_record, prediction_scores, record_path
 from run_wetlab import main
 from scipy import stats
 from sklearn.metrics import mean_absolute_error
-from targets import Target, wetlab_targets
+from targets import Target, matbench_target, wetlab_targets
 
 from polysrl_dc import PolySRLModel
 from polysrl_dc.checkpoints import checkpoint_path, load_checkpoint
@@ -312,6 +312,22 @@ def test_the_comparison_is_of_the_targets_that_are_asked_for():
     assert "new, transfer" in texts["density"] and "representation" not in texts["density"]
     assert texts["gap"].endswith("new is better than old on 1 of 1 targets")
     assert texts["other"] == ""
+
+
+def test_the_fewer_rows_are_trained_on_the_wider_is_the_interval(data_dir):
+    splits = matbench_target("matbench_jdft2d", data_dir).splits()
+    sizes = [len(test) / len(train) for train, test in splits]
+    assert held_out_ratio("paper") == pytest.approx(np.mean(sizes), rel=0.01)
+    ratios = {"wetlab": 1 / 4, "paper": 0.2 / 0.72, "wetlab_10%": 0.2 / 0.08}
+    values = [1.0, 2.0, 3.0, 2.0, 2.0]
+    rows = pd.MultiIndex.from_tuples(
+        [(suite, "transfer", "mae", "a", 0, fold) for suite in ratios for fold in range(5)],
+        names=[*PLACE, "seed", "fold"],
+    )
+    half = over_folds(pd.DataFrame({"a": values * 3}, rows))["half"].groupby("suite").first()
+    t = stats.t.ppf(0.975, 4)
+    for suite, ratio in ratios.items():
+        assert half[suite] == pytest.approx(t * np.std(values, ddof=1) * (0.2 + ratio) ** 0.5)
 
 
 def test_paired_differences():
