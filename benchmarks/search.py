@@ -175,16 +175,14 @@ def variance_diagnostics(encoder: str, formulas: np.ndarray) -> dict[str, float]
 
 
 def table(results: pd.DataFrame) -> pd.DataFrame:
-    """One line a row: diagnostics, and for each target the MAE and its paired difference."""
+    """One line a row: diagnostics, MAE of each target, their mean change from the first row."""
     errors = results[results["metric"] == "mae"]
-    errors = errors.pivot_table(index="row", columns=["task", "seed", "fold"], values="value")
-    means = errors.T.groupby("task", sort=False).mean().T
-    relative = (errors / errors.reindex(["default"]).iloc[0] - 1) * 100
+    means = errors.pivot_table("value", "row", "task", sort=False)
+    relative = (means / means.reindex(["default"]).iloc[0] - 1) * 100
     others = results[results["metric"] != "mae"]
     lines = others.pivot_table(index="row", columns="metric", values="value").join(means)
     lines["mean change, %"] = relative.mean(axis=1)
-    per_task = relative.T.groupby("task", sort=False).mean().T
-    lines["standard error, %"] = per_task.std(axis=1) / np.sqrt(per_task.shape[1])
+    lines["standard error, %"] = relative.std(axis=1) / np.sqrt(relative.shape[1])
     return lines.reindex([row for row in ROWS if row in lines.index])
 
 
