@@ -28,6 +28,18 @@ from polysrl_dc.errors import InvalidInputError
 
 #: What ``info.json`` says of the records of models that are not ours.
 ABOUT = {**magpie.ABOUT, **peers.ABOUT}
+#: What it says of the settings of ours, by protocol.
+CHOSEN = {
+    "representation": "Predictions are those of one model, whose settings are fixed.",
+    "transfer": (
+        "Predictions are those of one model, whose learning rate is chosen on a fifth of each "
+        "training fold; the other settings are fixed."
+    ),
+    "recipe": (
+        "Predictions are the mean of the members. The settings are fixed; encoders, epochs and "
+        "batches were found after a look at test errors of these targets."
+    ),
+}
 
 
 def record_path(output_dir: str | Path, suite: str, model: str, protocol: str, seed: int) -> Path:
@@ -73,7 +85,8 @@ def save_predictions(
     described = {task.dataset_name: {**settings, "account": target.account}}
     frozen = not about and settings.get("freeze_encoder", protocol == "representation")
     trained = "frozen" if frozen else "finetune"
-    write_record(folder, [task], described, trained, "", variant, runner, about)
+    chosen = CHOSEN[protocol]
+    write_record(folder, [task], described, trained, "", variant, runner, about, chosen)
     return folder
 
 

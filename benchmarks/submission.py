@@ -32,6 +32,12 @@ from polysrl_dc.errors import InvalidInputError
 RESULTS_FILE, INFO_FILE = "results.json.gz", "info.json"
 OWN_BENCHMARKS = tuple(FOLD_RULE_KEYS.values())
 REQUIREMENTS = ("torch", "deepchem", "matbench", "matminer", "pymatgen", "scikit-learn")
+#: What ``info.json`` says of the settings of ``run_matbench.py``.
+CHOSEN = (
+    "Predictions are the mean of the ensemble. Of several learning rates and epochs in "
+    "user_metadata one is chosen on a part of each training fold, and so is the scale of the "
+    "uncertainties; the other settings are fixed, and were found on parts of some of these tasks."
+)
 
 
 class FoldRuleBenchmark(MatbenchBenchmark):
@@ -174,6 +180,7 @@ def write_record(
     variant: str = "",
     runner: str = "run_matbench.py",
     about: dict[str, Any] | None = None,
+    chosen: str = CHOSEN,
 ) -> Path | None:
     """Merge the fully recorded tasks into a record; several processes may do so at once.
 
@@ -193,6 +200,8 @@ def write_record(
         Script that makes such records.
     about : dict, optional
         Of a model that is not ours: what stands in ``info.json`` instead, ``algorithm`` first.
+    chosen : str
+        Of ours: how the settings were found.
 
     Returns
     -------
@@ -216,7 +225,8 @@ def write_record(
         benchmark = _benchmark(name, complete, described)
         content = json.dumps(benchmark.as_dict(), allow_nan=False).encode()
         write_atomic(path, gzip.compress(content, mtime=0))
-        info = json.dumps(submission_info(protocol, notes, variant, about), indent=2) + "\n"
+        about_all = submission_info(protocol, notes, variant, about, chosen)
+        info = json.dumps(about_all, indent=2) + "\n"
         write_atomic(Path(folder) / INFO_FILE, info.encode())
         write_atomic(run_file(folder), _run_script(described, runner).encode())
     return path
@@ -255,7 +265,11 @@ def _plain_metadata(task: MatbenchTask) -> dict[str, Any]:
 
 
 def submission_info(
-    protocol: str, notes: str = "", variant: str = "", about: dict[str, Any] | None = None
+    protocol: str,
+    notes: str = "",
+    variant: str = "",
+    about: dict[str, Any] | None = None,
+    chosen: str = CHOSEN,
 ) -> dict[str, Any]:
     """The content of ``info.json`` with every key that Matbench asks for."""
     frozen = protocol not in ("finetune", "transfer")
@@ -269,10 +283,8 @@ def submission_info(
             "a stoichiometry by a Gaussian, and a small regression or classification head. Only "
             "compositions enter. "
             + ("The encoder is frozen." if frozen else "Encoder and head are trained together.")
-            + " Predictions are the mean of the ensemble; what is tuned (learning rate, epochs, "
-            "scale of the uncertainties) is chosen on a part of each training fold, among settings "
-            "that were found on parts of some of these tasks. The settings "
-            "of each task, and the encoder it starts from, stand in user_metadata."
+            + f" {chosen} The settings of each task, and the encoder it starts from, stand in "
+            "user_metadata."
         ),
         "bibtex_refs": [
             "@misc{polysrl, title={Stoichiometry Representation Learning with Polymorphic Crystal "
