@@ -96,7 +96,7 @@ to repeat the paper's tables.""",
     "mp_band_gap": """\
 Encoder of chemical formulas, pretrained on band gaps that were computed with density functional
 theory. Its variance has not been trained. It serves to repeat the paper's tables.
-`PolySRLModel.from_pretrained` of its file predicts them (eV, most stable structure).""",
+`PolySRLModel.from_pretrained` of its file predicts them (eV, most stable space group).""",
     "mp_formation_energy": """\
 Encoder of chemical formulas, pretrained on formation energies that were computed with density
 functional theory. Its variance has not been trained. A companion of `polysrl-mp`:
@@ -110,11 +110,11 @@ STRUCTURES = """\
   {held_out_stoichiometries:,} more stoichiometries were held out for diagnostics. No label was
   seen."""
 LABELS = """\
-- {rows:,} formulas, each with {label} of its structures: `{labels}` of
+- {rows:,} formulas, each with {label}: `{labels}` of
   Matbench, from the Materials Project. All of them, so no score on that task is a fair one."""
 LABEL = {
-    "mp_band_gap": "the band gap of the most stable",
-    "mp_formation_energy": "the lowest formation energy",
+    "mp_band_gap": "the mean band gap of its structures in the space group of the most stable",
+    "mp_formation_energy": "the lowest formation energy of its structures",
 }
 DIAGNOSTICS = """\
 Held-out stoichiometries: their structure is the nearest among 256 for {retrieval@1:.1%} of the

@@ -114,12 +114,13 @@ def test_matbench_targets_have_one_row_per_formula(data_dir, name, rows):
 def test_the_band_gap_of_a_formula_is_that_of_its_stable_polymorph(monkeypatch):
     def table(column, values):
         return pd.DataFrame(
-            {"structure": ["NaCl", "Na2Cl2", "KCl", "MgO"], column: values}, index=list("abcd")
+            {"structure": ["NaCl", "Na2Cl2", "KCl", "MgO", "CaO", "Ca2O2"], column: values},
+            index=list("abcdef"),
         )
 
     tables = {
-        "matbench_mp_gap": ("gap pbe", [5.0, 4.0, 3.0, 2.0]),
-        "matbench_mp_e_form": ("e_form", [-1.0, -2.0, -1.0, -1.0]),
+        "matbench_mp_gap": ("gap pbe", [5.0, 4.0, 3.0, 2.0, 6.0, 8.0]),
+        "matbench_mp_e_form": ("e_form", [-1.0, -2.0, -1.0, -1.0, -1.0, -2.0]),
     }
 
     class Task:
@@ -129,16 +130,20 @@ def test_the_band_gap_of_a_formula_is_that_of_its_stable_polymorph(monkeypatch):
             self.metadata = type("M", (), {"target": column, "input_type": "structure"})
 
     groups = {
-        "matbench_mp_gap": pd.Series([225, 221, 225, 1], index=list("abcd")),
-        "matbench_mp_e_form": pd.Series([225, 221, 225, 225], index=list("abcd")),
+        "matbench_mp_gap": pd.Series([225, 221, 225, 1, 225, 225], index=list("abcdef")),
+        "matbench_mp_e_form": pd.Series([225, 221, 225, 225, 225, 225], index=list("abcdef")),
     }
     monkeypatch.setattr(targets, "load_task", lambda name, _: Task(name))
     monkeypatch.setattr(targets, "_space_groups", lambda name, _: groups[name])
     targets._lowest_space_groups.cache_clear()
     gap = matbench_target("matbench_mp_gap", "anywhere")
     targets._lowest_space_groups.cache_clear()
-    assert dict(zip(gap.formulas, gap.values, strict=True)) == {"KCl": 3.0, "MgO": 2.0, "NaCl": 4.0}
-    assert gap.account.endswith("3 formulas (polymorph of lowest formation energy, but mean of 1)")
+    found = dict(zip(gap.formulas, gap.values, strict=True))
+    assert found == {"CaO": 7.0, "KCl": 3.0, "MgO": 2.0, "NaCl": 4.0}
+    assert gap.account.endswith(
+        "4 formulas (polymorph of lowest formation energy; 1 the mean of its space group, 1 of all "
+        "rows)"
+    )
     energy = matbench_target("matbench_mp_e_form", "anywhere")
     assert dict(zip(energy.formulas, energy.values, strict=True))["NaCl"] == -2.0
 
