@@ -16,6 +16,9 @@ GOOD: list[tuple[Any, dict]] = [
     ("Ca(OH)2", {"Ca": 1, "O": 2, "H": 2}),
     ("K4[Fe(CN)6]", {"K": 4, "Fe": 1, "C": 6, "N": 6}),
     ("Hg0.7Cd0.3Te", {"Hg": 0.7, "Cd": 0.3, "Te": 1}),
+    ("Ti1.5C2Hf0.5", {"Ti": 1.5, "C": 2, "Hf": 0.5}),
+    ("Cs2.5C2Hg2", {"Cs": 2.5, "C": 2, "Hg": 2}),
+    ("Fe1.5H2Os", {"Fe": 1.5, "H": 2, "Os": 1}),
     ("CH3CH2OH", {"C": 2, "H": 6, "O": 1}),
     ("NaN", {"Na": 1, "N": 1}),
     ("Xe", {"Xe": 1}),
@@ -39,7 +42,7 @@ GOOD: list[tuple[Any, dict]] = [
 
 BAD: list[Any] = [
     "", " ", "nan", "Xx2O3", "X", "Fe2Q3", "Rf", "RfO2", "fe2o3", "2H2O", "123", "Fe2..O3",
-    "MgCl2.6NH3", "PbI2.2CH3NH2", "ZnCl2.2(NH3)", "Fe2O3\nTiO2", "TIO2",
+    "MgCl2.6NH3", "PbI2.2CH3NH2", "ZnCl2.2(NH3)", "AlCl3.3C2H5OH", "Fe2O3\nTiO2", "TIO2",
     "(Fe2O3", "Fe2O3)", "Fe2O3!", "CuSO4*5H2O", "GaAs0.1P0.9G1128", "Fe-2O3", "Fe0O3",
     "Fe0Fe2O3", "Fe2O0.0", "Fe(OH)0", "Fe3+", "SO4^2-", "D2O", "T2O",
     "H" * 10_000, "NaCl" * 2_500, "(" * 5_000,
