@@ -4,10 +4,8 @@ import csv
 import gzip
 import json
 import sys
-from collections.abc import Callable, Hashable, Iterator, Sequence
-from decimal import Decimal
+from collections.abc import Callable, Iterator, Sequence
 from io import BytesIO, TextIOWrapper
-from numbers import Real
 from pathlib import Path
 from typing import Any
 
@@ -15,19 +13,12 @@ import numpy as np
 import pandas as pd
 import pyarrow.parquet
 
-from polysrl_dc.batches import GREATEST_LABEL
 from polysrl_dc.checkpoints import write_atomic
 from polysrl_dc.errors import InvalidInputError
 from polysrl_dc.recalibration import half_width
 from polysrl_dc.sources import unpacked
 
 _LARGEST = 2**30  # bytes of a table, unpacked
-#: What pandas takes for a missing value.
-MISSING = (
-    *("", "#N/A", "#N/A N/A", "#NA", "<NA>", "N/A", "n/a", "NA", "NULL", "null", "None"),
-    *("NaN", "nan", "-NaN", "-nan", "1.#IND", "-1.#IND", "1.#QNAN", "-1.#QNAN"),
-)
-_TRUTH = {"True": 1, "TRUE": 1, "true": 1, "False": 0, "FALSE": 0, "false": 0}
 #: How the names of compressed files end, for which another ending tells the format.
 _COMPRESSIONS = (".gz", ".bz2", ".xz", ".lzma")
 
@@ -254,53 +245,6 @@ def _separator(kind: str, content: bytes, formulas: str) -> str:
         if len(fields) > 1 and ("," not in line or _bare(formulas) in fields):
             return f"; its fields are separated by {name}: save it with commas, and decimal points"
     return ""
-
-
-def numbers(column: pd.Series, classes: bool = False) -> tuple[np.ndarray, dict[Hashable, str]]:
-    """Labels as floats, and what is wrong with those that are none.
-
-    Parameters
-    ----------
-    column : pandas.Series, shape (n,)
-    classes : bool
-        Whether only 0 and 1 are labels.
-
-    Returns
-    -------
-    values : numpy.ndarray, shape (n,)
-        NaN where there is no label or a wrong one. True is 1 and False 0.
-    wrong : dict
-        Row -> a sentence with row, column and value.
-
-    Examples
-    --------
-    >>> values, wrong = numbers(pd.Series(["8.5", "", "large"], name="gap"))
-    >>> values.tolist(), wrong
-    ([8.5, nan, nan], {2: "row 2: gap is 'large', not a number"})
-    """
-    given = column.astype(object)  # a date is no number
-    missing = given.isna() | given.map(lambda value: isinstance(value, str) and value in MISSING)
-    given = given[~missing]
-    if all(isinstance(value, str) and value in _TRUTH for value in given):
-        given = given.map(_TRUTH)
-    found = given.map(_number).astype(float).reindex(column.index)
-    wrong, right = {}, found.isin([0, 1]) if classes else found.abs() <= GREATEST_LABEL
-    for row in column.index[~missing & ~right]:
-        limit = "" if np.isnan(found[row]) else f" of at most {GREATEST_LABEL:g}"
-        kind = "a class: these are 0 and 1" if classes else f"a number{limit}"
-        wrong[row] = f"row {row}: {column.name} is {str(column[row])!r}, not {kind}"
-    return found.mask(found.index.isin(list(wrong))).to_numpy(), wrong
-
-
-def _number(value: Any) -> float:
-    """To the last digit; NaN for what is none, such as 1_000, dates and digits of other scripts."""
-    text = value if isinstance(value, str) else ""
-    if "_" in text or not text.isascii() or not isinstance(value, (str, Real, Decimal, np.bool_)):
-        return np.nan
-    try:
-        return float(value)
-    except (TypeError, ValueError, OverflowError):
-        return np.nan
 
 
 def predictions(

@@ -32,8 +32,9 @@ from polysrl_dc.cli import main
 from polysrl_dc.datasets import drop_skipped
 from polysrl_dc.errors import InvalidInputError
 from polysrl_dc.graphs import StoichiometryGraph
+from polysrl_dc.inputs import numbers
 from polysrl_dc.tables import WRITERS as WRITTEN
-from polysrl_dc.tables import numbers, read_table, write_table
+from polysrl_dc.tables import read_table, write_table
 
 #: What pandas takes for a missing or infinite number before a loader of DeepChem sees it.
 NO_TEXT = {"nan", "na", "n/a", "none", "null", "inf", "infinity", ""}
