@@ -7,6 +7,7 @@ import sys
 from collections.abc import Callable, Iterator, Sequence
 from io import BytesIO, TextIOWrapper
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import numpy as np
@@ -50,7 +51,10 @@ def _to_csv(frame: pd.DataFrame) -> bytes:
         if kind.kind == "O":
             texts = [_as_text(value) for value in frame.iloc[:, place]]
             frame.isetitem(place, pd.Series(texts, frame.index, dtype=object))
-    return frame.to_csv(index=False).encode()
+    # Fields are quoted where they hold what ends a line, which readers take a lone \r for, too.
+    lines: list[str] = []
+    frame.to_csv(SimpleNamespace(write=lines.append), index=False, lineterminator="\r\n")
+    return "".join(line.removesuffix("\r\n") + "\n" for line in lines).encode()
 
 
 def _to_json(frame: pd.DataFrame) -> bytes:

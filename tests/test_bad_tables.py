@@ -350,6 +350,22 @@ def test_quoted_fields_of_csv_are_kept(tmp_path):
     assert frame["note"].tolist() == ['a "b"\n, c', ' "d"', "", '5" tube']
 
 
+@pytest.mark.parametrize("output", ["out.csv", "out.csv.gz", None])
+def test_ends_of_lines_within_fields_come_back_from_csv(output, tmp_path, capsys):
+    notes = ["a\rb", "\r", "a\r\nb\n", "plain", ""]
+    given = pd.DataFrame({"formula": ["NaCl"] * 5, "no\rte": notes, "x": [0.1, 1e-20, 3, 4, 5]})
+    path = None if output is None else str(tmp_path / output)
+    write_table(given, pd.DataFrame(index=range(5)), path)
+    if path is None:
+        path = str(tmp_path / "out.csv")
+        Path(path).write_bytes(capsys.readouterr().out.encode())
+    frame = read_table(path, ["formula"])
+    pd.testing.assert_frame_equal(frame, given)
+    content = Path(path).read_bytes()
+    lines = (gzip.decompress(content) if path.endswith(".gz") else content).split(b"\n")
+    assert lines[1] == b'NaCl,"a\rb",0.1' and lines[-3:] == [b"NaCl,plain,4.0", b"NaCl,,5.0", b""]
+
+
 @pytest.mark.parametrize("ending", [".csv", ".json", ".parquet"])
 def test_integers_of_parquet_stay_integers_beside_missing_ones(ending, tmp_path):
     table = pa.table({
