@@ -105,7 +105,7 @@ def read_table(path: str, columns: Sequence[str]) -> pd.DataFrame:
     try:
         frame = _parsed(kind, content, columns[0])
         for name in frame.columns[frame.columns.duplicated()]:
-            if name != "":
+            if name != "" or name in columns:
                 raise ValueError(f"two columns are called {name!r}")
         counted = frame.index.names == [None] and list(frame.index) == list(range(len(frame)))
         frame = frame.reset_index(drop=counted)

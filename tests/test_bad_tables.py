@@ -403,6 +403,13 @@ def test_columns_without_a_name(tmp_path, capsys):
     status, _, error = run([*command, "--output", str(tmp_path / "out.json")], capsys)
     assert status == 2 and "two columns are called ''" in error
     assert not (tmp_path / "out.json").exists()
+    train = ["train", *command[1:], "--output-dir", str(tmp_path / "model"), "--target"]
+    grouped = [*train, "formula", "--folds", "2", "--group", ""]
+    for asked in ([*command, "--column", ""], [*train, ""], grouped):
+        status, out, error = run(asked, capsys)
+        assert status == 2 and out == "" and "t.csv is no table: two columns are called ''" in error
+    (tmp_path / "t.csv").write_text(",gap\nNaCl,a\n")
+    assert run([*command, "--column", ""], capsys)[1].splitlines()[1].startswith("NaCl,a,")
 
 
 def test_labels_are_read_to_the_last_digit():
