@@ -5,6 +5,7 @@ import gzip
 import json
 import sys
 from collections.abc import Callable, Iterator, Sequence
+from decimal import Decimal
 from io import BytesIO, TextIOWrapper
 from pathlib import Path
 from types import SimpleNamespace
@@ -12,7 +13,8 @@ from typing import Any
 
 import numpy as np
 import pandas as pd
-import pyarrow.parquet
+import pyarrow as pa
+import pyarrow.parquet as pq
 
 from polysrl_dc.checkpoints import write_atomic
 from polysrl_dc.errors import InvalidInputError
@@ -34,6 +36,8 @@ def _plain(value: Any) -> Any:
         return None
     if isinstance(value, np.generic):
         value = value.item()
+    if isinstance(value, Decimal) and Decimal(repr(float(value))) == value:
+        value = float(value)
     if isinstance(value, (bool, int, str)) or (isinstance(value, float) and np.isfinite(value)):
         return value
     return value.isoformat() if hasattr(value, "isoformat") else str(value)
@@ -137,8 +141,7 @@ def _standard_input() -> bytes:
 def _parsed(kind: str, content: bytes, formulas: str) -> pd.DataFrame:
     """The table in a file of this kind, of which one column has formulas."""
     if kind == ".parquet":
-        whole = pyarrow.parquet.read_table(BytesIO(content))
-        return whole.to_pandas(integer_object_nulls=True)  # else floats, where some are missing
+        return _from_parquet(content, formulas)
     if kind in (".json", ".jsonl"):
         return _from_json(content, lines=kind == ".jsonl")
     if b"\0" in content:  # where other programs would end the field
@@ -150,6 +153,28 @@ def _parsed(kind: str, content: bytes, formulas: str) -> pd.DataFrame:
     columns = (pd.Series(fields, dtype=object) for fields in zip(*rows, strict=True))
     typed = [f if name == formulas else _typed(f) for name, f in zip(names, columns, strict=False)]
     return pd.concat(typed, axis=1).set_axis(names, axis=1) if rows else pd.DataFrame([], [], names)
+
+
+def _from_parquet(content: bytes, formulas: str) -> pd.DataFrame:
+    """Integers as such, bytes as text, and compositions without the elements of other rows."""
+    table = pq.read_table(BytesIO(content))
+    for place, field in enumerate(table.schema):
+        if str(field.type).startswith(("binary", "large_binary", "fixed_size_binary")):
+            try:
+                text = table[place].cast(pa.binary()).cast(pa.string())
+            except pa.ArrowInvalid as error:
+                raise ValueError(f"{field.name!r} holds bytes that are no text in UTF-8") from error
+            table = table.set_column(place, field.name, text)
+    frame = table.to_pandas(integer_object_nulls=True)  # else floats, where some are missing
+    for place, name in enumerate(frame.columns):
+        if name == formulas:
+            frame.isetitem(place, frame.iloc[:, place].map(_without_nulls))
+    return frame
+
+
+def _without_nulls(value: Any) -> Any:
+    """A composition of Parquet, where each row has all elements of the column."""
+    return {k: v for k, v in value.items() if v is not None} if isinstance(value, dict) else value
 
 
 def _csv_rows(content: bytes, separator: str) -> list[list[str]]:

@@ -386,6 +386,46 @@ def test_integers_of_parquet_stay_integers_beside_missing_ones(ending, tmp_path)
         assert lines[1:] == ['NaCl,9007199254740993,255,"[9007199254740993, null]"', "KCl,,,"]
 
 
+def test_compositions_come_back_from_parquet(tmp_path, capsys):
+    monty = {"@module": "pymatgen.core.composition", "@class": "Composition", "@version": None}
+    rows = [{"Ti": 1, "O": 2}, {"Zn": 0.5, "O": 0.5}, {**monty, "Na": 1.0, "Cl": 1.0}]
+    (tmp_path / "t.json").write_text(json.dumps([{"formula": row} for row in rows]))
+    output = str(tmp_path / "out.parquet")
+    command = ["embed", "--input", str(tmp_path / "t.json"), "--output", output]
+    assert run(command, capsys)[0] == 0
+    del monty["@version"]
+    expected = [*rows[:2], {**monty, "Na": 1.0, "Cl": 1.0}]
+    assert read_table(output, ["formula"])["formula"].tolist() == expected
+    pd.DataFrame({"c": [*rows[:2], None], "tag": rows}).to_parquet(tmp_path / "t.parquet")
+    command = ["embed", "--input", str(tmp_path / "t.parquet"), "--column", "c"]
+    assert "row 2: None of type NoneType" in run(command, capsys)[2]
+    assert main([*command, "--on-error", "skip", "--output", str(tmp_path / "out.json")]) == 0
+    found = json.loads((tmp_path / "out.json").read_text())
+    assert [row["c"] for row in found] == rows[:2]
+    assert found[0]["tag"]["Zn"] is None  # as the file has it: only of formulas it is known
+
+
+def test_decimals_of_parquet_are_numbers_and_its_bytes_are_text(tmp_path, capsys):
+    table = pa.table({
+        "formula": pa.array([b"NaCl", b"KCl"], pa.binary()),
+        "name": pa.array(["Ä".encode(), None], pa.large_binary()),
+        "code": pa.array([b"ab", b"cd"], pa.binary(2)),
+        "gap": pa.array([Decimal("8.50"), None], pa.decimal128(10, 2)),
+        "long": pa.array([Decimal("0.1234567890123456789"), Decimal(3)], pa.decimal128(30, 19)),
+    })  # fmt: skip
+    pq.write_table(table, tmp_path / "t.parquet")
+    frame = read_table(str(tmp_path / "t.parquet"), ["formula"])
+    assert json.loads(WRITTEN[".json"](frame)) == [
+        {"formula": "NaCl", "name": "Ä", "code": "ab", "gap": 8.5, "long": "0.1234567890123456789"},
+        {"formula": "KCl", "name": None, "code": "cd", "gap": None, "long": 3.0},
+    ]
+    assert WRITTEN[".csv"](frame).decode().splitlines()[1].startswith("NaCl,Ä,ab,8.50,0.123456789")
+    table = table.set_column(1, "name", pa.array([b"Ann", b"\xff"]))
+    pq.write_table(table, tmp_path / "t.parquet")
+    message = run(["embed", "--input", str(tmp_path / "t.parquet")], capsys)[2]
+    assert message.endswith("t.parquet is no table: 'name' holds bytes that are no text in UTF-8")
+
+
 def test_lists_are_written_whole_to_csv(encoder, tmp_path):
     given = {"formula": ["NaCl"], "spectrum": [np.arange(2000) / 3], "tag": [{"a": [0.1]}]}
     pd.DataFrame(given).to_parquet(tmp_path / "t.parquet")
