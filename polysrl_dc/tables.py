@@ -366,6 +366,7 @@ def _beside(given: pd.DataFrame, found: pd.DataFrame) -> pd.DataFrame:
 def _content(frame: pd.DataFrame, path: str) -> bytes:
     try:
         return next(write for end, write in WRITERS.items() if path.endswith(end))(frame)
-    except (ValueError, TypeError, OverflowError) as error:  # Parquet: a column has one type
+    except (ValueError, TypeError, OverflowError, NotImplementedError) as error:
+        # Parquet: a column has one type, and each of its objects a field
         line = " ".join(str(error).split())
         raise InvalidInputError(f"{path} cannot be written: {line}; CSV can") from error

@@ -510,6 +510,9 @@ def test_what_a_format_cannot_hold_is_refused(number, tmp_path, capsys):
     assert status == 2 and "out.parquet cannot be written" in error and not output.exists()
     assert run([*command, str(tmp_path / "out.csv")], capsys)[0] == 0
     assert number.strip('"') in (tmp_path / "out.csv").read_text()
+    table.write_text('[{"formula": "NaCl", "n": {}}]')
+    status, _, error = run([*command, str(output)], capsys)
+    assert status == 2 and "out.parquet cannot be written" in error and not output.exists()
 
 
 def test_a_file_that_cannot_be_written_is_named_as_it_was_given(tmp_path, monkeypatch):
