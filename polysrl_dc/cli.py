@@ -66,8 +66,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         return 1
     except (ValueError, OSError, FloatingPointError) as error:
-        lines = str(error).splitlines() or [type(error).__name__]
-        print(f"polysrl {options.name}: error: {lines[0]}", file=sys.stderr)
+        line = " ".join(str(error).splitlines()) or type(error).__name__
+        print(f"polysrl {options.name}: error: {line}", file=sys.stderr)
         return 2
     return 0
 

@@ -261,7 +261,7 @@ def _typed(fields: pd.Series) -> pd.Series:
 
 
 def _bare(name: Any) -> str:
-    return str(name).strip().casefold()
+    return " ".join(str(name).split()).casefold()
 
 
 def _separator(kind: str, content: bytes, formulas: str) -> str:

@@ -342,6 +342,15 @@ def test_rows_of_csv_are_neither_joined_nor_filled(text, said, tmp_path, capsys)
     assert status == 2 and out == "" and said in error
 
 
+def test_names_with_an_end_of_line_are_told_in_one(tmp_path, capsys):
+    (tmp_path / "t.csv").write_text('formula,"band\ngap"\nNaCl,8.5\nKCl,x\n')
+    command = ["train", "--input", str(tmp_path / "t.csv"), "--output-dir", str(tmp_path / "model")]
+    message = run([*command, "--target", "band\ngap"], capsys)[2]
+    assert message.endswith("error: row 1: band gap is 'x', not a number")
+    message = run([*command, "--target", "Band gap"], capsys)[2]
+    assert message.endswith(r"; is it 'band\ngap'?")
+
+
 def test_quoted_fields_of_csv_are_kept(tmp_path):
     text = 'formula,note\r\nNaCl,"a ""b""\n, c"\r\nKCl, "d"\r\n\r\n"LiF",5" tube\r\n\r\n'
     (tmp_path / "t.csv").write_bytes(text.encode())
