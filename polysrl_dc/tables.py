@@ -91,7 +91,8 @@ def read_table(path: str, columns: Sequence[str]) -> pd.DataFrame:
 
     The name of the file tells the format: ``.json`` (records, columns, or matminer's and Matbench's
     split frames), ``.jsonl``, ``.parquet``, ``.tsv``, else CSV; ``.gz`` and the like may follow.
-    Columns of a CSV table are text unless all their fields are numbers as Python writes them.
+    Columns of a CSV table are text unless all their fields are numbers as Python writes them, or
+    empty, which means that a number is missing.
     Rows are numbered from 0, the first beneath the names. An index that is more than such numbers
     becomes a column, ``index`` if it has no name. The path ``-`` means CSV on standard input.
 
@@ -255,9 +256,13 @@ def _named_once(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
 
 
 def _typed(fields: pd.Series) -> pd.Series:
-    """Text as numbers, if they are written like that; else the text."""
-    found = pd.to_numeric(fields, errors="coerce")
-    return found if found.notna().all() and (found.astype(str) == fields).all() else fields
+    """Text as numbers, if all but empty fields are written like that; else the text."""
+    given = fields[fields != ""]
+    nullable = {"dtype_backend": "numpy_nullable"} if len(given) < len(fields) else {}
+    found = pd.to_numeric(given, errors="coerce", **nullable)
+    if given.empty or found.isna().any() or (found.astype(str) != given).any():
+        return fields
+    return found.reindex(fields.index)
 
 
 def _bare(name: Any) -> str:

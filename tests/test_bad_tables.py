@@ -342,6 +342,33 @@ def test_rows_of_csv_are_neither_joined_nor_filled(text, said, tmp_path, capsys)
     assert status == 2 and out == "" and said in error
 
 
+def test_empty_fields_beside_numbers_are_missing_numbers(tmp_path, capsys):
+    rows = ["NaCl,1e-14,2001,18446744073709551615,1,007,,1.0", "KCl,,,,x,,,", "LiF,2.5,0,,,1,,3.0"]
+    text = "\n".join(["formula,rate,year,large,note,code,none,size", *rows, ""])
+    (tmp_path / "t.csv").write_text(text)
+    frame = read_table(str(tmp_path / "t.csv"), ["formula"])
+    assert WRITTEN[".csv"](frame).decode() == text
+    columns = {
+        "formula": ["NaCl", "KCl", "LiF"],
+        "rate": [1e-14, None, 2.5],
+        "year": [2001, None, 0],
+        "large": [2**64 - 1, None, None],
+        "note": ["1", "x", ""],
+        "code": ["007", "", "1"],
+        "none": ["", "", ""],
+        "size": [1.0, None, 3.0],
+    }
+    expected = pd.DataFrame(columns, dtype=object).to_dict("records")
+    assert json.loads(WRITTEN[".json"](frame)) == expected
+    table = pq.read_table(BytesIO(WRITTEN[".parquet"](frame)))
+    assert table.to_pylist() == expected
+    assert [str(field.type) for field in table.schema][1:4] == ["double", "int64", "uint64"]
+    command = ["train", "--input", str(tmp_path / "t.csv"), "--target", "rate", "--folds", "2"]
+    command += ["--group", "year", "--output-dir", str(tmp_path / "model")]
+    (tmp_path / "t.csv").write_text(text.replace("KCl,,", "KCl,3,"))
+    assert "row 1: year is <NA>, which means that it is missing" in run(command, capsys)[2]
+
+
 def test_names_with_an_end_of_line_are_told_in_one(tmp_path, capsys):
     (tmp_path / "t.csv").write_text('formula,"band\ngap"\nNaCl,8.5\nKCl,x\n')
     command = ["train", "--input", str(tmp_path / "t.csv"), "--output-dir", str(tmp_path / "model")]
