@@ -76,25 +76,32 @@ def read_reference(options: argparse.Namespace, model: PolySRLModel) -> dc.data.
     Raises
     ------
     InvalidInputError
-        As :func:`read_formulas`, or no row has a label.
+        As :func:`read_formulas`, a field that is no label, or no row has one.
     """
     given = {"input": options.reference, "column": options.column, "on_error": options.on_error}
     frame, dataset = read_formulas(argparse.Namespace(**given), options.target or [])
     targets = options.target or [n for n in model.provenance.get("targets", []) if n in frame]
     if not targets:
         return dataset
-    classes = model.settings["task"] == "classification"
-    labels = np.column_stack([numbers(frame[name], classes)[0] for name in targets])
+    labels = _labels(frame, targets, model.settings["task"], options.on_error)
     kept = np.flatnonzero(~np.isnan(labels).all(1))
     if len(kept) == 0:
         raise InvalidInputError(f"{options.reference} has no label of {' or '.join(targets)}")
-    _say_unlabeled(len(dataset) - len(kept), targets)
     return dataset.select(kept)
 
 
-def _say_unlabeled(n_rows: int, targets: Sequence[str]) -> None:
-    if n_rows:
-        print(f"rows without {' or '.join(targets)}, left out: {n_rows}", file=sys.stderr)
+def _labels(frame: pd.DataFrame, targets: Sequence[str], task: str, on_error: str) -> np.ndarray:
+    """Labels of each row, NaN where they are missing; wrong ones end the run, or are said."""
+    found = [numbers(frame[name], task == "classification") for name in targets]
+    labels = np.column_stack([values for values, _ in found])
+    empty = set(frame.index[np.isnan(labels).all(1)])
+    for row, text in (pair for _, wrong in found for pair in wrong.items()):
+        if on_error == "raise":
+            raise InvalidInputError(text)
+        print(f"skipped {'' if row in empty else 'the label in '}{text}", file=sys.stderr)
+    if missing := len(empty.difference(*(wrong for _, wrong in found))):
+        print(f"rows without {' or '.join(targets)}, left out: {missing}", file=sys.stderr)
+    return labels
 
 
 def _say_skipped(texts: Sequence[str], what: str) -> None:
@@ -129,20 +136,11 @@ def read_labels(
     """
     if len(set(options.target)) < len(options.target):
         raise InvalidInputError(f"--target names a column twice: {' '.join(options.target)}")
-    classes = options.task == "classification"
-    found = [numbers(frame[name], classes) for name in options.target]
-    labels = np.column_stack([values for values, _ in found])
+    labels = _labels(frame, options.target, options.task, options.on_error)
     weights = (~np.isnan(labels)).astype(float)
-    kept = weights.any(1)
-    empty = set(frame.index[~kept])
-    for row, text in (pair for _, wrong in found for pair in wrong.items()):
-        if options.on_error == "raise":
-            raise InvalidInputError(text)
-        print(f"skipped {'' if row in empty else 'the label in '}{text}", file=sys.stderr)
-    _say_unlabeled(len(empty.difference(*(wrong for _, wrong in found))), options.target)
     labels = np.where(weights, labels, 0.0)
     dataset = dc.data.NumpyDataset(dataset.X, labels, weights, dataset.ids)
-    dataset = dataset.select(np.flatnonzero(kept))
+    dataset = dataset.select(np.flatnonzero(weights.any(1)))
     rows = ""
     if options.group is not None:
         column = frame.loc[dataset.ids, options.group]
@@ -156,7 +154,7 @@ def read_labels(
     for name, y, known in zip(options.target, dataset.y.T, dataset.w.T > 0, strict=True):
         if not known.any():
             raise InvalidInputError(f"the column {name!r} has no number{rows}")
-        if not classes and set(np.unique(y[known])) == {0, 1}:
+        if options.task == "regression" and set(np.unique(y[known])) == {0, 1}:
             advice = "--task classification learns them as classes"
             print(f"the labels of {name!r} are 0 and 1: {advice}", file=sys.stderr)
     return dataset

@@ -302,7 +302,8 @@ def test_rows_that_a_model_has_not_learned_from_are_no_reference(tmp_path, capsy
     table, model = tmp_path / "gaps.csv", str(tmp_path / "model")
     salts = "".join(f"{metal}Cl,{row},1\n" for row, metal in enumerate(("Li", "Na", "K", "Rb")))
     table.write_text(f"formula,gap,size\n{salts}PuO2,,1\nPuN,x,1\n")
-    asked = ["domain", "PuO2", "NaCl", "--reference", str(table), "-k", "1"]
+    strict = ["domain", "PuO2", "NaCl", "--reference", str(table), "-k", "1"]
+    asked = [*strict, "--on-error", "skip"]
     command = ["train", "--input", str(table), "--target", "gap", "--epochs", "1"]
     assert main([*command, "--on-error", "skip", "--output-dir", model]) == 0
     for told, n in (
@@ -316,7 +317,11 @@ def test_rows_that_a_model_has_not_learned_from_are_no_reference(tmp_path, capsy
         captured = capsys.readouterr()
         outside = [line.split(",")[1] for line in captured.out.splitlines()[1:]]
         assert outside == [str(n > 0), "False"]
-        assert ("rows without gap, left out: 2\n" in captured.err) == (n > 0)
+        said = "skipped row 5: gap is 'x', not a number\nrows without gap, left out: 1\n"
+        assert (said in captured.err) == (n > 0)
+        assert ("row 5: gap is 'x', not a number\n" in captured.err) == bool(told)
+        assert main([*strict, *told]) == (2 if told else 0)
+        assert ("error: row 5: gap is 'x'" in capsys.readouterr().err) == bool(told)
     table.write_text("formula,size\nNaCl,1\nPuO2,1\n")  # without the target of the model
     assert main([*asked, "--model", model]) == 0 and "left out" not in capsys.readouterr().err
     table.write_text("formula,gap\nNaCl,\nPuO2,\n")
