@@ -227,12 +227,21 @@ def check(options: argparse.Namespace) -> None:
         for source in read:
             if path and source and os.path.realpath(path) == os.path.realpath(source):
                 raise InvalidInputError(f"--{name} {path} is the table that is read")
+        for source in getattr(options, "structures", None) or []:
+            if path and _holds(source, path):
+                raise InvalidInputError(f"--{name} {path} is among the structures that are read")
     for encoder in getattr(options, "pretrained", None) or []:
         folder = checkpoint_path(encoder).parent
         if encoder != "none" and os.path.realpath(folder) == os.path.realpath(options.output_dir):
             raise InvalidInputError(
                 f"--output-dir {options.output_dir} holds the encoder {encoder}"
             )
+
+
+def _holds(source: str, path: str) -> bool:
+    """Whether a file is a source of structures, or would be read in a folder that is one."""
+    folder, file = (Path(os.path.realpath(name)) for name in (source, path))
+    return file == folder or (file.suffix == ".parquet" and folder in file.parents)
 
 
 def follow_recipe(options: argparse.Namespace, n_rows: int) -> None:

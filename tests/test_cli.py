@@ -733,6 +733,37 @@ def test_what_is_read_is_not_written_over(
     assert table.read_bytes() == given and not Path("model").exists()
 
 
+@pytest.mark.parametrize("name", ["retrieve", "domain"])
+def test_structures_that_are_read_are_not_written_over(
+    name: str,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    folder = tmp_path / "known" / "more"
+    folder.mkdir(parents=True)
+    table = folder / "a.parquet"
+    table.write_bytes(b"structures")
+    Path("link").symlink_to(folder.parent)
+    command = [name, "NaCl", "--structures"]
+    for source, output in (
+        (str(table), "known/more/a.parquet"),
+        ("known/more/a.parquet", str(table)),
+        ("known", str(table)),
+        ("known", "link/more/b.parquet"),  # the next run would read it
+        ("link", "known/b.parquet"),
+        ("a.json", "a.json"),
+    ):
+        for sources in ([source], ["b.cif", "--structures", source]):
+            message = error_of([*command, *sources, "--output", output], capsys)
+            assert message.endswith(f"--output {output} is among the structures that are read")
+    for source, output in (("known", "known/b.csv"), ("known/more", "known/b.parquet")):
+        message = error_of([*command, source, "--output", output], capsys)
+        assert "is not a complete Parquet file" in message
+    assert table.read_bytes() == b"structures"
+
+
 def test_the_folder_of_a_model_is_tried_before_training(
     table: Path, trained: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
