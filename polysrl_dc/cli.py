@@ -31,7 +31,13 @@ from polysrl_dc.model import PolySRLModel
 from polysrl_dc.options import check, follow_recipe, parser
 from polysrl_dc.recalibration import LEAST, UncalibratedWarning
 from polysrl_dc.resumption import UNFINISHED, fit_in
-from polysrl_dc.tables import check_table, for_each, predictions, write_table
+from polysrl_dc.tables import (
+    check_table,
+    for_each,
+    prediction_names,
+    predictions,
+    write_table,
+)
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
@@ -74,14 +80,19 @@ def main(arguments: Sequence[str] | None = None) -> int:
 
 def embed(options: argparse.Namespace) -> None:
     """Formulas -> columns ``polymorphism``, if the model tells it, and ``embedding_0`` ..."""
-    frame, dataset = read_formulas(options)
     model = PolySRLModel.from_pretrained(options.model)
+    frame, dataset = read_formulas(options)
+    check_table(frame, list(_embedded(model, dataset.select([0]))), options.output)
+    if not any(model.variance_trained):
+        print(f"no column polymorphism: {options.model} has no trained variance", file=sys.stderr)
+    write_table(frame, _embedded(model, dataset), options.output)
+
+
+def _embedded(model: PolySRLModel, dataset: dc.data.Dataset) -> pd.DataFrame:
     embedding = pd.DataFrame(model.predict_embedding(dataset)).add_prefix("embedding_")
     if any(model.variance_trained):
         embedding.insert(0, "polymorphism", model.predict_polymorphism(dataset))
-    else:
-        print(f"no column polymorphism: {options.model} has no trained variance", file=sys.stderr)
-    write_table(frame, embedding, options.output)
+    return embedding
 
 
 def train(options: argparse.Namespace) -> None:
@@ -117,7 +128,8 @@ def train(options: argparse.Namespace) -> None:
                     f"--hold-out {options.hold_out} leaves no label of {name!r} to train on"
                 )
     if held_out is not None and options.predictions:
-        check_table(frame.loc[held_out.ids], options.target, options.predictions)
+        names = prediction_names(options.target)
+        check_table(frame.loc[held_out.ids], names, options.predictions)
     with _naming(options.target):
         if options.folds:
             chosen = {"seed": options.seed, "groups": groups}
@@ -155,6 +167,8 @@ def predict(options: argparse.Namespace) -> None:
     that hold the formulas they have learned from.
     """
     model = PolySRLModel.from_pretrained(options.model)
+    if not getattr(model.model, "fitted", False):  # which a network of pretraining does not have
+        raise InvalidInputError(f"{options.model} is not fitted for predictions: use polysrl train")
     frame, dataset = read_formulas(options)
     targets = model.provenance.get("targets", range(model.settings["n_tasks"]))
     known = model.domain if options.outside else None
@@ -164,7 +178,8 @@ def predict(options: argparse.Namespace) -> None:
         raise InvalidInputError("--interval is for models of regression")
     if options.interval is not None and uncalibrated:
         raise InvalidInputError(f"--interval needs a calibrated std; not so: {uncalibrated}")
-    check_table(frame, targets, options.output, ["outside"] if known else [], options.interval)
+    names = prediction_names(targets, options.interval) + (["outside"] if known else [])
+    check_table(frame, names, options.output)
     distance = known.distance(dataset) if known else None
     mean, std = model.predict_uncertainty(dataset, distance=distance)
     found = predictions(mean, std, targets, options.interval)
@@ -181,27 +196,30 @@ def predict(options: argparse.Namespace) -> None:
 
 def retrieve(options: argparse.Namespace) -> None:
     """Formulas and candidate structures -> the ``k`` likeliest candidates of each formula."""
+    model = PolySRLModel.from_pretrained(options.model)
+    model.check_retrieves()
     frame, dataset = read_formulas(options)
+    names = ["rank", "structure", "structure_formula", "probability"]
+    check_table(frame, names, options.output)
     candidates = read_structures(options.structures, options.on_error)
     if not isinstance(candidates, PolymorphDataset):
         candidates = PolymorphDataset.from_graphs(candidates.X, candidates.ids)
     k = min(options.k, len(candidates))
-    indices, probabilities = PolySRLModel.from_pretrained(options.model).retrieve(
-        dataset, candidates, k
-    )
-    found = {
-        "rank": np.tile(np.arange(1, k + 1), len(frame)),
-        "structure": candidates.ids[indices.ravel()],
-        "structure_formula": candidates.formulas[indices.ravel()],
-        "probability": probabilities.ravel(),
-    }
-    write_table(frame.loc[frame.index.repeat(k)], pd.DataFrame(found), options.output)
+    indices, probabilities = model.retrieve(dataset, candidates, k)
+    rows = indices.ravel()
+    ranks = np.tile(np.arange(1, k + 1), len(frame))
+    columns = (ranks, candidates.ids[rows], candidates.formulas[rows], probabilities.ravel())
+    found = pd.DataFrame(dict(zip(names, columns, strict=True)))
+    write_table(frame.loc[frame.index.repeat(k)], found, options.output)
 
 
 def domain(options: argparse.Namespace) -> None:
     """Formulas and a reference -> the ``k`` nearest reference formulas of each, and its domain."""
-    frame, dataset = read_formulas(options)
     model = PolySRLModel.from_pretrained(options.model)
+    frame, dataset = read_formulas(options)
+    names = ["outside", "unseen", "percentile", "rank", "nearest", "distance"]
+    names += ["n_structures", "structures"]
+    check_table(frame, names, options.output)
     reference = None
     if options.structures:
         reference = read_structures(options.structures, options.on_error)
@@ -216,7 +234,7 @@ def domain(options: argparse.Namespace) -> None:
     k = min(options.k, len(known.formulas))
     with warnings.catch_warnings():
         warnings.simplefilter("ignore", OutsideDomainWarning)  # said below, in one line
-        found = known.query(dataset, k).reset_index(drop=True)
+        found = known.query(dataset, k)[names].reset_index(drop=True)
     found["structures"] = [";".join(map(str, ids)) for ids in found["structures"]]
     write_table(frame.loc[frame.index.repeat(k)], found, options.output)
     _say_outside(found[::k], known)

@@ -74,10 +74,8 @@ class RetrievingModel(PredictingModel):
         >>> indices.shape, bool(probabilities[0, 0] >= probabilities[0, 1])
         ((1, 2), True)
         """
+        self.check_retrieves()
         network = self._matching_network()
-        read = self.settings["objective"] != "graphcl"  # which reads no structures
-        if not (read and (any(self.variance_trained) or self.get_global_step())):
-            raise ValueError("nothing has trained the encoder of structures: fit or restore first")
         if not 1 <= k <= len(structures):
             raise ValueError(f"k is {k}: must be between 1 and {len(structures)}, the candidates")
         if n_samples < 1:
@@ -100,6 +98,24 @@ class RetrievingModel(PredictingModel):
 
         logs, indices = zip(*self._map(formulas, likeliest), strict=True)
         return torch.cat(indices).cpu().numpy(), torch.cat(logs).exp().cpu().numpy()
+
+    def check_retrieves(self) -> None:
+        """Refuse a model that cannot :meth:`retrieve`, before structures are read for it.
+
+        Raises
+        ------
+        ValueError
+            The model is not one of pretraining, or nothing has trained its encoder of structures.
+
+        Examples
+        --------
+        >>> import polysrl_dc
+        >>> polysrl_dc.PolySRLModel.from_pretrained("polysrl-mp").check_retrieves()
+        """
+        self._matching_network()
+        read = self.settings["objective"] != "graphcl"  # which reads no structures
+        if not (read and (any(self.variance_trained) or self.get_global_step())):
+            raise ValueError("nothing has trained the encoder of structures: fit or restore first")
 
     def _matching_network(self) -> Any:
         """The network with both encoders."""

@@ -4,7 +4,7 @@ import csv
 import gzip
 import json
 import sys
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from decimal import Decimal
 from io import BytesIO, TextIOWrapper
 from pathlib import Path
@@ -287,17 +287,22 @@ def predictions(
     targets: Sequence[str] | range,
     interval: float | None = None,
 ) -> pd.DataFrame:
-    """Columns ``prediction`` and ``std``; of several targets, with their names.
+    """The columns that :func:`prediction_names` names.
 
-    With ``interval``, a share of the values, also ``lower`` and ``upper``, the bounds that a
-    calibrated standard deviation gives it.
+    With ``interval``, a share of the values, also the bounds that a calibrated standard deviation
+    gives it.
     """
-    columns = {"prediction": mean, "std": std}
+    columns = [mean, std]
     if interval is not None:
         half = half_width(interval) * std
-        columns |= {"lower": mean - half, "upper": mean + half}
-    names = [column for name in columns for column in for_each(targets, name)]
-    return pd.DataFrame(np.hstack([*columns.values()]), columns=names)
+        columns += [mean - half, mean + half]
+    return pd.DataFrame(np.hstack(columns), columns=prediction_names(targets, interval))
+
+
+def prediction_names(targets: Sequence[str] | range, interval: float | None = None) -> list[str]:
+    """``prediction``, ``std`` and, with an interval, ``lower`` and ``upper``, of each target."""
+    names = ["prediction", "std"] + (["lower", "upper"] if interval is not None else [])
+    return [column for name in names for column in for_each(targets, name)]
 
 
 def for_each(targets: Sequence[str] | range, name: str) -> list[str]:
@@ -305,32 +310,20 @@ def for_each(targets: Sequence[str] | range, name: str) -> list[str]:
     return [f"{name}_{target}" for target in targets] if len(targets) > 1 else [name]
 
 
-def check_table(
-    given: pd.DataFrame,
-    targets: Sequence[str] | range,
-    path: str | None,
-    others: Sequence[str] = (),
-    interval: float | None = None,
-) -> None:
-    """Refuse what :func:`write_table` could not write beside predictions that are yet to be made.
+def check_table(given: pd.DataFrame, names: Sequence[str], path: str | None) -> None:
+    """Refuse what :func:`write_table` could not write beside columns that are yet to be made.
 
     Parameters
     ----------
     given : pandas.DataFrame
-    targets : sequence of str
-        What is to be predicted.
+    names : sequence of str
+        Of the columns that are to be found.
     path : str or None
         Ends in one of :data:`WRITERS`; None: standard output.
-    others : sequence of str
-        Columns besides predictions.
-    interval : float, optional
-        As in :func:`predictions`.
     """
-    nothing = np.zeros((len(given), len(targets)))
-    found = predictions(nothing, nothing, targets, interval).assign(**dict.fromkeys(others, False))
-    frame = _beside(given, found)
+    _refuse_taken(given, names)
     if path is not None:
-        _content(frame, path)
+        _content(given, path)
 
 
 def write_table(given: pd.DataFrame, found: pd.DataFrame, path: str | None) -> None:
@@ -362,9 +355,13 @@ def write_table(given: pd.DataFrame, found: pd.DataFrame, path: str | None) -> N
     print(f"{len(frame)} rows written to {path}", file=sys.stderr)
 
 
-def _beside(given: pd.DataFrame, found: pd.DataFrame) -> pd.DataFrame:
-    if taken := [name for name in found if name in given]:
+def _refuse_taken(given: pd.DataFrame, names: Iterable[str]) -> None:
+    if taken := [name for name in names if name in given]:
         raise InvalidInputError(f"the table has a column {taken[0]!r} already; rename it")
+
+
+def _beside(given: pd.DataFrame, found: pd.DataFrame) -> pd.DataFrame:
+    _refuse_taken(given, found)
     return pd.concat([given.reset_index(drop=True), found], axis=1)
 
 

@@ -764,6 +764,58 @@ def test_structures_that_are_read_are_not_written_over(
     assert table.read_bytes() == b"structures"
 
 
+@pytest.mark.parametrize(
+    ("arguments", "taken"),
+    [
+        (["embed"], "polymorphism"),
+        (["embed"], "embedding_199"),
+        (["embed", "--model", "graphcl-mp"], "embedding_0"),
+        (["retrieve", "--structures", "nowhere.parquet"], "rank"),
+        (["retrieve", "--structures", "nowhere.parquet"], "probability"),
+        (["domain", "--structures", "nowhere.parquet"], "outside"),
+        (["domain", "--reference", "nowhere.csv"], "structures"),
+    ],
+)
+def test_what_cannot_be_written_is_said_before_the_work(
+    arguments: list[str],
+    taken: str,
+    tmp_path: Path,
+    capsys: pytest.CaptureFixture[str],
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    embedding, embedded = PolySRLModel.predict_embedding, []
+
+    def counted(model: PolySRLModel, dataset: Any) -> np.ndarray:
+        embedded.append(len(dataset))
+        return embedding(model, dataset)
+
+    monkeypatch.setattr(PolySRLModel, "predict_embedding", counted)
+    table, mixed = tmp_path / "t.csv", tmp_path / "mixed.json"
+    table.write_text(f"formula,{taken}\nNaCl,1\nKCl,2\n")
+    mixed.write_text('[{"formula": "NaCl", "n": 1}, {"formula": "KCl", "n": "x"}]')
+    message = error_of([*arguments, "--input", str(table)], capsys)
+    assert message.endswith(f"error: the table has a column {taken!r} already; rename it")
+    output = str(tmp_path / "out.parquet")
+    message = error_of([*arguments, "--input", str(mixed), "--output", output], capsys)
+    assert "out.parquet cannot be written" in message
+    assert max(embedded, default=0) <= 1
+
+
+def test_a_model_that_does_not_suit_is_said_before_anything_is_read(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    PolySRLModel(n_tasks=1, pretrained=None).save(tmp_path / "model")
+    for model in ("graphcl-mp", "polysrl-mp", str(tmp_path / "model")):
+        message = error_of(["predict", "--input", "nowhere.csv", "--model", model], capsys)
+        assert message.endswith(f"{model} is not fitted for predictions: use polysrl train")
+    command = ["retrieve", "--input", "nowhere.csv", "--structures", "nowhere.parquet", "--model"]
+    message = error_of([*command, "formation-energy-mp"], capsys)
+    assert "error: the model is one of regression, without a structure encoder" in message
+    PolySRLModel("pretraining").save(tmp_path / "new")
+    message = error_of([*command, str(tmp_path / "new")], capsys)
+    assert "error: nothing has trained the encoder of structures" in message
+
+
 def test_the_folder_of_a_model_is_tried_before_training(
     table: Path, trained: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
