@@ -1,6 +1,7 @@
 """DeepChem's metrics where some labels are missing."""
 
 from collections.abc import Sequence
+from copy import copy
 from typing import Any
 
 import numpy as np
@@ -15,7 +16,8 @@ def masked_scores(
     weights: np.ndarray,
     metrics: Sequence[Metric],
     n_classes: int = 2,
-) -> tuple[dict[str, float], dict[str, list[float]]]:
+    use_sample_weights: bool = False,
+) -> tuple[dict[str, float], dict[str, Any]]:
     """Score each task on the rows that have its label.
 
     DeepChem's metrics count a missing label as a true zero; these leave it out.
@@ -23,10 +25,13 @@ def masked_scores(
     Parameters
     ----------
     labels, predictions, weights : numpy.ndarray, each of shape (n, n_tasks)
-        A label of weight 0 is missing. Other weights do not matter.
+        A label of weight 0 is missing. To metrics of classification the predictions are
+        probabilities of class 1.
     metrics : sequence of dc.metrics.Metric
     n_classes : int
         Of classification metrics.
+    use_sample_weights : bool
+        Pass the weights to the metrics; else they do not matter.
 
     Returns
     -------
@@ -34,7 +39,7 @@ def masked_scores(
         Name of the metric -> mean over the tasks, by the metric's own task averager. Of metrics of
         one name it is the last, as in DeepChem.
     per_task : dict
-        Name of the metric -> score of each task.
+        Name of the metric -> score of each task; of a single task it is a number.
 
     Raises
     ------
@@ -49,16 +54,23 @@ def masked_scores(
     >>> float(scores["mae_score"])
     0.5
     """
-    pairs = []
+    tasks = []
     for task in range(labels.shape[1]):
         labeled = weights[:, task] != 0
         if not labeled.any():
             raise InvalidInputError(f"task {task} has no label to be scored on")
-        pairs.append((labels[labeled, task : task + 1], predictions[labeled, task : task + 1]))
+        tasks.append([part[labeled, task : task + 1] for part in (labels, predictions, weights)])
 
-    def score(metric: Any, pair: tuple[np.ndarray, np.ndarray]) -> float:
-        return float(metric.compute_metric(*pair, n_tasks=1, n_classes=n_classes))
+    def score(metric: Metric, truth: np.ndarray, found: np.ndarray, weight: np.ndarray) -> float:
+        if metric.mode == "classification":  # else DeepChem takes two probabilities for classes
+            found = np.stack([1 - found, found], axis=-1)
+        alone = copy(metric)
+        alone.task_averager = np.mean  # the metric's own one may need several tasks
+        settings = {"n_classes": n_classes, "use_sample_weights": use_sample_weights}
+        return float(alone.compute_metric(truth, found, weight, n_tasks=1, **settings))
 
-    per_task = {metric.name: [score(metric, pair) for pair in pairs] for metric in metrics}
+    per_task = {metric.name: [score(metric, *task) for task in tasks] for metric in metrics}
     scores = {metric.name: metric.task_averager(per_task[metric.name]) for metric in metrics}
+    if len(tasks) == 1:
+        return scores, {name: found[0] for name, found in per_task.items()}
     return scores, per_task

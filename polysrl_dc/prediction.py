@@ -6,7 +6,7 @@ from typing import Any
 
 import numpy as np
 import torch
-from deepchem.data import Dataset, NumpyDataset
+from deepchem.data import Dataset
 from deepchem.trans import Transformer, undo_transforms
 from deepchem.utils.evaluate import _process_metric_input
 from torch import Tensor, nn
@@ -348,7 +348,7 @@ class PredictingModel(PersistentModel):
         transformers : list of dc.trans.Transformer
             Undone on labels and predictions.
         per_task_metrics : bool
-            Also return the scores of each task.
+            Also return the scores of each task; of a single task it is a number, as in DeepChem.
         use_sample_weights : bool
             Pass the weights to the metrics; only where no label is missing.
         n_classes : int
@@ -367,22 +367,11 @@ class PredictingModel(PersistentModel):
         self._check_fitted()
         n_tasks, classification = self.settings["n_tasks"], self.model.classification
         labels, weights = checked_labels(dataset, n_tasks, classification)
-        metrics = list(metrics) if isinstance(metrics, tuple) else metrics
-        if weights.all():
-            if dataset.y.dtype.kind not in "biuf":  # numbers among objects or as text
-                dataset = NumpyDataset(dataset.X, labels, weights, dataset.ids)
-            return super().evaluate(
-                dataset,
-                metrics,
-                list(transformers),
-                per_task_metrics=per_task_metrics,
-                use_sample_weights=use_sample_weights,
-                n_classes=n_classes,
-            )
-        if use_sample_weights:
+        if use_sample_weights and not weights.all():
             raise ValueError("use_sample_weights needs a dataset without missing labels")
+        metrics = _process_metric_input(list(metrics) if isinstance(metrics, tuple) else metrics)
+        transformers = [transformer for transformer in transformers if transformer.transform_y]
         predictions = self.predict(dataset, transformers)
-        labels = undo_transforms(labels, list(transformers))
-        metrics = _process_metric_input(metrics)
-        found = masked_scores(labels, predictions, weights, metrics, n_classes)
+        labels = undo_transforms(labels, transformers)
+        found = masked_scores(labels, predictions, weights, metrics, n_classes, use_sample_weights)
         return found if per_task_metrics else found[0]

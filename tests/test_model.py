@@ -10,6 +10,7 @@ import numpy as np
 import pytest
 import torch
 from models import FORMULAS, MAE, PLAIN, SIGNAL, N, assert_same_state, data, fitted, make, state
+from sklearn import metrics as sk
 from sklearn.metrics import roc_auc_score
 
 import polysrl_dc
@@ -338,6 +339,85 @@ def test_several_classification_tasks():
     expected = np.mean([roc_auc_score(y[:, i], model.predict(data())[:, i]) for i in (0, 1)])
     score = model.evaluate(data(y), [metric])["mean-roc_auc_score"]
     assert score == pytest.approx(expected)
+
+
+def area(truth, found):
+    precision, recall, _ = sk.precision_recall_curve(truth, found)
+    return sk.auc(recall, precision)
+
+
+#: By name, of labels and probabilities of one task.
+SCORES = {
+    "accuracy_score": lambda y, p, **w: sk.accuracy_score(y, p > 0.5, **w),
+    "f1_score": lambda y, p, **w: sk.f1_score(y, p > 0.5, **w),
+    "matthews_corrcoef": lambda y, p, **w: sk.matthews_corrcoef(y, p > 0.5, **w),
+    "roc_auc_score": sk.roc_auc_score,
+    "prc_auc_score": area,
+}
+CLASS_METRICS = [dc.metrics.Metric(getattr(dc.metrics, name)) for name in SCORES]
+
+
+@pytest.mark.parametrize(
+    "tasks",
+    [
+        [[0.9997, 0.9997, 0.9993, 0.9993]],
+        [[0.2, 0.9, 0.9, 0.2], [0.6, 0.4, 0.6, 0.7]],
+        [[0.3, 0.3, 0.3, 0.3], [0.9, 0.8, 0.1, 0.9], [0.9, 0.9, 0.0, 0.9]],
+    ],
+)
+@pytest.mark.parametrize("missing", [False, True])
+def test_few_probabilities_are_not_taken_for_classes(tasks, missing, monkeypatch):
+    found, n_tasks = np.float32(tasks).T, len(tasks)
+    labels = np.stack([[1, 1, 0, 1], [0, 1, 1, 0], [1, 1, 0, 1]][:n_tasks], axis=1)
+    weights = np.ones(labels.shape)
+    weights[3, 0] = not missing
+    model = fitted("classification", n_tasks=n_tasks, dataset=data(SIGNAL[:, None] > [0] * n_tasks))
+    monkeypatch.setattr(model, "_mean_and_std", lambda _: [found])
+    dataset = data(labels, weights, FORMULAS[:4])
+    scores, per_task = model.evaluate(dataset, CLASS_METRICS, per_task_metrics=True)
+    for name, score in SCORES.items():
+        known = [np.flatnonzero(column) for column in weights.T]
+        expected = [score(labels[k, i], found[k, i]) for i, k in enumerate(known)]
+        np.testing.assert_allclose(per_task[name], expected if n_tasks > 1 else expected[0])
+        assert scores[name] == pytest.approx(np.mean(expected))
+
+
+def test_sample_weights_count_where_probabilities_are_few(monkeypatch):
+    labels, found = np.array([1, 1, 0, 0]), np.float32([0.9, 0.3, 0.9, 0.3])
+    model = fitted("classification", dataset=data(SIGNAL > 0))
+    monkeypatch.setattr(model, "_mean_and_std", lambda _: [found[:, None]])
+    weights = np.array([1.0, 2.0, 3.0, 4.0])
+    dataset = data(labels, weights, FORMULAS[:4])
+    for metric in CLASS_METRICS[:4]:
+        (score,) = model.evaluate(dataset, [metric], use_sample_weights=True).values()
+        expected = SCORES[metric.name](labels, found, sample_weight=weights)
+        assert score == pytest.approx(expected), metric.name
+
+
+@pytest.mark.parametrize("n_tasks", [1, 2])
+def test_scores_of_many_probabilities_are_those_of_deepchem(n_tasks):
+    labels = np.stack([SIGNAL > 0.5, SIGNAL < 0][:n_tasks], axis=1).astype(float)
+    dataset = data(labels, np.arange(1.0, N + 1)[:, None] * np.ones(n_tasks))
+    model = fitted("classification", n_tasks=n_tasks, dataset=dataset)
+    for metrics, told in (
+        (CLASS_METRICS, {"per_task_metrics": True}),
+        (CLASS_METRICS[:4], {"use_sample_weights": True}),
+        ([dc.metrics.Metric(dc.metrics.roc_auc_score, max if n_tasks > 1 else np.max)], {}),
+        ([dc.metrics.Metric(dc.metrics.rms_score)], {}),  # the root of the Brier score
+    ):
+        expected = dc.utils.evaluate.Evaluator(model, dataset, []).compute_model_performance(
+            metrics, **told
+        )
+        assert model.evaluate(dataset, metrics, **told) == expected
+
+
+def test_early_stopping_scores_few_probabilities_as_probabilities(monkeypatch):
+    model = make("classification")
+    monkeypatch.setattr(model, "_mean_and_std", lambda _: [np.float32([[0.9997], [0.9993]])])
+    valid, log = data([1, 1], formulas=FORMULAS[:2]), io.StringIO()
+    stop = polysrl_dc.EarlyStopping(valid, CLASS_METRICS[0], 1, 9, output_file=log)
+    model.fit(data(SIGNAL > 0), nb_epoch=1, callbacks=stop)
+    assert stop.get_best_score() == 1
 
 
 # ---------------------------------------------------------------- uncertainty
