@@ -1,4 +1,4 @@
-"""DeepChem's metrics where some labels are missing."""
+"""DeepChem's metrics where labels are missing, and its transformers undone on a single row."""
 
 from collections.abc import Sequence
 from copy import copy
@@ -6,6 +6,7 @@ from typing import Any
 
 import numpy as np
 from deepchem.metrics import Metric
+from deepchem.trans import Transformer, undo_transforms
 
 from polysrl_dc.errors import InvalidInputError
 
@@ -74,3 +75,12 @@ def masked_scores(
     if len(tasks) == 1:
         return scores, {name: found[0] for name, found in per_task.items()}
     return scores, per_task
+
+
+def undone(values: np.ndarray, transformers: Sequence[Transformer]) -> np.ndarray:
+    """Labels or predictions, (n, n_tasks), as they were before DeepChem's transformers.
+
+    A ``NormalizationTransformer`` takes a single row for a column, so it is given two of them.
+    """
+    rows = np.repeat(values, 2, axis=0) if len(values) == 1 else values
+    return undo_transforms(rows, list(transformers))[: len(values)]

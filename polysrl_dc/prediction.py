@@ -7,7 +7,7 @@ from typing import Any
 import numpy as np
 import torch
 from deepchem.data import Dataset
-from deepchem.trans import Transformer, undo_transforms
+from deepchem.trans import Transformer
 from deepchem.utils.evaluate import _process_metric_input
 from torch import Tensor, nn
 from tqdm import tqdm
@@ -17,7 +17,7 @@ from polysrl_dc.domain import Domain
 from polysrl_dc.errors import refused
 from polysrl_dc.featurizers import Formulas, formulas_dataset
 from polysrl_dc.graphs import StoichiometryBatch
-from polysrl_dc.metrics import masked_scores
+from polysrl_dc.metrics import masked_scores, undone
 from polysrl_dc.persistence import PersistentModel
 from polysrl_dc.recalibration import Calibration
 
@@ -135,7 +135,7 @@ class PredictingModel(PersistentModel):
         """
         if output_types is not None:
             raise ValueError("output_types must be None; see predict_embedding")
-        return undo_transforms(self._mean_and_std(dataset)[0], list(transformers))
+        return undone(self._mean_and_std(dataset)[0], transformers)
 
     def predict_uncertainty(
         self,
@@ -372,6 +372,6 @@ class PredictingModel(PersistentModel):
         metrics = _process_metric_input(list(metrics) if isinstance(metrics, tuple) else metrics)
         transformers = [transformer for transformer in transformers if transformer.transform_y]
         predictions = self.predict(dataset, transformers)
-        labels = undo_transforms(labels, transformers)
+        labels = undone(labels, transformers)
         found = masked_scores(labels, predictions, weights, metrics, n_classes, use_sample_weights)
         return found if per_task_metrics else found[0]

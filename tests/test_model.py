@@ -305,6 +305,17 @@ def test_transformers_are_undone():
     assert scores["mae_score"] == pytest.approx(expected, rel=1e-4)
 
 
+def test_transformers_are_undone_on_a_single_row_of_several_tasks():
+    plain = data(np.stack([5 + SIGNAL, 50_000 - 1000 * SIGNAL], axis=1))
+    transformer = dc.trans.NormalizationTransformer(transform_y=True, dataset=plain)
+    dataset = transformer.transform(plain)
+    model = fitted(n_tasks=2, dataset=dataset)
+    whole, one = model.predict(dataset, [transformer]), dataset.select([0])
+    np.testing.assert_allclose(model.predict(one, [transformer]), whole[:1], rtol=1e-5)
+    scores = model.evaluate(one, [MAE], [transformer], per_task_metrics=True)[1]["mae_score"]
+    np.testing.assert_allclose(scores, np.abs(whole[0] - plain.y[0]), rtol=1e-3)
+
+
 # ------------------------------------------------------------- classification
 
 
