@@ -160,8 +160,9 @@ class PolySRLModel(TrainableModel):
             for name in TRAINING_FIELDS
             if not isinstance(self._given[name], LearningRateSchedule)
         }
-        with _SEEDING, torch.random.fork_rng(devices=[]):
-            torch.manual_seed(seed)
+        with _SEEDING, torch.random.fork_rng(devices=[]), torch.device("cpu"):
+            # that of the CPU alone: those of GPUs are the user's, and torch.manual_seed seeds them
+            torch.default_generator.manual_seed(seed)
             network = self._network(self.config, **self.settings)
         if compile and task == "pretraining":
             network.structure_encoder.compile(dynamic=True)

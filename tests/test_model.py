@@ -569,6 +569,21 @@ def test_the_seed_decides_the_result_and_the_global_generators_do_not():
     assert not np.allclose(one.predict(data()), other.predict(data()))
 
 
+def test_a_new_model_leaves_the_generators_of_all_devices_as_they_are(monkeypatch):
+    seeded = []
+    monkeypatch.setattr(torch.cuda, "manual_seed_all", seeded.append)
+    before = torch.get_rng_state()
+    make(seed=5)
+    assert seeded == [] and torch.equal(torch.get_rng_state(), before)
+
+
+def test_first_weights_do_not_depend_on_the_default_device():
+    expected = state(make(seed=5))
+    with torch.device("meta"):
+        model = make(seed=5)
+    assert_same_state(state(model), expected)
+
+
 @pytest.mark.parametrize("n", [17, 20, 9, 5])
 def test_the_last_batch_is_never_padded(n, monkeypatch):
     seen = []
