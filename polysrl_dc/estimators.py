@@ -56,7 +56,7 @@ class _FormulaEstimator(BaseEstimator):
         groups: Sequence[Hashable] | None,
         targets: list[str],
     ) -> None:
-        """Train on labels of shape (n,) or (n, n_tasks), of which NaN are missing."""
+        """Train on labels of shape (n,) or (n, n_tasks), of which NaN and None are missing."""
         dataset = _labeled(X, y, weights)
         if groups is not None and len(groups) != len(dataset):
             raise ValueError(f"{len(dataset)} formulas, {len(groups)} groups")
@@ -144,7 +144,7 @@ class PolySRLRegressor(RegressorMixin, _FormulaEstimator):
         X : iterable of n formulas, table of one column, or dc.data.Dataset of their graphs
             Text, compositions or mappings.
         y : array-like, shape (n,) or (n, n_tasks)
-            In any unit; NaN where a value is missing, but not all of a row.
+            In any unit; NaN, or masked, where a value is missing, but not all of a row.
         sample_weight : array-like, shape (n,), optional
         groups : sequence, shape (n,), optional
             Rows of one group, such as a publication, stay in one part of ``n_folds``.
@@ -162,7 +162,7 @@ class PolySRLRegressor(RegressorMixin, _FormulaEstimator):
             Lengths differ, ``y`` has more than two dimensions, ``recipe`` is unknown, or
             ``n_folds`` (k, in the message) not between 2 and the number of different formulas.
         """
-        self._fit(X, np.asarray(y), sample_weight, groups, _names(y))
+        self._fit(X, _values(y), sample_weight, groups, _names(y))
         self._one_column = np.ndim(y) == 1
         return self
 
@@ -249,7 +249,7 @@ class PolySRLClassifier(ClassifierMixin, _FormulaEstimator):
         ValueError
             There are not two classes, or y has not one dimension.
         """
-        labels = np.asarray(y)
+        labels = _values(y)
         missing = pd.isna(labels).ravel()
         if missing.any():
             raise InvalidInputError(f"row {missing.argmax()} of y has no class")
@@ -278,6 +278,15 @@ def _names(y: Any) -> list[str]:
     """Of a pandas object."""
     found = list(getattr(y, "columns", [getattr(y, "name", None)]))
     return found if all(isinstance(name, str) for name in found) else []
+
+
+def _values(given: Any) -> np.ndarray:
+    """As an array, in which None stands for what ``given`` has masked."""
+    if not np.ma.is_masked(given):
+        return np.asarray(given)
+    values = np.asarray(given).astype(object)
+    values[np.ma.getmaskarray(given)] = None
+    return values
 
 
 def _column(X: Any) -> Formulas:

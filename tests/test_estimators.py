@@ -86,7 +86,8 @@ def test_values_are_missing_in_any_type_and_rows_of_no_weight_are_not_learned() 
     labels[5, 1] = np.nan
     expected = PolySRLRegressor().fit(FORMULAS, labels).predict(["RbI"])
     nullable = pd.DataFrame(labels, columns=["gap", "size"]).convert_dtypes()
-    for given in (nullable, labels.astype(object), nullable.astype(object)):
+    masked = np.ma.masked_equal(np.nan_to_num(labels, nan=-999.0), -999.0)
+    for given in (masked, nullable, labels.astype(object), nullable.astype(object)):
         regressor = PolySRLRegressor().fit(FORMULAS, given)
         np.testing.assert_array_equal(regressor.predict(["RbI"]), expected)
     assert regressor.model_.provenance["targets"] == ["gap", "size"]
@@ -196,7 +197,14 @@ def test_bad_input_is_named(fit, error, text) -> None:
 
 
 @pytest.mark.parametrize(
-    "labels", [[1, 1, np.nan, 1], ["a", "b", None, "a"], pd.Series([True, False, pd.NA])]
+    "labels",
+    [
+        [1, 1, np.nan, 1],
+        ["a", "b", None, "a"],
+        pd.Series([True, False, pd.NA]),
+        np.ma.masked_equal([1, 0, -999, 1, 0], -999),
+        np.ma.masked_equal(["a", "b", "?", "a"], "?"),
+    ],
 )
 def test_a_missing_class_is_no_class(labels) -> None:
     with pytest.raises(InvalidInputError, match="row 2 of y has no class"):
