@@ -16,6 +16,7 @@ from sklearn.base import BaseEstimator, ClassifierMixin, RegressorMixin
 from sklearn.utils import check_random_state
 from sklearn.utils.validation import check_is_fitted
 
+from polysrl_dc.batches import checked_labels
 from polysrl_dc.cross_validation import cross_val_predict
 from polysrl_dc.domain import keep_formulas
 from polysrl_dc.errors import InvalidInputError
@@ -62,14 +63,17 @@ class _FormulaEstimator(BaseEstimator):
             raise ValueError(f"{len(dataset)} formulas, {len(groups)} groups")
         if self.recipe is not None and self.recipe not in RECIPES:
             raise ValueError(f"recipe is {self.recipe!r}: must be one of {sorted(RECIPES)}")
-        name = self.recipe or suitable_recipe(len(dataset))
+        n_tasks = dataset.y.shape[1]
+        _, w = checked_labels(dataset, n_tasks, classification=self._task == "classification")
+        learned = np.flatnonzero(w.any(1))
+        name = self.recipe or suitable_recipe(len(learned))
         seed, recipe = self.random_state, RECIPES[name]
         if not isinstance(seed, numbers.Integral):
             seed = check_random_state(seed).randint(2**31 - 1)
 
         def train(part: Dataset) -> PolySRLModel:
             settings = {"seed": int(seed), **recipe.settings}
-            model = PolySRLModel(self._task, dataset.y.shape[1], **settings)
+            model = PolySRLModel(self._task, n_tasks, **settings)
             model.fit(part, nb_epoch=recipe.epochs, checkpoint_interval=0)
             return model
 
@@ -79,7 +83,7 @@ class _FormulaEstimator(BaseEstimator):
                 train, dataset, self.n_folds, seed=int(seed), groups=groups
             )
         model = train(dataset)
-        keep_formulas(model, dataset.select(np.flatnonzero(dataset.w.any(1))))
+        keep_formulas(model, dataset.select(learned))
         model.provenance |= {"recipe": name, **({"targets": targets} if targets else {})}
         self.__dict__.pop("cv_predictions_", None)  # of what it had learned before
         if predicted is not None:
@@ -98,7 +102,8 @@ class PolySRLRegressor(RegressorMixin, _FormulaEstimator):
     Parameters
     ----------
     recipe : str, optional
-        A key of :data:`polysrl_dc.RECIPES`; default: the one that suits the number of rows.
+        A key of :data:`polysrl_dc.RECIPES`; default: the one that suits the number of rows that
+        have a weight.
     n_folds : int, optional
         Train so many more models, each without one part of the formulas: their predictions of it
         become ``cv_predictions_``, and calibrate the standard deviations, which without are too
@@ -145,7 +150,8 @@ class PolySRLRegressor(RegressorMixin, _FormulaEstimator):
             Text, compositions or mappings.
         y : array-like, shape (n,) or (n, n_tasks)
             In any unit; NaN, or masked, where a value is missing, but not all of a row.
-        sample_weight : array-like, shape (n,), optional
+        sample_weight : array-like, shape (n,), (n, 1) or (n, n_tasks), optional
+            Values of weight 0 are not learned from.
         groups : sequence, shape (n,), optional
             Rows of one group, such as a publication, stay in one part of ``n_folds``.
 
@@ -299,17 +305,18 @@ def _column(X: Any) -> Formulas:
 def _labeled(X: Any, y: np.ndarray, weights: Sequence[float] | None) -> Dataset:
     """Formulas with labels (n, n_tasks), of which the missing ones have weight 0."""
     formulas = formulas_dataset(_column(X))
-    lengths = {len(formulas), len(y), len(formulas if weights is None else weights)}
-    if len(lengths) > 1:
-        given = "" if weights is None else f", {len(weights)} weights"
-        raise ValueError(f"{len(formulas)} formulas, {len(y)} labels{given}")
+    n = len(formulas)
+    if len(y) != n:
+        raise ValueError(f"{n} formulas, {len(y)} labels")
     if y.ndim > 2:
         raise ValueError(f"y has shape {y.shape}, not (n,) or (n, n_tasks)")
-    labels = y.reshape(len(y), -1)
+    labels, w = y.reshape(n, -1), _values(np.ones(n) if weights is None else weights)
+    if w.shape not in ((n,), (n, 1), labels.shape):
+        found = f"{w.size} weights of shape {w.shape}"
+        raise ValueError(f"{n} labels, {found}, not (n,), (n, 1) or (n, n_tasks)")
     missing = pd.isna(labels)
     for row in np.flatnonzero(missing.all(1)):
         raise InvalidInputError(f"row {row} (id {formulas.ids[row]}) has no label")
-    w = ~missing * np.reshape(1.0 if weights is None else np.asarray(weights), (-1, 1))
     if missing.any():
         labels = np.where(missing, 0, labels)
-    return NumpyDataset(formulas.X, labels, w, formulas.ids)
+    return NumpyDataset(formulas.X, labels, np.where(missing, 0, w.reshape(n, -1)), formulas.ids)

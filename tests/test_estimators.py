@@ -96,6 +96,29 @@ def test_values_are_missing_in_any_type_and_rows_of_no_weight_are_not_learned() 
     assert Domain(one.model_).outside(["PuO2", "KCl"]).tolist() == [True, False]
 
 
+def test_the_recipe_suits_the_rows_that_have_a_weight(monkeypatch) -> None:
+    given = []
+    monkeypatch.setattr(estimators, "suitable_recipe", lambda n: given.append(n) or "single")
+    for n_rows in (7, 36):
+        weights = (np.arange(len(FORMULAS)) < n_rows).astype(int)
+        assert PolySRLRegressor().fit(FORMULAS, SIGNAL, weights).model_.provenance["recipe"]
+    assert given == [7, 36]
+
+
+def test_weights_are_of_rows_or_of_values() -> None:
+    rows = np.where(np.arange(len(SIGNAL)) < 9, 5.0, 1.0)
+    labels = np.stack([SIGNAL, 3 - SIGNAL], axis=1)
+    expected = PolySRLRegressor().fit(FORMULAS, labels, rows).predict(["RbI"])
+    for weights in (rows[:, None], np.stack([rows, rows], axis=1)):
+        found = PolySRLRegressor().fit(FORMULAS, labels, weights).predict(["RbI"])
+        np.testing.assert_array_equal(found, expected)
+    values = np.stack([rows, np.arange(len(rows)) % 3], axis=1)
+    model = PolySRLModel("regression", 2, **RECIPES["frozen"].settings)
+    model.fit(data(labels, values), nb_epoch=2)
+    found = PolySRLRegressor().fit(FORMULAS, labels, values).predict(["RbI"])
+    np.testing.assert_array_equal(found, model.predict(["RbI"]))
+
+
 def test_formulas_may_be_the_only_column_of_a_table() -> None:
     table = pd.DataFrame({"formula": FORMULAS, "gap": SIGNAL}, index=np.arange(len(FORMULAS)) + 7)
     regressor = PolySRLRegressor().fit(table[["formula"]], table["gap"])
@@ -175,7 +198,19 @@ def test_what_it_has_trained_is_saved_and_read(tmp_path) -> None:
         (lambda r: r.fit(["NaCl", "KCl"], [1, np.inf]), InvalidInputError, r"row 1 \(id KCl\)"),
         (lambda r: r.fit(["NaCl", "KCl"], [1]), ValueError, "2 formulas, 1 labels"),
         (lambda r: r.fit(["NaCl", "KCl"], [1, 2], [1]), ValueError, "2 labels, 1 weights"),
+        (lambda r: r.fit(["NaCl", "KCl"], [1, 2], 1.0), ValueError, r"weights of shape \(\), not"),
+        (
+            lambda r: r.fit(["NaCl", "KCl"], [1, 2], np.ones((2, 2))),
+            ValueError,
+            r"2 labels, 4 weights of shape \(2, 2\), not \(n,\), \(n, 1\) or \(n, n_tasks\)",
+        ),
         (lambda r: r.fit(["NaCl", "KCl"], [1, 2], [1, -1]), InvalidInputError, "weight -1.0"),
+        (lambda r: r.fit(["NaCl", "KCl"], [1, 2], [0, 0]), InvalidInputError, "weights are zero"),
+        (
+            lambda r: r.fit(["NaCl", "KCl"], [1, 2], np.ma.masked_equal([1, 7], 7)),
+            InvalidInputError,
+            r"row 1 \(id KCl\): weight nan",
+        ),
         (lambda r: r.fit([], []), InvalidInputError, "there is no formula"),
         (
             lambda r: r.fit(pd.DataFrame({"NaCl": [1], "KCl": [2]}), [1]),
