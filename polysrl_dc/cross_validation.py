@@ -6,7 +6,7 @@ from typing import Any, NamedTuple
 
 import numpy as np
 import pandas as pd
-from deepchem.data import Dataset, NumpyDataset
+from deepchem.data import Dataset, DiskDataset, NumpyDataset
 from deepchem.splits import Splitter
 from scipy.sparse import coo_array
 from scipy.sparse.csgraph import connected_components
@@ -213,6 +213,8 @@ def cross_val_predict(
     >>> polysrl_dc.keep_formulas(model, dataset)
     >>> calibration = model.calibrate(dataset, predicted=predicted)
     """
+    if isinstance(dataset, DiskDataset):  # select would write each part to a temporary folder
+        dataset = NumpyDataset(dataset.X, dataset.y, dataset.w, dataset.ids)
     rows = NumpyDataset(dataset.X, ids=np.arange(len(dataset)))
     pairs = StoichiometrySplitter(groups).k_fold_split(rows, n_folds, seed=seed)
     folds = [tuple(part.ids.astype(int) for part in pair) for pair in pairs]

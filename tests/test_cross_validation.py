@@ -1,5 +1,8 @@
 """Predictions of rows by models that have not learned from them."""
 
+import gc
+import tempfile
+
 import deepchem as dc
 import numpy as np
 import pytest
@@ -60,6 +63,22 @@ def test_parts_follow_the_seed():
     one, again, other = (cross_val_predict(train, data(), 3, seed=seed)[0] for seed in (0, 0, 1))
     np.testing.assert_array_equal(one, again)
     assert (one != other).any()
+
+
+def test_a_dataset_on_disk_leaves_nothing_behind(tmp_path, monkeypatch):
+    def train(part):
+        return fitted(dataset=part, nb_epoch=1)
+
+    given = data()
+    disk = dc.data.DiskDataset.from_numpy(given.X, given.y, data_dir=str(tmp_path / "data"))
+    (tmp_path / "temporary").mkdir()
+    monkeypatch.setattr(tempfile, "tempdir", str(tmp_path / "temporary"))
+    for found, expected in zip(
+        cross_val_predict(train, disk, 3), cross_val_predict(train, given, 3), strict=True
+    ):
+        np.testing.assert_array_equal(found, expected)
+    gc.collect()  # models, which have temporary folders, too
+    assert list((tmp_path / "temporary").iterdir()) == []
 
 
 @pytest.mark.parametrize("n_folds", [1, len(FORMULAS) + 1])
