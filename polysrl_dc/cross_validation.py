@@ -194,6 +194,8 @@ def cross_val_predict(
     InvalidInputError
         Before anything is trained: a label is bad, naming row and id, or all labels of a task are
         in one part. Later: ``train`` refuses the rows of all parts but one, which is named.
+    TypeError
+        The rows are no dataset.
     ValueError
         ``n_folds`` is less than 2 or greater than the number of formulas, or of groups.
 
@@ -213,6 +215,7 @@ def cross_val_predict(
     >>> polysrl_dc.keep_formulas(model, dataset)
     >>> calibration = model.calibrate(dataset, predicted=predicted)
     """
+    check_lengths(dataset)
     if isinstance(dataset, DiskDataset):  # select would write each part to a temporary folder
         dataset = NumpyDataset(dataset.X, dataset.y, dataset.w, dataset.ids)
     rows = NumpyDataset(dataset.X, ids=np.arange(len(dataset)))

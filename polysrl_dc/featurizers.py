@@ -329,7 +329,8 @@ def check_lengths(dataset: Dataset) -> None:
     """
     if not isinstance(dataset, Dataset):
         made = "dc.data.NumpyDataset(dc.feat.StoichiometryGraphFeaturizer().featurize(formulas))"
-        raise TypeError(f"{type(dataset).__name__} is no DeepChem dataset; of formulas: {made}")
+        what = f"{type(dataset).__name__} is no DeepChem dataset"
+        raise TypeError(f"{what}; of formulas: {made}; of structures: StructureGraphFeaturizer")
     if len(dataset) == 0:
         raise InvalidInputError("the dataset has no row")
     lengths = [shape[0] if len(shape) else 0 for shape in dataset.get_shape()]

@@ -10,7 +10,7 @@ from tqdm import tqdm
 
 from polysrl_dc import losses
 from polysrl_dc.batches import PolymorphData
-from polysrl_dc.featurizers import Formulas
+from polysrl_dc.featurizers import Formulas, check_lengths
 from polysrl_dc.graphs import StoichiometryBatch
 from polysrl_dc.prediction import PredictingModel
 
@@ -29,6 +29,7 @@ class RetrievingModel(PredictingModel):
         structures : PolymorphDataset, or dc.data.Dataset of structure graphs
         """
         network = self._matching_network()
+        check_lengths(structures)
         rows = PolymorphData.from_dataset(structures, self.config, least=1).dataset
         quiet = True if len(rows) <= _STRUCTURES else None  # None: unless there is a terminal
         parts = []
@@ -64,6 +65,8 @@ class RetrievingModel(PredictingModel):
         ValueError
             The model is not one of pretraining, nothing has trained its encoder of structures,
             ``k`` not in 1 ... m, or ``n_samples`` below 1.
+        TypeError
+            The structures are no dataset.
 
         Examples
         --------
@@ -76,6 +79,7 @@ class RetrievingModel(PredictingModel):
         """
         self.check_retrieves()
         network = self._matching_network()
+        check_lengths(structures)
         if not 1 <= k <= len(structures):
             raise ValueError(f"k is {k}: must be between 1 and {len(structures)}, the candidates")
         if n_samples < 1:

@@ -88,6 +88,11 @@ def test_more_parts_than_formulas_or_one_alone_are_refused(n_folds):
         cross_val_predict(lambda _: pytest.fail("trained"), data(), n_folds)
 
 
+def test_formulas_alone_are_no_dataset():
+    with pytest.raises(TypeError, match=r"list is no DeepChem dataset; of formulas: dc.data"):
+        cross_val_predict(lambda _: pytest.fail("trained"), FORMULAS, 3)
+
+
 def test_labels_are_checked_before_a_model_is_trained():
     labels = np.stack([SIGNAL, SIGNAL], axis=1)
     labels[30, 1] = np.nan

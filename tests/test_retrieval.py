@@ -7,6 +7,7 @@ import numpy as np
 import pytest
 import torch
 from crystals import CONFIG
+from pymatgen.core import Structure
 
 from polysrl_dc import PolymorphDataset, PolySRLModel, StoichiometryGraphFeaturizer
 from polysrl_dc.errors import InvalidInputError
@@ -108,3 +109,12 @@ def test_what_cannot_be_asked_is_refused(prototypes):
             model.retrieve(asked, prototypes, k=k)
     with pytest.raises(ValueError, match="n_samples is 0"):
         model.retrieve(asked, prototypes, n_samples=0)
+
+
+def test_structures_alone_are_no_dataset():
+    model, structures = matching(), [Structure(np.eye(3), ["Cu"], [[0, 0, 0]])]
+    told = r"^list is no DeepChem dataset; .* of structures: StructureGraphFeaturizer$"
+    with pytest.raises(TypeError, match=told):
+        model.retrieve(["NaCl"], structures)
+    with pytest.raises(TypeError, match=told):
+        model.predict_structure_embedding(structures)
