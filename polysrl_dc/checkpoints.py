@@ -302,6 +302,15 @@ def unflatten_optimizer(optimizer: torch.optim.Optimizer, tensors: dict[str, Any
     )
 
 
+def load_schedule(schedule: torch.optim.lr_scheduler.LRScheduler, state: dict[str, Any]) -> None:
+    """Put a schedule, and the rates of its optimizer, where the state says."""
+    if state.keys() != schedule.state_dict().keys():
+        raise CheckpointError(f"the state of a learning rate schedule has {sorted(state)}")
+    schedule.load_state_dict(state)
+    for group, rate in zip(schedule.optimizer.param_groups, schedule.get_last_lr(), strict=True):
+        group["lr"] = rate
+
+
 def content_digest(tensors: Mapping[str, Tensor], manifest: Any) -> str:
     """SHA-256 over the manifest and over name, type, shape and bytes of every tensor.
 

@@ -123,6 +123,10 @@ class PretrainingNetwork(nn.Module):
 
     loss = forward
 
+    def __getstate__(self) -> dict[str, Any]:
+        """Without the parts of the last loss, which lie where the batch was."""
+        return {**super().__getstate__(), "parts": {}}
+
     def _total(self, **parts: Tensor) -> Tensor:
         self.parts = {name: part.detach() for name, part in parts.items()}
         return torch.stack(list(parts.values())).sum()

@@ -1,5 +1,6 @@
 """Saving, loading and checkpointing of a DeepChem model without pickle."""
 
+import copy
 import os
 import shutil
 import tempfile
@@ -22,6 +23,7 @@ from polysrl_dc.checkpoints import (
     flatten_optimizer,
     load_checkpoint,
     load_into,
+    load_schedule,
     shipped_encoders,
     unflatten_optimizer,
 )
@@ -86,12 +88,17 @@ class PersistentModel(TorchModel):
     _network: Callable[..., Any]
 
     def __getstate__(self) -> dict[str, Any]:
-        """Without the embeddings of known formulas, which may be large and can be made again."""
-        return {name: value for name, value in self.__dict__.items() if name != "_domain"}
+        """On the CPU, without the embeddings of known formulas: these can be made again."""
+        state = {name: value for name, value in self.__dict__.items() if name != "_domain"}
+        return state if self.device.type == "cpu" else _moved(copy.deepcopy(state), "cpu")
 
     def __setstate__(self, state: dict[str, Any]) -> None:
         """A copy; it has a temporary folder of its own, without checkpoints."""
-        self.__dict__.update(state)
+        try:
+            torch.empty(0, device=state["device"])
+        except (AssertionError, RuntimeError):  # a GPU that is not here
+            state = {**state, "device": torch.device("cpu")}
+        self.__dict__.update(_moved(state, state["device"]))
         if self.model_dir_is_temp:
             self.model_dir = tempfile.mkdtemp()
 
@@ -321,6 +328,14 @@ class PersistentModel(TorchModel):
         self.variance_trained = trained
 
 
+def _moved(state: dict[str, Any], device: str | torch.device) -> dict[str, Any]:
+    """Attributes of a model after its network, and the state of the optimizer, have been moved."""
+    state["model"].to(device)
+    if optimizer := state.get("_pytorch_optimizer"):
+        optimizer.load_state_dict(optimizer.state_dict())  # to where the parameters are now
+    return state
+
+
 def _settings_of(manifest: dict[str, Any]) -> dict[str, Any]:
     """The settings in a manifest; files did not say how many encoders there are before."""
     settings = manifest["settings"]
@@ -353,15 +368,6 @@ def _position_of(manifest: dict[str, Any]) -> tuple[int, int]:
     if not (isinstance(step, int) and isinstance(epoch, int) and min(step, epoch) >= 0):
         raise CheckpointError(f"step {step!r}, epoch {epoch!r}")
     return step, epoch
-
-
-def load_schedule(schedule: torch.optim.lr_scheduler.LRScheduler, state: dict[str, Any]) -> None:
-    """Put a schedule, and the rates of its optimizer, where the state says."""
-    if state.keys() != schedule.state_dict().keys():
-        raise CheckpointError(f"the state of a learning rate schedule has {sorted(state)}")
-    schedule.load_state_dict(state)
-    for group, rate in zip(schedule.optimizer.param_groups, schedule.get_last_lr(), strict=True):
-        group["lr"] = rate
 
 
 def deepchem_schedule(rate: LearningRateSchedule, optimizer: torch.optim.Optimizer) -> Any:

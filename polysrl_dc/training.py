@@ -19,11 +19,12 @@ from torch import Tensor, nn
 
 from polysrl_dc.batches import LabeledData, PolymorphData
 from polysrl_dc.callbacks import StopTraining
+from polysrl_dc.checkpoints import load_schedule
 from polysrl_dc.distributed import process_count, share
 from polysrl_dc.errors import InvalidInputError
 from polysrl_dc.featurizers import check_lengths
 from polysrl_dc.layers import restored_if_it_fails, running_statistics
-from polysrl_dc.persistence import deepchem_schedule, described_rate, load_schedule, trains_variance
+from polysrl_dc.persistence import deepchem_schedule, described_rate, trains_variance
 from polysrl_dc.prediction import CHUNK
 from polysrl_dc.retrieval import RetrievingModel
 
@@ -151,10 +152,7 @@ class TrainableModel(RetrievingModel):
             logger.warning("the learning rate is %g: no file keeps the schedule it had", rate)
         if self.calibration:
             logger.warning("its std is no longer calibrated when it has learned more")
-        if callbacks is None or isinstance(callbacks, Sequence):
-            callbacks = list(callbacks or ())
-        else:
-            callbacks = [callbacks]
+        callbacks = [callbacks] if callable(callbacks) else list(callbacks or ())
         keeping = max_checkpoints_to_keep, checkpoint_interval
         labelled = self.settings["task"] != "pretraining"
         unfitted, step = labelled and not self.model.fitted, self._global_step

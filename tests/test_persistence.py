@@ -10,6 +10,7 @@ from pathlib import Path
 import deepchem as dc
 import numpy as np
 import pytest
+import torch
 from models import CONFIG, MAE, SIGNAL, N, assert_same_state, data, fitted, make, state
 from processes import crystals as prototypes
 
@@ -243,6 +244,46 @@ def test_a_copy_has_a_temporary_folder_of_its_own():
 def test_a_copy_keeps_a_folder_that_was_given(tmp_path):
     model = make(model_dir=str(tmp_path))
     assert copy.deepcopy(model).model_dir == str(tmp_path)
+
+
+def test_a_copy_of_a_model_on_a_gpu_is_on_the_cpu_where_there_is_none(monkeypatch):
+    def empty(*args, **kwargs):
+        if kwargs.get("device") == torch.device("cuda"):
+            raise RuntimeError("No CUDA GPUs are available")
+        return made_by_torch(*args, **kwargs)
+
+    made_by_torch = torch.empty
+    monkeypatch.setattr(torch, "empty", empty)
+    model, plain = fitted(), fitted()
+    model.device = torch.device("cuda")  # in a test its tensors are not
+    made = pickle.loads(pickle.dumps(model))
+    assert made.device == torch.device("cpu") and model.device == torch.device("cuda")
+    for one in (made, plain):
+        one.fit(data(), nb_epoch=1, checkpoint_interval=0)
+    assert_same_state(state(made), state(plain))
+
+
+def test_what_is_pickled_of_a_model_on_a_gpu_is_moved_and_the_model_is_not():
+    model = fitted()
+    model.device = torch.device("cuda")
+    given, network = model.__getstate__(), model.model
+    assert given["device"] == torch.device("cuda")
+    assert not {*map(id, network.parameters())} & {*map(id, given["model"].parameters())}
+    groups = given["_pytorch_optimizer"].param_groups
+    learning = {id(parameter) for group in groups for parameter in group["params"]}
+    assert learning == {*map(id, given["model"].parameters())}
+    given["model"].double()  # as good as another device: the state of the optimizer follows
+    made, other = (object.__new__(type(model)) for _ in range(2))
+    made.__setstate__({**given, "device": torch.device("cpu")})
+    entries = made._pytorch_optimizer.state.values()
+    assert {entry["exp_avg"].dtype for entry in entries} == {torch.float64}
+    other.__setstate__({**make().__getstate__(), "device": torch.device("meta")})
+    assert {value.device.type for value in state(other).values()} == {"meta"}
+
+
+def test_losses_are_not_pickled(crystals):
+    model, _ = pretrain(crystals, nb_epoch=1)
+    assert model.model.parts and not pickle.loads(pickle.dumps(model)).model.parts
 
 
 def test_restoring_without_a_checkpoint_is_refused(tmp_path):
