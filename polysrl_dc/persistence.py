@@ -129,7 +129,11 @@ class PersistentModel(TorchModel):
         self._ensure_built()
         if path == "":
             raise ValueError("path is empty: it names no folder")
-        folder = Path(self.model_dir if path is None else path)
+        given = self.model_dir if path is None else path
+        if str(given) in shipped_encoders():
+            text = "would be read as the shipped encoder of this name"
+            raise ValueError(f'{given} {text}: give the text "./{given}", or another name')
+        folder = Path(given)
         folder.mkdir(parents=True, exist_ok=True)
         save_tensors(folder / MODEL_FILE, self.model.state_dict(), self._manifest())
 

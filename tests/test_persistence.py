@@ -38,6 +38,18 @@ def test_save_and_from_pretrained(kwargs, tmp_path):
         dc.models.PolySRLModel.from_pretrained(tmp_path, dropout=2)
 
 
+def test_a_folder_called_like_a_shipped_encoder_is_told_from_it(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    model = fitted()
+    given = [("graphcl-mp", model), (Path("graphcl-mp"), model)]
+    for path, written in [*given, (None, fitted(model_dir="graphcl-mp"))]:
+        with pytest.raises(ValueError, match=r'^graphcl-mp would .* text "\./graphcl-mp", or'):
+            written.save(path)
+    for path in ("./graphcl-mp", tmp_path / "graphcl-mp"):
+        model.save(path)
+        assert_same_state(state(model), state(dc.models.PolySRLModel.from_pretrained(path)))
+
+
 def test_provenance_is_kept_in_the_file(tmp_path):
     model = fitted()
     assert model.provenance == {}
