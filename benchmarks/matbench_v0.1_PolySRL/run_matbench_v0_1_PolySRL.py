@@ -1,5 +1,6 @@
 """Repeat the runs of this record; start it in the root of the project."""
 
+import shlex
 import subprocess
 import sys
 
@@ -31,5 +32,5 @@ RUNS: list[str] = [
 ]
 
 for run in RUNS:
-    command = f"benchmarks/run_matbench.py {run}".split()
+    command = shlex.split(f"benchmarks/run_matbench.py {run}")
     subprocess.run([sys.executable, *command], check=True)
