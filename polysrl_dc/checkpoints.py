@@ -65,6 +65,13 @@ def shipped_encoders() -> list[str]:
     return sorted(path.name.partition(".")[0] for path in SHIPPED.glob("*.formulas.safetensors"))
 
 
+def check_folder(path: str | os.PathLike[str]) -> None:
+    """Refuse to write to a folder that :func:`checkpoint_path` would not find by its name."""
+    if str(path) in shipped_encoders():
+        text = "would be read as the shipped encoder of this name"
+        raise ValueError(f'{path} {text}: give the text "./{path}", or another name')
+
+
 def checkpoint_path(path: str | os.PathLike[str]) -> Path:
     """The file that is meant: by the name of a shipped encoder, a folder of a model, or a file."""
     if str(path) in shipped_encoders():

@@ -10,7 +10,12 @@ from pathlib import Path
 from tempfile import TemporaryFile
 from typing import Any
 
-from polysrl_dc.checkpoints import DEFAULT_ENCODER, checkpoint_path, shipped_encoders
+from polysrl_dc.checkpoints import (
+    DEFAULT_ENCODER,
+    check_folder,
+    checkpoint_path,
+    shipped_encoders,
+)
 from polysrl_dc.errors import InvalidInputError
 from polysrl_dc.recipes import LEAST_ROWS, RECIPES, suitable_recipe
 from polysrl_dc.tables import WRITERS
@@ -230,6 +235,7 @@ def check(options: argparse.Namespace) -> None:
         for source in getattr(options, "structures", None) or []:
             if path and _holds(source, path):
                 raise InvalidInputError(f"--{name} {path} is among the structures that are read")
+    check_folder(getattr(options, "output_dir", ""))
     for encoder in getattr(options, "pretrained", None) or []:
         folder = checkpoint_path(encoder).parent
         if encoder != "none" and os.path.realpath(folder) == os.path.realpath(options.output_dir):

@@ -17,6 +17,7 @@ from deepchem.models.optimizers import LearningRateSchedule, LinearCosineDecay, 
 from polysrl_dc.checkpoints import (
     MODEL_FILE,
     CheckpointError,
+    check_folder,
     check_tensors,
     checkpoint_path,
     content_of,
@@ -130,9 +131,7 @@ class PersistentModel(TorchModel):
         if path == "":
             raise ValueError("path is empty: it names no folder")
         given = self.model_dir if path is None else path
-        if str(given) in shipped_encoders():
-            text = "would be read as the shipped encoder of this name"
-            raise ValueError(f'{given} {text}: give the text "./{given}", or another name')
+        check_folder(given)
         folder = Path(given)
         folder.mkdir(parents=True, exist_ok=True)
         save_tensors(folder / MODEL_FILE, self.model.state_dict(), self._manifest())

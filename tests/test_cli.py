@@ -701,6 +701,16 @@ def test_rows_of_a_group_are_scored_together(
         assert f"row 0: doi is {wrong}, not a name or number" in message
 
 
+def test_a_model_is_not_trained_for_a_folder_called_like_a_shipped_encoder(
+    table: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    for command in (["train", "--input", str(table), "--target", "gap"], ["pretrain", "aflow"]):
+        message = error_of([*command, "--output-dir", "graphcl-mp"], capsys)
+        assert "graphcl-mp would be read as the shipped encoder" in message
+    assert not Path("graphcl-mp").exists()
+
+
 @pytest.mark.parametrize(
     ("name", "options", "part"),
     [
