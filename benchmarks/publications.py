@@ -3,10 +3,11 @@
     python benchmarks/publications.py --data-dir DATA
 
 The targets whose rows name their publication (ESTM), five folds none of which shares one with its
-training rows. On the training rows a model is fitted (``polysrl-mp``, frozen, 100 epochs) and its
-standard deviation is calibrated by cross-validation, once in parts that share no formula
-(``polysrl train --folds 5``) and once in parts that share no publication either (``--group``), each
-without and with the distance to what it has learned from (with it in ``polysrl train``).
+training rows. On the training rows a model is fitted, by the recipe that suits their number
+(*frozen*), and its standard deviation is calibrated by cross-validation, once in parts that share
+no formula (``polysrl train --folds 5``) and once in parts that share no publication either
+(``--group``), each without and with the distance to what it has learned from (with it in
+``polysrl train``).
 What both say of the test rows stands beside what happened. Writes ``publications.csv``.
 """
 
@@ -27,16 +28,23 @@ from targets import Target, wetlab_targets
 from tasks import find_data_dir
 from tqdm import tqdm
 
-from polysrl_dc import PolySRLModel, cross_val_predict, keep_formulas
+from polysrl_dc import (
+    RECIPES,
+    PolySRLModel,
+    cross_val_predict,
+    keep_formulas,
+    suitable_recipe,
+)
 
 COLUMNS = ["target", "parts", "distance", "fold", "expected_mae", "mae", "in_95", "half_width"]
 Fit = Callable[[Dataset], PolySRLModel]
 
 
 def fitted(dataset: Dataset) -> PolySRLModel:
-    """A head on the frozen shipped encoder."""
-    model = PolySRLModel(freeze_encoder=True)
-    model.fit(dataset, nb_epoch=100, checkpoint_interval=0)
+    """What ``polysrl train`` makes of these rows."""
+    recipe = RECIPES[suitable_recipe(len(dataset))]
+    model = PolySRLModel(**recipe.settings)
+    model.fit(dataset, nb_epoch=recipe.epochs, checkpoint_interval=0)
     return model
 
 
