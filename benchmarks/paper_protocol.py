@@ -27,11 +27,12 @@ from paired import comparison
 from paper_models import MODELS, encoder_embeddings, encoder_of
 from paper_records import Run
 from peers import PEERS, lacking, peer_settings, predict_peer_fold
-from representation import EPOCHS, on_same_formulas, predict_targets, representation_digest
+from representation import EPOCHS, on_same_formulas, predict_targets, start_of
 from targets import N_FOLDS, Splits, Target
 from tasks import find_data_dir
 from tqdm import tqdm
 
+from polysrl_dc import PolySRLConfig
 from polysrl_dc.checkpoints import checkpoint_path
 
 PROTOCOLS = ("representation", "transfer")
@@ -200,7 +201,8 @@ def runs_of(
     epochs: int,
 ) -> list[Run]:
     """The seeds of a model: what makes their predictions, and the command that repeats them."""
-    source = "random weights" if encoder is None else representation_digest(encoder)
+    transferred = protocol == "transfer"
+    config = transfer.CONFIG if transferred else PolySRLConfig.named(arguments.config)
     named = f"--models {model}"
     if model not in (*MODELS, *BASELINES, *PEERS):
         # a record names no folder of the machine it was made on
@@ -208,7 +210,7 @@ def runs_of(
     command = f"{named} --protocols {protocol} --seeds {arguments.seeds[-1] + 1}"
     if arguments.config != "default":
         command += f" --config {arguments.config}"
-    made_by = {"encoder": source, "config": arguments.config, "epochs": epochs}
+    made_by = {"encoder": start_of(encoder, config), "config": arguments.config, "epochs": epochs}
     if model in BASELINES:
         made_by["encoder"] = "none"
     elif model in PEERS:

@@ -16,10 +16,11 @@ import numpy as np
 import torch
 from folds import readable, split_validation
 from graph_data import graph_dataset
+from representation import start_of
 from sklearn.metrics import mean_absolute_error, roc_auc_score
 from training_state import trained
 
-from polysrl_dc import PolySRLModel
+from polysrl_dc import PolySRLConfig, PolySRLModel
 from polysrl_dc.checkpoints import checkpoint_path
 
 PROTOCOLS = ("finetune", "frozen")
@@ -50,7 +51,8 @@ class Settings:
         """The settings that change the predictions, as plain JSON values."""
         values = asdict(self)
         del values["device"], values["threads"]
-        values["pretrained"] = " ".join(self.pretrained) or None
+        random = start_of(None, PolySRLConfig.named("default"))
+        values["pretrained"] = " ".join(self.pretrained) or random
         if self.pretrained:
             contents = [checkpoint_path(name).read_bytes() for name in self.pretrained]
             digests = [hashlib.sha256(content).hexdigest() for content in contents]

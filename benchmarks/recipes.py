@@ -31,7 +31,7 @@ from folds import output_folder, split_validation
 from graph_data import Dataset, dataset_of
 from paper_protocol import train_folds
 from paper_records import Run
-from representation import representation_digest
+from representation import start_of
 from scores import read_scores
 from targets import N_FOLDS, Target, wetlab_targets
 from tasks import find_data_dir
@@ -258,7 +258,8 @@ def settings_of(recipe: str, seed: int) -> dict[str, Any]:
     """
     way = RECIPES[recipe]
     model = PolySRLModel(seed=seed, **way.settings)
-    start = ", ".join(map(representation_digest, encoders_of(way.settings))) or "random weights"
+    starts: Sequence[str | None] = encoders_of(way.settings) or [None]
+    start = ", ".join(start_of(one, model.config) for one in starts)
     key = {**model.settings, **model.training, "epochs": way.epochs, "start": start}
     del key["n_encoders"]  # follows from the start
     parts = {"held_out": way.held_out, "folds": way.folds, "distance": way.distance}

@@ -47,6 +47,30 @@ def representation_digest(encoder: str | Path) -> str:
     return digest.hexdigest()
 
 
+def start_of(encoder: str | Path | None, config: PolySRLConfig) -> str:
+    """What a model starts from, as keys and records hold it.
+
+    Parameters
+    ----------
+    encoder : str, path or None
+        Saved model, told by its :func:`representation_digest`; None for random weights, told by
+        their configuration.
+    config : PolySRLConfig
+        Of random weights.
+
+    Examples
+    --------
+    >>> from dataclasses import replace
+    >>> start_of(None, PAPER), start_of(None, replace(PAPER, message_power=0.5))
+    ('random weights, as published', 'random weights, message_power 0.5')
+    """
+    if encoder is not None:
+        return representation_digest(encoder)
+    published = PAPER.to_dict()
+    changes = [f"{name} {v}" for name, v in config.to_dict().items() if v != published[name]]
+    return f"random weights, {', '.join(changes) or 'as published'}"
+
+
 class HeadStack:
     """M heads F -> hidden -> hidden -> 1 (:class:`PredictionHead`) with their Adam optimizer.
 

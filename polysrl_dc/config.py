@@ -154,10 +154,10 @@ class PolySRLConfig:
         collapses) and feeds the head features of unit variance: together they bring the MAE of
         matbench_dielectric, fold 0, 60 epochs, one member, from 0.230 to 0.219. It weighs messages
         by the square root of the fraction, which lowers the errors on the nine wet-lab targets by
-        5 % after 600 steps of pretraining, starts the GCN layers differently, has edge MLPs of a
+        6 % after 600 steps of pretraining, starts the GCN layers differently, has edge MLPs of a
         quarter of the width (speed) and predicts the scale of its errors. For pretraining it also
         whitens, starts sigma at exp(-4) and pools by the mean. Without normalization and whitening
-        the nine errors are 10 % greater, with sigma from 1 they are 12 % greater, with sum pooling
+        the nine errors are 8 % greater, with sigma from 1 they are 10 % greater, with sum pooling
         equal within noise (``benchmarks/PRETRAINING.md``, which has every row and the commands).
         """
         if name not in _NAMED:

@@ -24,7 +24,7 @@ from matbench.metadata import mbv01_metadata
 from protocols import Settings, train_and_predict
 from scores import merge_scores, published, score_rows, summary
 
-from polysrl_dc import PolySRLModel
+from polysrl_dc import PolySRLConfig, PolySRLModel
 from polysrl_dc.checkpoints import DEFAULT_ENCODER, save_checkpoint
 
 OFFICIAL_NAMES = sorted(mbv01_metadata)
@@ -278,13 +278,17 @@ def test_fold_store_never_mixes_settings(tmp_path):
     assert sorted(path.name for path in store.folder.iterdir()) == ["fold_0.json"]
 
 
-def test_fingerprint_leaves_out_the_machine_only():
+def test_fingerprint_leaves_out_the_machine_only(monkeypatch):
     base = Settings(epochs=(3,), learning_rates=(1e-3,))
     same = replace(base, device="cpu", threads=2)
     assert settings_hash(base.fingerprint()) == settings_hash(same.fingerprint())
     for change in ({"epochs": (4,)}, {"seed": 1}, {"ensemble": 2}, {"learning_rates": (1e-4,)}):
         other = replace(base, **change)
         assert settings_hash(other.fingerprint()) != settings_hash(base.fingerprint())
+    key = base.fingerprint()
+    changed = replace(PolySRLConfig.named("default"), message_power=0.0)
+    monkeypatch.setattr(PolySRLConfig, "named", lambda name: changed)
+    assert base.fingerprint() != key  # of random weights
 
 
 def test_run_writes_an_accepted_record(data_dir, tmp_path, capsys):
