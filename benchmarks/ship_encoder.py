@@ -82,13 +82,15 @@ to polymorphs. `PolySRLModel(...)` starts from it by default;
 `PolySRLModel.from_pretrained("{name}")` is the pretraining model with both encoders.""",
     "graphcl": """\
 Encoder of chemical formulas, pretrained with GraphCL: a formula with its fractions perturbed, or an
-element dropped, is to be told from other formulas. It has seen no structure and no property. Its
+element dropped, is to be told from other rows of the batch (which hold a formula once for each of
+its structures). It has seen no structure and no property. Its
 variance has not been trained. A companion of `polysrl-mp`:
 `PolySRLModel(pretrained=["polysrl-mp", "{name}"], freeze_encoder=True)`.""",
     "infomax3d": """\
 Encoder of chemical formulas, pretrained by 3D Infomax on crystal structures: a formula is to be
-told from others by one of its structures, without regard to polymorphs. Its variance has not been
-trained. It serves to repeat the paper's tables.""",
+told from others by one of its structures (NT-Xent, eq. 15, at a temperature of 0.1, where the paper
+prints none), without regard to polymorphs. Its variance has not been trained. It serves to repeat
+the paper's tables.""",
     "without_sampling": """\
 Encoder of chemical formulas, pretrained on crystal structures by the loss of PolySRL on its means,
 without samples of the Gaussians (the paper's Table 7). Its variance has not been trained. It serves

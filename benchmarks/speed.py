@@ -52,7 +52,7 @@ from polysrl_dc.objectives import PretrainingNetwork
 
 COLUMNS = ["stage", "reference", "ours", "ratio", "unit"]
 N_FORMULAS = 4096
-LEARNING_RATE, GRAD_CLIP = 5e-5, 2.0  # Table 3
+LEARNING_RATE, GRAD_CLIP = 5e-5, 2.0  # Table 3 and Appendix B.3
 VARIANTS: dict[str, dict[str, Any]] = {
     "float32": {},
     "ours in bfloat16": {"precision": torch.bfloat16},

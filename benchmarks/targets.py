@@ -53,14 +53,15 @@ class Target:
     scale : float
         Reported errors are multiplied by it.
     batch_size : int
-        Of both protocols (Table 3; DESIGN: 32 for ESTM).
+        Of both protocols, for which the paper names none: 128, of ESTM 32.
     account : str
         How the rows of the source became these.
     suite : {"wetlab", "paper"}
         ``paper``: a Matbench task as the paper uses it.
     held_back : float
-        Part of each training fold that the representation protocol leaves unused: 72/8/20 of
-        the Matbench tasks has a validation part of 8 % that it does not need.
+        Part of each training fold that is left unused: 72/8/20 of the Matbench tasks has a
+        validation part of 8 %, which the representation protocol does not need; the transfer
+        protocol validates on a fifth of the rest, as on the other targets.
     publications : numpy.ndarray, shape (n,), str, or None
         Where each row was published (a DOI), if the source says so.
     """

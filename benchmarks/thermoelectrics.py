@@ -54,7 +54,7 @@ N_OUTLIERS = 10
 
 
 def zt(sigma: ArrayLike, kappa: ArrayLike, seebeck: ArrayLike, kelvin: ArrayLike) -> np.ndarray:
-    """Figure of merit of a thermoelectric, ZT = S² sigma T / kappa (Section 5.1).
+    """Figure of merit of a thermoelectric, ZT = S² sigma T / kappa (Section 5.2).
 
     Parameters
     ----------
@@ -137,7 +137,7 @@ class Measured:
         return zt(sigma, kappa, seebeck, self.kelvin)
 
     def physical(self, predictions: np.ndarray) -> np.ndarray:
-        """Undo the transforms of the targets (Section 5.1).
+        """Undo the transforms of the targets (Appendix C).
 
         Parameters
         ----------

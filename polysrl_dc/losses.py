@@ -194,7 +194,8 @@ def soft_contrastive_loss(
 def gaussian_kl(mean: Tensor, log_sigma: Tensor, reduction: Reduction = "mean") -> Tensor:
     """KL divergence of N(mean, sigma^2) from N(0, I) in closed form (the KL term of eq. 6).
 
-    1/2 sum over features of (sigma^2 + mean^2 - 1 - 2 log sigma).
+    1/2 sum over features of (sigma^2 + mean^2 - 1 - 2 log sigma), the mean of an estimate by
+    samples, which the paper does not rule out.
 
     Parameters
     ----------
@@ -282,8 +283,8 @@ def nt_xent(
 ) -> Tensor:
     """NT-Xent on cosine similarities: row n of ``a`` against all rows of ``b`` (eq. 13 and 15).
 
-    Eq. 13 (GraphCL) passes two views of the stoichiometries and a temperature, eq. 15 (3D Infomax)
-    stoichiometries and structures and no temperature.
+    Eq. 13 (GraphCL) is of two views of the stoichiometries, eq. 15 (3D Infomax) of stoichiometries
+    and structures; it prints no temperature.
 
     Parameters
     ----------

@@ -1,6 +1,6 @@
 """Pretraining objectives: what is asked of the two encoders; they differ only in the loss.
 
-``mp_property``, pretraining on DFT labels (Section 5.2), needs no class of its own: it is
+``mp_property``, pretraining on DFT labels (eq. 14), needs no class of its own: it is
 ``PolySRLModel(task="regression")`` fitted to the labels, whose encoder others start from.
 """
 
@@ -31,13 +31,15 @@ class PretrainingNetwork(nn.Module):
         ``graphcl``: NT-Xent between two augmented views of each formula (eq. 13), no structures;
         ``infomax3d``: NT-Xent between mean and structure (eq. 15).
 
+    Equal formulas in a batch are positives of one another in the first two only.
+
     Attributes
     ----------
     parts : dict of str to torch.Tensor
         Terms of the last loss, detached scalars.
     """
 
-    #: Temperature of NT-Xent, as in GraphCL and 3D Infomax.
+    #: tau of NT-Xent: eq. 13 leaves its value open, eq. 15 prints none.
     temperature = 0.1
 
     def __init__(self, config: PolySRLConfig, objective: str) -> None:

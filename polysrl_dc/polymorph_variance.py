@@ -2,7 +2,7 @@
 
 The soft contrastive loss does not make the variance mean polymorphism: noise in all features takes
 a sample away from every structure, whatever structures a formula has, so sigma shrinks most where
-a formula has most pairs to match. Here the Gaussian of eq. 2 is asked directly for the polymorph
+a formula has most pairs to match. Here the Gaussian of eq. 3 is asked directly for the polymorph
 set of eq. 4: its diagonal covariance is that under which the structure embeddings z^b of a formula,
 measured from their center, are likeliest.
 """

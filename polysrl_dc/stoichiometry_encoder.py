@@ -21,6 +21,10 @@ class StoichiometryEncoder(nn.Module):
     vector of the graph. Everything below is exact and works on one vector per graph and one per
     chemical element.
 
+    Where the paper can be read in two ways, without a measurement: elements are weighed by their
+    fractions, not by raw amounts, so that Fe2O3 and Fe4O6 are one; eq. 12 gives log sigma, not log
+    sigma^2, a factor of two that its last layer can learn.
+
     Parameters
     ----------
     config : PolySRLConfig

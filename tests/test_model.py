@@ -75,6 +75,7 @@ def test_scalars_of_numpy_are_those_of_python():
     [
         *(("grad_clip", -2), ("grad_clip", 0), ("head_scale", 0), ("gaussian_step", 0)),
         *(("cutoff", -1), ("c_init", 0.0), ("d_init", np.inf), ("beta", -1), ("beta", True)),
+        ("d_init", -3.0),
         *(("whitening", 2), ("whitening", -1), ("message_power", -0.5), ("attention_power", -1)),
         *(("set2set_steps", True), ("set2set_steps", 0), ("n_samples", 10**9)),
         *(("log_sigma_shift", "0"), ("feature_norm", 1), ("polymorph_sum", "no")),
