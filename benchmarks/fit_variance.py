@@ -3,7 +3,7 @@
     python benchmarks/fit_variance.py polysrl-mp --data-dir DATA --output-dir runs/polysrl-mp
 
 Means, and all that is made of them, stay as they are to the bit. Writes ``model.safetensors``,
-whose manifest says how; ``uncertainty.py --encoder FOLDER`` judges it.
+whose manifest says how; ``uncertainty.py --encoders FOLDER`` judges it.
 """
 
 from __future__ import annotations

@@ -57,7 +57,27 @@ class StoichiometrySplitter(Splitter):
         seed: int | None = None,
         log_every_n: int | None = None,
     ) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
-        """Row numbers of the three parts; groups are shuffled and cut where the rows add up."""
+        """Row numbers of the three parts; groups are shuffled and cut where the rows add up.
+
+        Parameters
+        ----------
+        dataset : dc.data.Dataset of n stoichiometry graphs
+        frac_train, frac_valid, frac_test : float
+            Parts of the rows, which are met as closely as whole groups allow.
+        seed : int, optional
+        log_every_n : int, optional
+            Of no effect.
+
+        Returns
+        -------
+        train, valid, test : numpy.ndarray of int
+            Ascending; n together.
+
+        Raises
+        ------
+        ValueError
+            A fraction is negative, they do not add up to 1, or there are not n ``groups``.
+        """
         fractions = np.array([frac_train, frac_valid, frac_test])
         if (fractions < 0).any() or not np.isclose(fractions.sum(), 1):
             raise ValueError(f"fractions {fractions.tolist()} must not be negative and add up to 1")

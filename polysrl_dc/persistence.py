@@ -152,6 +152,13 @@ class PersistentModel(TorchModel):
             Constructor arguments that are not part of the network, e.g. ``device``. Those of
             training are by default what the model was trained with, but for a DeepChem learning
             rate schedule, which no file keeps: without it :meth:`fit` warns of its own default.
+
+        Raises
+        ------
+        FileNotFoundError, CheckpointError
+            There is no such model; its file is damaged.
+        ValueError
+            An argument is fixed by the file.
         """
         file = checkpoint_path(path)
         tensors, manifest = load_checkpoint(file)
