@@ -201,8 +201,7 @@ def runs_of(
     epochs: int,
 ) -> list[Run]:
     """The seeds of a model: what makes their predictions, and the command that repeats them."""
-    transferred = protocol == "transfer"
-    config = transfer.CONFIG if transferred else PolySRLConfig.named(arguments.config)
+    config = transfer.CONFIG if protocol == "transfer" else PolySRLConfig.named(arguments.config)
     named = f"--models {model}"
     if model not in (*MODELS, *BASELINES, *PEERS):
         # a record names no folder of the machine it was made on
