@@ -8,14 +8,14 @@ from pathlib import Path
 import numpy as np
 import pandas as pd
 from scipy import stats
-from targets import HELD_BACK, N_FOLDS
+from targets import HELD_BACK, N_FOLDS, PARTS
 
 PLACE = ["suite", "protocol", "metric", "task"]  # what a score is of, but for model, seed and fold
 PAPER_COLUMNS = ["table", "protocol", "model", "dataset", "metric", "mean", "std"]
 #: Of the intervals and of p.
 LEVEL = 0.05
 #: Part of the rows outside a fold that are trained on, where it is not all of them.
-TRAINED_ON = {"paper": 1 - HELD_BACK, "wetlab_10%": 0.1, "wetlab_25%": 0.25, "wetlab_50%": 0.5}
+TRAINED_ON = {"paper": 1 - HELD_BACK, **{f"wetlab_{name}": part for name, part in PARTS.items()}}
 
 
 def held_out_ratio(suite: str) -> float:

@@ -28,7 +28,7 @@ from paper_models import MODELS, encoder_embeddings, encoder_of
 from paper_records import Run
 from peers import PEERS, lacking, peer_settings, predict_peer_fold
 from representation import EPOCHS, on_same_formulas, predict_targets, start_of
-from targets import N_FOLDS, Splits, Target
+from targets import N_FOLDS, PARTS, Splits, Target
 from tasks import find_data_dir
 from tqdm import tqdm
 
@@ -62,9 +62,7 @@ FOLDS: dict[str, Callable[[Target], Splits]] = {
     "matbench": Target.splits,
     "grouped": lambda target: target.splits(target.compositions),
     "publication": lambda target: target.splits(target.publications),
-    "10%": part_of_training(0.1),
-    "25%": part_of_training(0.25),
-    "50%": part_of_training(0.5),
+    **{name: part_of_training(part) for name, part in PARTS.items()},
 }
 
 

@@ -32,6 +32,8 @@ from polysrl_dc.errors import InvalidInputError
 N_FOLDS = 5
 #: Part of a training fold that 72/8/20 keeps for validation.
 HELD_BACK = 0.1
+#: Parts of the training folds of learning curves.
+PARTS = {"10%": 0.1, "25%": 0.25, "50%": 0.5}
 WETLAB_SOURCES = {
     "expt_gap": "matminer",
     "expt_formation_enthalpy": "matminer",
