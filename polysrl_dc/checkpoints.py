@@ -16,6 +16,7 @@ from threading import get_native_id
 from typing import Any
 
 import torch
+from deepchem.models.optimizers import LearningRateSchedule, LinearCosineDecay, PolynomialDecay
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import save
 from torch import Tensor, nn
@@ -316,6 +317,26 @@ def load_schedule(schedule: torch.optim.lr_scheduler.LRScheduler, state: dict[st
     schedule.load_state_dict(state)
     for group, rate in zip(schedule.optimizer.param_groups, schedule.get_last_lr(), strict=True):
         group["lr"] = rate
+
+
+def deepchem_schedule(rate: LearningRateSchedule, optimizer: torch.optim.Optimizer) -> Any:
+    """A schedule of DeepChem, two of which give PyTorch a rate where it expects a factor."""
+    schedule = rate._create_pytorch_schedule(optimizer)
+    squared = optimizer.param_groups[0]["lr"] < rate.initial_rate / 2
+    if squared and isinstance(rate, PolynomialDecay | LinearCosineDecay):
+        for group in optimizer.param_groups:
+            group["lr"] = group["initial_lr"] = 1.0
+        schedule = rate._create_pytorch_schedule(optimizer)
+    return schedule
+
+
+def described_rate(rate: float | LearningRateSchedule) -> float | str:
+    """A learning rate, or a schedule of DeepChem by its name and constants, to be compared."""
+    if not isinstance(rate, LearningRateSchedule):
+        return rate
+    plain = int | float | str | list | tuple | dict | None
+    values = [f"{k}={v}" for k, v in vars(rate).items() if isinstance(v, plain)]
+    return f"{type(rate).__name__}({', '.join(values)})"
 
 
 def content_digest(tensors: Mapping[str, Tensor], manifest: Any) -> str:

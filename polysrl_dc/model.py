@@ -10,15 +10,34 @@ import numpy as np
 import torch
 from deepchem.models.optimizers import Adam, LearningRateSchedule
 
-from polysrl_dc.checkpoints import DEFAULT_ENCODER
+from polysrl_dc.checkpoints import (
+    DEFAULT_ENCODER,
+    CheckpointError,
+    checkpoint_path,
+    content_of,
+    load_checkpoint,
+    load_into,
+)
 from polysrl_dc.config import PolySRLConfig
 from polysrl_dc.heads import PropertyNetwork
 from polysrl_dc.objectives import OBJECTIVES, PretrainingNetwork
-from polysrl_dc.persistence import TRAINING_FIELDS
+from polysrl_dc.persistence import TRAINING_FIELDS, variance_trained_of
 from polysrl_dc.training import TrainableModel
 
 TASKS = ("regression", "classification", "pretraining")
 SCHEDULES = ("one_cycle", "constant")
+#: What the configurations of two models must have alike for one to take the encoder of the other.
+ENCODER_FIELDS = (
+    "n_features",
+    "element_source",
+    "stoichiometry_layers",
+    "message_power",
+    "attention_power",
+    "set2set_steps",
+    "feature_norm",
+    "whitening",
+    "log_sigma_shift",
+)
 _SEEDING = Lock()  # of the generator that all threads share
 
 
@@ -203,6 +222,35 @@ class PolySRLModel(TrainableModel):
             return PretrainingNetwork(config, objective).float()
         members, classes = (n_ensemble, n_encoders, freeze_encoder), task == "classification"
         return PropertyNetwork(config, n_tasks, classes, *members).float()  # whatever the default
+
+    def load_encoder(self, path: str | Path) -> None:
+        """Start every encoder of this model from that of another one, or from a shipped one."""
+        self._load_encoder(path, slice(None))
+        self._forget_weights()
+
+    def _load_encoder(self, path: str | Path, chosen: slice) -> None:
+        file = checkpoint_path(path)
+        tensors, manifest = load_checkpoint(file)
+        prefix = "encoders.0."
+        encoder = {k.removeprefix(prefix): v for k, v in tensors.items() if k.startswith(prefix)}
+        encoders = self.model.encoders[chosen]
+        found = {name.split(".")[1] for name in tensors if name.startswith("encoders.")}
+        if len(found) > 1:
+            raise CheckpointError(
+                f"{file} has {len(found)} encoders: each member starts from a file that has one"
+            )
+        with content_of(file):
+            for field in ENCODER_FIELDS:
+                theirs, ours = manifest["config"].get(field), getattr(self.config, field)
+                if theirs != ours:
+                    raise CheckpointError(
+                        f"{field} is {theirs}, this configuration has {ours}; "
+                        "pretrained=None starts from random weights"
+                    )
+            trained = variance_trained_of(manifest, 1) * len(encoders)
+            for module in encoders:
+                load_into(module, encoder)
+        self.variance_trained[chosen] = trained
 
     def get_params(self, deep: bool = True) -> dict[str, Any]:
         """Arguments of the constructor, for ``sklearn.base.clone``: an unfitted model like this.

@@ -12,7 +12,6 @@ from typing import Any
 
 import torch
 from deepchem.models import TorchModel
-from deepchem.models.optimizers import LearningRateSchedule, LinearCosineDecay, PolynomialDecay
 
 from polysrl_dc.checkpoints import (
     MODEL_FILE,
@@ -32,18 +31,6 @@ from polysrl_dc.checkpoints import save_checkpoint as save_tensors
 from polysrl_dc.config import PolySRLConfig
 from polysrl_dc.distributed import process_rank
 from polysrl_dc.recalibration import Calibration
-
-ENCODER_FIELDS = (
-    "n_features",
-    "element_source",
-    "stoichiometry_layers",
-    "message_power",
-    "attention_power",
-    "set2set_steps",
-    "feature_norm",
-    "whitening",
-    "log_sigma_shift",
-)
 
 #: Arguments of the constructor that a file keeps besides configuration and settings.
 TRAINING_FIELDS = (
@@ -182,7 +169,7 @@ class PersistentModel(TorchModel):
         with content_of(file):
             load_into(model.model, tensors)
             model.calibration = model._calibration_of(manifest)
-            model.variance_trained = _variance_trained_of(manifest, n_encoders)
+            model.variance_trained = variance_trained_of(manifest, n_encoders)
             model._steps_before, model._epoch = _position_of(manifest)
         model.provenance = manifest.get("provenance", {})
         model._lost_schedule = "learning_rate" not in training | kwargs
@@ -213,7 +200,7 @@ class PersistentModel(TorchModel):
         with content_of(path):
             self._check_same(manifest)
             calibration = self._calibration_of(manifest)
-            trained = _variance_trained_of(manifest, self.settings["n_encoders"])
+            trained = variance_trained_of(manifest, self.settings["n_encoders"])
             step, epoch = _position_of(manifest)
             load_into(self.model, tensors)
         self.calibration, self.provenance = calibration, manifest.get("provenance", {})
@@ -242,39 +229,10 @@ class PersistentModel(TorchModel):
                     f"{name} is {theirs.get(name)!r}, this model has {own.get(name)!r}"
                 )
 
-    def load_encoder(self, path: str | Path) -> None:
-        """Start every encoder of this model from that of another one, or from a shipped one."""
-        self._load_encoder(path, slice(None))
-        self._forget_weights()
-
     def _forget_weights(self) -> None:
         """Drop what holds for the weights so far only: calibration and formulas learned from."""
         self.calibration = None
         self.provenance.pop("formulas", None)
-
-    def _load_encoder(self, path: str | Path, chosen: slice) -> None:
-        file = checkpoint_path(path)
-        tensors, manifest = load_checkpoint(file)
-        prefix = "encoders.0."
-        encoder = {k.removeprefix(prefix): v for k, v in tensors.items() if k.startswith(prefix)}
-        encoders = self.model.encoders[chosen]
-        found = {name.split(".")[1] for name in tensors if name.startswith("encoders.")}
-        if len(found) > 1:
-            raise CheckpointError(
-                f"{file} has {len(found)} encoders: each member starts from a file that has one"
-            )
-        with content_of(file):
-            for field in ENCODER_FIELDS:
-                theirs, ours = manifest["config"].get(field), getattr(self.config, field)
-                if theirs != ours:
-                    raise CheckpointError(
-                        f"{field} is {theirs}, this configuration has {ours}; "
-                        "pretrained=None starts from random weights"
-                    )
-            trained = _variance_trained_of(manifest, 1) * len(encoders)
-            for module in encoders:
-                load_into(module, encoder)
-        self.variance_trained[chosen] = trained
 
     def save_checkpoint(
         self, max_checkpoints_to_keep: int = 5, model_dir: str | None = None
@@ -324,7 +282,7 @@ class PersistentModel(TorchModel):
         with content_of(checkpoint):
             self._check_same(manifest)
             calibration = self._calibration_of(manifest)
-            trained = _variance_trained_of(manifest, self.settings["n_encoders"])
+            trained = variance_trained_of(manifest, self.settings["n_encoders"])
             if len(tensors) != len(weights) + len(optimizer):
                 raise CheckpointError("it holds more than a model and its optimizer")
             (step, epoch), run = _position_of(manifest), manifest["run"]
@@ -358,7 +316,7 @@ def trains_variance(settings: dict[str, Any]) -> bool:
     return settings["task"] == "pretraining" and settings["objective"] == "polysrl"
 
 
-def _variance_trained_of(manifest: dict[str, Any], n_encoders: int) -> list[bool]:
+def variance_trained_of(manifest: dict[str, Any], n_encoders: int) -> list[bool]:
     """Of each encoder, whether its variance was trained.
 
     Files did not say it before: then their provenance does, and without one the answer is no.
@@ -378,23 +336,3 @@ def _position_of(manifest: dict[str, Any]) -> tuple[int, int]:
     if not (isinstance(step, int) and isinstance(epoch, int) and min(step, epoch) >= 0):
         raise CheckpointError(f"step {step!r}, epoch {epoch!r}")
     return step, epoch
-
-
-def deepchem_schedule(rate: LearningRateSchedule, optimizer: torch.optim.Optimizer) -> Any:
-    """A schedule of DeepChem, two of which give PyTorch a rate where it expects a factor."""
-    schedule = rate._create_pytorch_schedule(optimizer)
-    squared = optimizer.param_groups[0]["lr"] < rate.initial_rate / 2
-    if squared and isinstance(rate, PolynomialDecay | LinearCosineDecay):
-        for group in optimizer.param_groups:
-            group["lr"] = group["initial_lr"] = 1.0
-        schedule = rate._create_pytorch_schedule(optimizer)
-    return schedule
-
-
-def described_rate(rate: float | LearningRateSchedule) -> float | str:
-    """A learning rate, or a schedule of DeepChem by its name and constants, to be compared."""
-    if not isinstance(rate, LearningRateSchedule):
-        return rate
-    plain = int | float | str | list | tuple | dict | None
-    values = [f"{k}={v}" for k, v in vars(rate).items() if isinstance(v, plain)]
-    return f"{type(rate).__name__}({', '.join(values)})"

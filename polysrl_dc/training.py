@@ -19,12 +19,12 @@ from torch import Tensor, nn
 
 from polysrl_dc.batches import LabeledData, PolymorphData
 from polysrl_dc.callbacks import StopTraining
-from polysrl_dc.checkpoints import load_schedule
+from polysrl_dc.checkpoints import deepchem_schedule, described_rate, load_schedule
 from polysrl_dc.distributed import process_count, share
 from polysrl_dc.errors import InvalidInputError
 from polysrl_dc.featurizers import check_lengths
 from polysrl_dc.layers import restored_if_it_fails, running_statistics
-from polysrl_dc.persistence import deepchem_schedule, described_rate, trains_variance
+from polysrl_dc.persistence import trains_variance
 from polysrl_dc.prediction import CHUNK
 from polysrl_dc.retrieval import RetrievingModel
 
