@@ -49,7 +49,8 @@ class EarlyStopping(ValidationCallback):
     Raises
     ------
     ValueError
-        The name of the metric does not tell, and ``save_on_minimum`` is not given.
+        The name of the metric does not tell, and ``save_on_minimum`` is not given; ``interval`` or
+        ``patience`` is less than 1.
 
     Examples
     --------
@@ -106,6 +107,10 @@ class EarlyStopping(ValidationCallback):
 
     def get_best_score(self) -> float:
         """The best score of the last call of ``fit``.
+
+        Returns
+        -------
+        float
 
         Raises
         ------

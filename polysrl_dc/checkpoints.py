@@ -45,7 +45,17 @@ class CheckpointError(InvalidInputError):
 
 @contextmanager
 def content_of(path: str | os.PathLike[str]) -> Iterator[None]:
-    """Turn whatever the content of a file makes fail into a CheckpointError that names the file."""
+    """Turn whatever the content of a file makes fail into a CheckpointError that names the file.
+
+    Parameters
+    ----------
+    path : path-like
+
+    Raises
+    ------
+    CheckpointError
+        The block has raised a ValueError, TypeError, LookupError or the like.
+    """
     try:
         yield
     except CheckpointError as error:
@@ -58,6 +68,11 @@ def content_of(path: str | os.PathLike[str]) -> Iterator[None]:
 def shipped_encoders() -> list[str]:
     """Names of the pretrained encoders that come with the package.
 
+    Returns
+    -------
+    list of str
+        Sorted.
+
     Examples
     --------
     >>> isinstance(shipped_encoders(), list)
@@ -67,7 +82,13 @@ def shipped_encoders() -> list[str]:
 
 
 def check_folder(path: str | os.PathLike[str]) -> None:
-    """Refuse to write to a folder that :func:`checkpoint_path` would not find by its name."""
+    """Refuse to write to a folder that :func:`checkpoint_path` would not find by its name.
+
+    Raises
+    ------
+    ValueError
+        It is that of a shipped encoder.
+    """
     if str(path) in shipped_encoders():
         text = "would be read as the shipped encoder of this name"
         raise ValueError(f'{path} {text}: give the text "./{path}", or another name')
@@ -261,7 +282,13 @@ def load_into(module: nn.Module, tensors: Mapping[str, Tensor]) -> None:
 
 
 def check_tensors(what: str, own: Mapping[str, Tensor], tensors: Mapping[str, Tensor]) -> None:
-    """Refuse tensors that differ from ``own`` in name, shape or kind of number, all named."""
+    """Refuse tensors that differ from ``own`` in name, shape or kind of number.
+
+    Raises
+    ------
+    CheckpointError
+        Names ``what`` and up to four tensors of each kind.
+    """
     problems = {
         "missing": sorted(own.keys() - tensors.keys()),
         "unexpected": sorted(tensors.keys() - own.keys()),
@@ -311,7 +338,13 @@ def unflatten_optimizer(optimizer: torch.optim.Optimizer, tensors: dict[str, Any
 
 
 def load_schedule(schedule: torch.optim.lr_scheduler.LRScheduler, state: dict[str, Any]) -> None:
-    """Put a schedule, and the rates of its optimizer, where the state says."""
+    """Put a schedule, and the rates of its optimizer, where the state says.
+
+    Raises
+    ------
+    CheckpointError
+        It is the state of another kind of schedule.
+    """
     if state.keys() != schedule.state_dict().keys():
         raise CheckpointError(f"the state of a learning rate schedule has {sorted(state)}")
     schedule.load_state_dict(state)

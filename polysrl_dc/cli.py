@@ -51,7 +51,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
     Returns
     -------
     int
-        Exit status: 0, or 2 after a one-line message on standard error; 130 if interrupted.
+        Exit status: 0, or 2 after a one-line message on standard error; 130 if interrupted, 1 if
+        the reader of standard output has gone.
 
     Examples
     --------

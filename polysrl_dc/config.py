@@ -28,7 +28,7 @@ _RANGES = {
 class PolySRLConfig:
     """Every constant of networks and losses. The defaults are those of ``paper`` (Table 3).
 
-    How long and at what rate a model learns is no part of it: Table 3 has Adam at a constant 5e-5,
+    How long and at what rate a model learns is no part of it: Table 3 has a learning rate of 5e-5,
     batches of 256 and 100 epochs.
 
     Attributes
@@ -59,7 +59,7 @@ class PolySRLConfig:
         Hidden width of the edge MLPs of f^b.
     n_gaussians : int
     gaussian_step : float
-        Distance basis: centers 0, step, 2 step, ... in Å, width equal to the step.
+        Distance basis: number of centers 0, step, 2 step, ... in Å; the width equals the step.
     max_neighbors : int
     cutoff : float
         Neighbors per site at most, and their greatest distance in Å, in the graphs of structures
@@ -96,7 +96,12 @@ class PolySRLConfig:
     heteroscedastic : bool
         A second regression head predicts the scale of the Laplace distribution of the error.
     grad_clip : float
-        Greatest gradient norm.
+        Greatest gradient norm (Appendix B.3).
+
+    Raises
+    ------
+    ValueError
+        A value is of another type, out of range or not among the choices; names the field.
 
     Examples
     --------
@@ -162,18 +167,52 @@ class PolySRLConfig:
         whitens, starts sigma at exp(-4) and pools by the mean. Without normalization and whitening
         the nine errors are 8 % greater, with sigma from 1 they are 10 % greater, with sum pooling
         equal within noise (``benchmarks/PRETRAINING.md``, which has every row and the commands).
+
+        Parameters
+        ----------
+        name : {"default", "paper"}
+
+        Returns
+        -------
+        PolySRLConfig
+
+        Raises
+        ------
+        ValueError
+            There is no such name.
         """
         if name not in _NAMED:
             raise ValueError(f"configuration {name!r} is not one of {sorted(_NAMED)}")
         return _NAMED[name]
 
     def to_dict(self) -> dict[str, Any]:
-        """All fields, JSON-able."""
+        """All fields.
+
+        Returns
+        -------
+        dict of str to str, bool, int or float
+            What JSON can hold.
+        """
         return asdict(self)
 
     @classmethod
     def from_dict(cls, values: dict[str, Any]) -> "PolySRLConfig":
-        """Inverse of :meth:`to_dict`; missing and unknown fields are errors that name them."""
+        """Inverse of :meth:`to_dict`.
+
+        Parameters
+        ----------
+        values : dict
+            Every field, and no other.
+
+        Returns
+        -------
+        PolySRLConfig
+
+        Raises
+        ------
+        ValueError
+            Fields are missing or unknown, or a value is refused; names them.
+        """
         known = {field.name for field in fields(cls)}
         if values.keys() != known:
             raise ValueError(

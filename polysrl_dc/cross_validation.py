@@ -61,10 +61,11 @@ class StoichiometrySplitter(Splitter):
 
         Parameters
         ----------
-        dataset : dc.data.Dataset of n stoichiometry graphs
+        dataset : dc.data.Dataset of n stoichiometry or structure graphs
         frac_train, frac_valid, frac_test : float
             Parts of the rows, which are met as closely as whole groups allow.
         seed : int, optional
+            Default: another one with every call.
         log_every_n : int, optional
             Of no effect.
 
@@ -75,6 +76,8 @@ class StoichiometrySplitter(Splitter):
 
         Raises
         ------
+        InvalidInputError
+            A row is no graph, or has no group, naming row and id.
         ValueError
             A fraction is negative, they do not add up to 1, or there are not n ``groups``.
         """
@@ -103,11 +106,29 @@ class StoichiometrySplitter(Splitter):
 
         Parameters
         ----------
-        dataset : dc.data.Dataset
+        dataset : dc.data.Dataset of n stoichiometry or structure graphs
         k : int
+            Parts, of about the same size.
         directories : list of str, optional
             2 k folders for the parts of a DiskDataset.
-        seed : int, default: another one with every call
+        seed : int, optional
+            Default: another one with every call.
+        **kwargs
+            DeepChem's; none has a meaning here.
+
+        Returns
+        -------
+        list of k pairs of dc.data.Dataset
+
+        Raises
+        ------
+        InvalidInputError
+            A row is no graph, or has no group, naming row and id.
+        TypeError
+            An argument is unknown.
+        ValueError
+            ``k`` is less than 2 or more than there are formulas, or groups; or the number of
+            ``groups`` or ``directories`` is another one.
         """
         if kwargs:
             raise TypeError(f"unknown arguments {sorted(kwargs)}")
@@ -128,10 +149,21 @@ class StoichiometrySplitter(Splitter):
 
 
 def row_groups(dataset: Dataset, labels: Sequence[Hashable] | None = None) -> np.ndarray:
-    """Numbers of what belongs together, (n,) int64 from 0.
+    """Numbers of what belongs together.
 
     Rows belong together if they have the same reduced formula or, where there are any, the same
     label, or if further rows link them so.
+
+    Parameters
+    ----------
+    dataset : dc.data.Dataset of n stoichiometry or structure graphs
+    labels : sequence, shape (n,), optional
+        As ``groups`` of :class:`StoichiometrySplitter`.
+
+    Returns
+    -------
+    numpy.ndarray, shape (n,), integer
+        From 0.
 
     Raises
     ------
@@ -212,12 +244,14 @@ def cross_val_predict(
     Raises
     ------
     InvalidInputError
-        Before anything is trained: a label is bad, naming row and id, or all labels of a task are
-        in one part. Later: ``train`` refuses the rows of all parts but one, which is named.
+        Before anything is trained: a row, label or group is bad, naming row and id, or all labels
+        of a task are in one part. Later: ``train`` refuses the rows of all parts but one, which is
+        named.
     TypeError
         The rows are no dataset.
     ValueError
-        ``n_folds`` is less than 2 or greater than the number of formulas, or of groups.
+        ``n_folds`` is less than 2 or greater than the number of formulas, or of groups; there are
+        not n ``groups``; or ``train`` has not fitted its model.
 
     Examples
     --------

@@ -61,6 +61,8 @@ def neighbor_list(
         A shape is wrong, a number is not finite or above a million, the cell has no volume or is
         too skewed or too large (1000 Å), or two sites (or a site and its own image) are less than
         0.01 Å apart.
+    ValueError
+        ``max_neighbors`` or ``cutoff`` is not positive, or the second is more than 168 Å.
 
     Examples
     --------

@@ -38,7 +38,7 @@ class PolymorphDataset(Dataset):
     seed : int
         Of the sample.
     on_error : {"raise", "skip"}
-        Policy for bad structures; skipped ones are listed in ``skipped``.
+        Policy for bad structures; ``skipped`` lists the id and message of each that is skipped.
     progress : bool
         Show a progress bar.
     cache_dir : path, optional
@@ -49,13 +49,11 @@ class PolymorphDataset(Dataset):
     verify : bool
         Check the SHA-256 of the cache (about 1 s per GB).
 
-    Attributes
-    ----------
-    skipped : list of (id, message)
-    groups : numpy.ndarray, shape (n,), int64
-        Equal for polymorphs, structures of one reduced formula.
-    n_edges : numpy.ndarray, shape (n,), int32
-        Edges of each merged graph: the cost of a structure in a batch.
+    Raises
+    ------
+    InvalidInputError, ValueError
+        There is no such source, it is damaged or holds no usable structure, all cells have too many
+        sites, or, under ``on_error="raise"``, one is bad, which is named; ``on_error`` is neither.
 
     Examples
     --------
@@ -115,7 +113,25 @@ class PolymorphDataset(Dataset):
         ids: Sequence[Any] | None = None,
         settings: PackSettings | None = None,
     ) -> "PolymorphDataset":
-        """A dataset in memory of graphs that a featurizer has made; they have its limits."""
+        """A dataset in memory of graphs that a featurizer has made; they have its limits.
+
+        Parameters
+        ----------
+        graphs : sequence of n StructureGraph
+        ids : sequence, shape (n,), optional
+            Default: 0 ... n - 1.
+        settings : PackSettings, optional
+            Of which ``rounds`` and ``resolution`` count.
+
+        Returns
+        -------
+        PolymorphDataset
+
+        Raises
+        ------
+        InvalidInputError, ValueError
+            A row is no structure graph, naming row and id; there are not n ids.
+        """
         settings = settings or PackSettings()
         ids = range(len(graphs)) if ids is None else ids
         if len(ids) != len(graphs):
@@ -161,6 +177,10 @@ class PolymorphDataset(Dataset):
         ----------
         config : PolySRLConfig
 
+        Returns
+        -------
+        PolymorphDataset
+
         Raises
         ------
         InvalidInputError
@@ -194,10 +214,12 @@ class PolymorphDataset(Dataset):
 
     @property
     def groups(self) -> np.ndarray:
+        """Numbers, shape (n,), int64; equal for polymorphs, structures of one reduced formula."""
         return self._arrays["groups"][self._rows]
 
     @property
     def n_edges(self) -> np.ndarray:
+        """Edges of each merged graph, shape (n,), int32: the cost of a structure in a batch."""
         return self._arrays["edge_counts"][self._rows]
 
     @property
@@ -212,6 +234,10 @@ class PolymorphDataset(Dataset):
         ----------
         rows : numpy.ndarray, shape (b,), integer
             In any order.
+
+        Returns
+        -------
+        StoichiometryBatch, StructureBatch, and torch.Tensor of shape (b,), int64
         """
         rows, arrays, starts = self._rows[rows], self._arrays, self._starts
         elements, nodes, edges = (
@@ -254,8 +280,6 @@ class PolymorphDataset(Dataset):
             ),
         )
 
-    # ------------------------------------------------------- what DeepChem asks of a dataset
-
     @property
     def X(self) -> np.ndarray:
         """Structure graphs of all rows, shape (n,), object."""
@@ -293,7 +317,7 @@ class PolymorphDataset(Dataset):
         deterministic: bool = False,
         pad_batches: bool = False,
     ) -> Iterator[tuple[np.ndarray, np.ndarray, np.ndarray, np.ndarray]]:
-        """X, y, w and ids of one batch after the other."""
+        """X, y, w and ids of each batch; ``pad_batches`` is refused by a ValueError."""
         if pad_batches:
             raise ValueError("pad_batches must be False: duplicates are false negatives")
         size, random = batch_size or len(self), np.random.default_rng()
@@ -316,6 +340,10 @@ class PolymorphDataset(Dataset):
         indices : sequence of int, or of bool for each row
         select_dir : str, optional
             Not used: DeepChem's splitters hand one over, and nothing is written.
+
+        Returns
+        -------
+        PolymorphDataset
         """
         view = object.__new__(PolymorphDataset)
         view.__dict__.update(self.__dict__)
@@ -324,7 +352,7 @@ class PolymorphDataset(Dataset):
         return view
 
     def transform(self, transformer: Any, **args: Any) -> Dataset:
-        """Refused: there are no labels to transform."""
+        """Refused by a NotImplementedError: there are no labels to transform."""
         raise NotImplementedError("transform is not supported: structures have no labels here")
 
 
@@ -345,6 +373,15 @@ def drop_skipped(dataset: Dataset) -> Dataset:
     ----------
     dataset : dc.data.Dataset
         X may hold the empty arrays that ``on_error="skip"`` leaves for bad rows.
+
+    Returns
+    -------
+    dc.data.Dataset
+
+    Raises
+    ------
+    InvalidInputError, TypeError
+        The lengths of X, y, w and ids differ; it is no dataset.
 
     Examples
     --------

@@ -13,12 +13,32 @@ from torch.nn.parallel import DistributedDataParallel
 
 
 def process_count() -> int:
-    """Number of training processes; 1 without an initialized process group."""
+    """Number of training processes; 1 without an initialized process group.
+
+    Returns
+    -------
+    int
+
+    Examples
+    --------
+    >>> process_count()
+    1
+    """
     return dist.get_world_size() if dist.is_available() and dist.is_initialized() else 1
 
 
 def process_rank() -> int:
-    """Number of this process, from 0."""
+    """Number of this process, from 0.
+
+    Returns
+    -------
+    int
+
+    Examples
+    --------
+    >>> process_rank()
+    0
+    """
     return dist.get_rank() if process_count() > 1 else 0
 
 
@@ -30,12 +50,17 @@ def share(network: nn.Module, **options: Any) -> nn.Module:
     network : torch.nn.Module
     **options
         Of ``DistributedDataParallel``.
+
+    Returns
+    -------
+    torch.nn.Module
+        The network itself for one process.
     """
     return network if process_count() == 1 else DistributedDataParallel(network, **options)
 
 
 def gather_rows(rows: Tensor) -> Tensor:
-    """Rows of all processes in the order of their ranks, shape (sum of b, ...); differentiable.
+    """Rows of all processes in the order of their ranks; differentiable.
 
     Processes may have different numbers of rows. Each gradient that arrives here is added to those
     of the other processes, so that ``DistributedDataParallel``, which averages, yields the gradient
@@ -44,6 +69,10 @@ def gather_rows(rows: Tensor) -> Tensor:
     Parameters
     ----------
     rows : torch.Tensor, shape (b, ...)
+
+    Returns
+    -------
+    torch.Tensor, shape (sum of b, ...)
 
     Examples
     --------
@@ -62,7 +91,17 @@ def gather_rows(rows: Tensor) -> Tensor:
 
 
 def sum_over_processes(values: Tensor) -> Tensor:
-    """Sum of a tensor over the processes; its gradient is summed as well."""
+    """Sum of a tensor over the processes; its gradient is summed as well.
+
+    Parameters
+    ----------
+    values : torch.Tensor
+        Of one shape in all of them.
+
+    Returns
+    -------
+    torch.Tensor, of this shape
+    """
     return values if process_count() == 1 else _AllReduce.apply(values)
 
 

@@ -32,7 +32,8 @@ class EmbeddingModel(Protocol):
 
     provenance: dict[str, Any]
 
-    def predict_embedding(self, dataset: Formulas) -> np.ndarray: ...
+    def predict_embedding(self, dataset: Formulas) -> np.ndarray:
+        """Vectors of unit length, shape (n, F)."""
 
 
 class OutsideDomainWarning(UserWarning):
@@ -129,6 +130,7 @@ class Domain:
 
     @cached_property
     def own_distances(self) -> np.ndarray:
+        """From reference formulas to the nearest other one, ascending; of ``n_sampled`` at most."""
         sample = np.arange(len(self._vectors))
         if self.n_sampled < len(sample):
             chance = np.random.default_rng(self.seed)
@@ -139,6 +141,7 @@ class Domain:
 
     @cached_property
     def threshold(self) -> float:
+        """The distance above which a formula lies outside."""
         return float(np.percentile(self.own_distances, self.percentile))
 
     def query(self, formulas: Formulas, k: int = 5) -> pd.DataFrame:
@@ -202,11 +205,16 @@ class Domain:
         return pd.DataFrame(columns, index=np.repeat(dataset.ids, k))
 
     def distance(self, formulas: Formulas) -> np.ndarray:
-        """From each formula to the nearest of the reference, shape (n,), float64, 0 to 2.
+        """From each formula to the nearest of the reference.
 
         Parameters
         ----------
         formulas : dc.data.Dataset of n graphs, or iterable of n formulas
+
+        Returns
+        -------
+        numpy.ndarray, shape (n,), float64
+            0 to 2, without a unit.
 
         Raises
         ------
@@ -223,13 +231,17 @@ class Domain:
         return _to_nearest(self._search, self._model, formulas)
 
     def outside(self, formulas: Formulas, distance: np.ndarray | None = None) -> np.ndarray:
-        """Whether each formula lies outside, shape (n,) bool: what :meth:`query` says, and faster.
+        """Whether each formula lies outside: what :meth:`query` says, and faster.
 
         Parameters
         ----------
         formulas : dc.data.Dataset of n graphs, or iterable of n formulas
         distance : numpy.ndarray, shape (n,), optional
             What :meth:`distance` says of them, if it is there already.
+
+        Returns
+        -------
+        numpy.ndarray, shape (n,), bool
 
         Raises
         ------
@@ -314,7 +326,19 @@ def keep_formulas(model: EmbeddingModel, dataset: Dataset) -> None:
 
 
 def distances_to(model: EmbeddingModel, reference: Dataset, dataset: Dataset) -> np.ndarray:
-    """Distance of each row to the nearest of the reference, shape (n,), whatever it holds."""
+    """Distance of each row to the nearest of the reference, whatever it holds.
+
+    Parameters
+    ----------
+    model : PolySRLModel
+    reference : dc.data.Dataset of graphs
+    dataset : dc.data.Dataset of n graphs
+
+    Returns
+    -------
+    numpy.ndarray, shape (n,), float64
+        0 to 2, without a unit.
+    """
     return _to_nearest(_search(model.predict_embedding(reference)), model, dataset)
 
 

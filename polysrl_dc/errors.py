@@ -16,10 +16,29 @@ class InvalidInputError(ValueError):
 
 
 def refused(name: str, instead: str) -> Callable[..., Any]:
-    """A method of a base class that cannot do what it says here and says what can."""
+    """A method of a base class that cannot do what it says here and says what can.
+
+    Parameters
+    ----------
+    name : str
+        Of the method.
+    instead : str
+        What to call.
+
+    Returns
+    -------
+    callable
+        Raises NotImplementedError, whatever it is called with.
+
+    Examples
+    --------
+    >>> refused("fit_generator", "fit(dataset)")(None)
+    Traceback (most recent call last):
+    NotImplementedError: fit_generator is not supported: use fit(dataset)
+    """
 
     def method(self: Any, *args: Any, **kwargs: Any) -> Any:
         raise NotImplementedError(f"{name} is not supported: use {instead}")
 
-    method.__doc__ = f"Refused: use {instead}."
+    method.__doc__ = f"Refused with a NotImplementedError: use {instead}."
     return method

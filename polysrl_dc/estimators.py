@@ -163,7 +163,7 @@ class PolySRLRegressor(RegressorMixin, _FormulaEstimator):
         Raises
         ------
         InvalidInputError
-            A bad formula, value or weight, or a row without a value; names the row.
+            A bad formula, value, weight or group, or a row without a value; names the row.
         ValueError
             Lengths differ, ``y`` has more than two dimensions, ``recipe`` is unknown, or
             ``n_folds`` (k, in the message) not between 2 and the number of different formulas.
@@ -246,14 +246,29 @@ class PolySRLClassifier(ClassifierMixin, _FormulaEstimator):
         sample_weight: Sequence[float] | None = None,
         groups: Sequence[Hashable] | None = None,
     ) -> Self:
-        """Train on formulas and classes; as :meth:`PolySRLRegressor.fit`.
+        """Train on formulas and classes.
+
+        Parameters
+        ----------
+        X : iterable of n formulas, table of one column, or dc.data.Dataset of their graphs
+            Text, compositions or mappings.
+        y : array-like, shape (n,)
+            Two different values, numbers or text; none is missing.
+        sample_weight, groups
+            As of :meth:`PolySRLRegressor.fit`.
+
+        Returns
+        -------
+        PolySRLClassifier
+            Itself.
 
         Raises
         ------
         InvalidInputError
-            A row has no class, or a formula or weight is bad; names the row.
+            A row has no class, or a formula, weight or group is bad; names the row.
         ValueError
-            There are not two classes, or y has not one dimension.
+            There are not two classes, y has not one dimension, lengths differ, ``recipe`` is
+            unknown, or ``n_folds`` (k, in the message) not between 2 and the number of formulas.
         """
         labels = _values(y)
         missing = pd.isna(labels).ravel()
@@ -269,13 +284,47 @@ class PolySRLClassifier(ClassifierMixin, _FormulaEstimator):
         return self
 
     def predict_proba(self, X: Any) -> np.ndarray:
-        """Probability of each class, shape (n, 2), in the order of ``classes_``."""
+        """Predict the probability of each class.
+
+        Parameters
+        ----------
+        X : as in :meth:`fit`
+
+        Returns
+        -------
+        numpy.ndarray, shape (n, 2)
+            In the order of ``classes_``; rows add up to 1.
+
+        Raises
+        ------
+        InvalidInputError
+            A bad formula, which is named.
+        sklearn.exceptions.NotFittedError
+            :meth:`fit` comes first.
+        """
         check_is_fitted(self)
         second = self.model_.predict(_column(X))[:, 0]
         return np.column_stack([1 - second, second])
 
     def predict(self, X: Any) -> np.ndarray:
-        """The likelier class, shape (n,)."""
+        """Predict the likelier class.
+
+        Parameters
+        ----------
+        X : as in :meth:`fit`
+
+        Returns
+        -------
+        numpy.ndarray, shape (n,)
+            Values of ``classes_``.
+
+        Raises
+        ------
+        InvalidInputError
+            A bad formula, which is named.
+        sklearn.exceptions.NotFittedError
+            :meth:`fit` comes first.
+        """
         likelier = self.predict_proba(X).argmax(1)
         return self.classes_[likelier]
 

@@ -46,6 +46,8 @@ class _GraphFeaturizer(Featurizer):
             has no row.
         log_every_n : int
             Progress is logged every so many inputs.
+        **kwargs
+            DeepChem's; none has a meaning here.
 
         Returns
         -------
@@ -59,6 +61,11 @@ class _GraphFeaturizer(Featurizer):
         ------
         InvalidInputError
             Under ``on_error="raise"``, naming row and value.
+        TypeError
+            An argument is unknown.
+        ValueError
+            Limits of :class:`StructureGraphFeaturizer` are not positive, or ``cutoff`` is too
+            large.
         """
         if kwargs:
             raise TypeError(f"unknown arguments {sorted(kwargs)}")
@@ -96,6 +103,16 @@ class StoichiometryGraphFeaturizer(_GraphFeaturizer):
     on_error : {"raise", "skip"}
         What a bad formula does; see :meth:`featurize`.
 
+    Attributes
+    ----------
+    skipped : list of (row, message)
+        Inputs that the last call has skipped.
+
+    Raises
+    ------
+    ValueError
+        ``on_error`` is neither.
+
     Examples
     --------
     >>> import deepchem as dc, polysrl_dc
@@ -116,6 +133,10 @@ def formulas_dataset(formulas: Formulas) -> Dataset:
     ----------
     formulas : dc.data.Dataset, one formula or an iterable of them
         What :class:`StoichiometryGraphFeaturizer` reads: text, compositions or mappings.
+
+    Returns
+    -------
+    dc.data.Dataset
 
     Raises
     ------
@@ -143,11 +164,15 @@ def formulas_dataset(formulas: Formulas) -> Dataset:
 
 
 def reduced_formulas(source: Formulas) -> np.ndarray:
-    """The reduced formula of each row, shape (n,) str: the key that polymorphs have in common.
+    """The reduced formula of each row: the key that polymorphs have in common.
 
     Parameters
     ----------
     source : dc.data.Dataset of stoichiometry or structure graphs, or iterable of formulas
+
+    Returns
+    -------
+    numpy.ndarray, shape (n,), str
 
     Raises
     ------
@@ -182,6 +207,16 @@ class StructureGraphFeaturizer(_GraphFeaturizer):
         Greatest distance in Å.
     on_error : {"raise", "skip"}
         What a bad structure does; see :meth:`featurize`.
+
+    Attributes
+    ----------
+    skipped : list of (row, message)
+        Inputs that the last call has skipped.
+
+    Raises
+    ------
+    ValueError
+        ``on_error`` is neither.
 
     Examples
     --------
@@ -238,11 +273,16 @@ def structure_graph(
     max_neighbors, cutoff
         As in :class:`StructureGraphFeaturizer`.
 
+    Returns
+    -------
+    StructureGraph
+
     Raises
     ------
     InvalidInputError
-        Elements without an embedding, numbers and sites that do not correspond, and whatever
-        :func:`polysrl_dc.crystal.neighbor_list` refuses.
+        Elements without an embedding, numbers and sites that do not correspond, and what
+        :func:`polysrl_dc.crystal.neighbor_list` refuses, as it does ``max_neighbors`` and
+        ``cutoff``, these by a ValueError.
 
     Examples
     --------
@@ -283,6 +323,15 @@ def _as_structure(value: Any) -> IStructure:
 def structure_of_dict(given: Mapping[str, Any]) -> Structure:
     """The structure of pymatgen's dict, less what pymatgen would import modules for.
 
+    Parameters
+    ----------
+    given : mapping
+        As ``Structure.as_dict`` gives it.
+
+    Returns
+    -------
+    pymatgen.core.Structure
+
     Raises
     ------
     InvalidInputError
@@ -303,7 +352,13 @@ def structure_of_dict(given: Mapping[str, Any]) -> Structure:
 
 
 def check_cell(cell: Sequence[float]) -> None:
-    """Refuse what are no three lengths and three angles; their volume is looked at later."""
+    """Refuse what are no three lengths and three angles; their volume is looked at later.
+
+    Raises
+    ------
+    InvalidInputError
+        One is not above 0, or an angle not below 180 degrees.
+    """
     if not (all(0 < value for value in cell) and all(value < 180 for value in cell[3:])):
         raise InvalidInputError(f"lengths or angles of the cell not above 0 or below 180: {cell}")
 
@@ -312,6 +367,11 @@ def check_lengths(dataset: Dataset) -> None:
     """Refuse a dataset without rows, or whose X, y, w and ids differ in number.
 
     DeepChem does not compare them; a row too few would shift the labels of those that follow it.
+
+    Parameters
+    ----------
+    dataset : dc.data.Dataset
+        Of featurized formulas, y and w may be empty.
 
     Raises
     ------

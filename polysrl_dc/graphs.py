@@ -64,7 +64,13 @@ class StoichiometryGraph:
         return f"StoichiometryGraph({self.formula})"
 
     def to_pyg(self) -> Data:
-        """As PyTorch Geometric ``Data``: ``numbers``, ``fractions``, the full ``edge_index``."""
+        """As a graph of PyTorch Geometric.
+
+        Returns
+        -------
+        torch_geometric.data.Data
+            ``numbers``, ``fractions``, ``formula`` and the full ``edge_index`` (2, n_elements^2).
+        """
         n = len(self.numbers)
         nodes = torch.arange(n)
         return Data(
@@ -97,6 +103,14 @@ class StructureGraph:
         Distance to each neighbor in Å.
     stoichiometry : StoichiometryGraph
         The formula of the structure.
+
+    Examples
+    --------
+    >>> iron = StoichiometryGraph(np.array([26], np.uint8), np.array([1.0]), "Fe")
+    >>> distances = np.full(6, 3, np.float32)
+    >>> graph = StructureGraph(iron.numbers, np.array([0, 6]), np.zeros(6, int), distances, iron)
+    >>> graph.to_pyg().num_edges, len(StructureBatch.from_graphs([graph]))
+    (6, 1)
     """
 
     numbers: np.ndarray
@@ -106,7 +120,14 @@ class StructureGraph:
     stoichiometry: StoichiometryGraph
 
     def to_pyg(self) -> Data:
-        """As PyTorch Geometric ``Data`` with ``edge_index`` (2, n_edges) from site to neighbor."""
+        """As a graph of PyTorch Geometric.
+
+        Returns
+        -------
+        torch_geometric.data.Data
+            ``numbers``, ``distances`` in Å, ``stoichiometry`` and ``edge_index`` (2, n_edges) from
+            site to neighbor.
+        """
         centers = np.repeat(np.arange(len(self.numbers)), np.diff(self.indptr))
         return Data(
             numbers=torch.as_tensor(self.numbers.astype(np.int64)),
@@ -118,7 +139,22 @@ class StructureGraph:
 
     @classmethod
     def from_pyg(cls, data: Data) -> "StructureGraph":
-        """The inverse of :meth:`to_pyg`; edges must be sorted by their first site."""
+        """The inverse of :meth:`to_pyg`.
+
+        Parameters
+        ----------
+        data : torch_geometric.data.Data
+            Edges sorted by their first site.
+
+        Returns
+        -------
+        StructureGraph
+
+        Raises
+        ------
+        ValueError
+            They are not.
+        """
         centers = data.edge_index[0].numpy()
         if np.any(np.diff(centers) < 0):
             raise ValueError("edge_index[0] must be sorted")
@@ -215,7 +251,23 @@ class StructureBatch:
     def from_graphs(
         cls, graphs: Sequence[StructureGraph], rounds: int = 3, resolution: float = 1e-5
     ) -> "StructureBatch":
-        """Batch graphs in the given order; ``rounds`` and ``resolution`` (Å) of the quotient."""
+        """Batch graphs in the given order.
+
+        Parameters
+        ----------
+        graphs : sequence of StructureGraph
+        rounds, resolution
+            As in :func:`~polysrl_dc.quotient.quotient_graphs`, the second in Å.
+
+        Returns
+        -------
+        StructureBatch
+
+        Raises
+        ------
+        ValueError
+            There is no graph.
+        """
         if not len(graphs):
             raise ValueError("a batch of structures needs at least one graph")
         quotient = quotient_graphs(
@@ -230,7 +282,18 @@ class StructureBatch:
 
     @classmethod
     def from_quotient(cls, quotient: Quotient, rounds: int, resolution: float) -> "StructureBatch":
-        """Batch all graphs of a quotient."""
+        """Batch all graphs of a quotient.
+
+        Parameters
+        ----------
+        quotient : Quotient
+        rounds, resolution
+            That it was made with.
+
+        Returns
+        -------
+        StructureBatch
+        """
         index = np.repeat(np.arange(len(quotient.node_counts)), quotient.node_counts)
         centers = np.repeat(np.arange(len(index)), quotient.edge_counts)
         first_node = np.cumsum(quotient.node_counts) - quotient.node_counts

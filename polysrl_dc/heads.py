@@ -108,14 +108,30 @@ class PropertyNetwork(nn.Module):
         self.register_buffer("fitted", torch.tensor(False))
 
     def train(self, mode: bool = True) -> "PropertyNetwork":
-        """Training mode; a frozen encoder stays in evaluation mode."""
+        """Training mode; a frozen encoder stays in evaluation mode.
+
+        Parameters
+        ----------
+        mode : bool
+
+        Returns
+        -------
+        PropertyNetwork
+            Itself.
+        """
         super().train(mode)
         if self.frozen:
             self.encoders.eval()
         return self
 
     def member_parameters(self) -> list[list[nn.Parameter]]:
-        """Trainable parameters of each member, so that gradients are clipped per member."""
+        """Trainable parameters of each member, so that gradients are clipped per member.
+
+        Returns
+        -------
+        list of list of torch.nn.Parameter
+            One of each member; those of its scale head are one more.
+        """
         members = []
         for i, head in enumerate(self.heads):
             encoder = [] if self.frozen else list(self.encoders[i].parameters())
@@ -123,18 +139,44 @@ class PropertyNetwork(nn.Module):
         return members + [list(head.parameters()) for head in self.scale_heads]
 
     def embed(self, batch: StoichiometryBatch) -> Tensor:
-        """What the heads read, shape (n_encoders, n_graphs, F): each encoder's mean, eq. 11."""
+        """What the heads read: each encoder's mean, eq. 11.
+
+        Parameters
+        ----------
+        batch : StoichiometryBatch
+
+        Returns
+        -------
+        torch.Tensor, shape (n_encoders, n_graphs, F)
+        """
         return self.embed_each([batch] * len(self.encoders))
 
     def embed_each(self, batches: Sequence[StoichiometryBatch]) -> Tensor:
-        """The same with a batch of its own for each encoder."""
+        """The same with a batch of its own for each encoder.
+
+        Parameters
+        ----------
+        batches : sequence of n_encoders StoichiometryBatch
+            Of the same number of formulas.
+
+        Returns
+        -------
+        torch.Tensor, shape (n_encoders, n_graphs, F)
+        """
         pairs = zip(self.encoders, batches, strict=True)
         return torch.stack([cast(StoichiometryEncoder, enc).mean(batch) for enc, batch in pairs])
 
     def outputs(self, embeddings: Tensor) -> tuple[Tensor, Tensor]:
-        """Location (or logit) and log scale of every member, each (n_ensemble, n_graphs, n_tasks).
+        """Location (or logit) and log scale of every member.
 
-        Both are in units of the normalized labels; embeddings are those of encoders or of members.
+        Parameters
+        ----------
+        embeddings : torch.Tensor, shape (n_encoders or n_ensemble, n_graphs, F)
+
+        Returns
+        -------
+        location, log_scale : torch.Tensor, each of shape (n_ensemble, n_graphs, n_tasks)
+            In units of the normalized labels; without a scale head, zeros for the second.
         """
         embeddings = self._read(embeddings)
         location = _apply(self.heads, embeddings)
@@ -179,7 +221,7 @@ class PropertyNetwork(nn.Module):
         return per_member.sum()
 
     def forward(self, batch: StoichiometryBatch, polymorphs: bool = False) -> tuple[Tensor, Tensor]:
-        """Predictive mean and standard deviation, each (n_graphs, n_tasks), in label units.
+        """Predictive mean and standard deviation.
 
         Regression: mean over members; variance = variance between members + mean over members of
         the Laplace variance 2 b². Classification: probability p of class 1, variance p (1 - p).
@@ -190,6 +232,11 @@ class PropertyNetwork(nn.Module):
         polymorphs : bool
             Regression: the variance also has what each member's Gaussian N(z_mu, sigma^2) gives, to
             first order. The mean stays that of z_mu.
+
+        Returns
+        -------
+        mean, std : torch.Tensor, each of shape (n_graphs, n_tasks)
+            In label units.
         """
         if polymorphs:
             means, sigmas = self._gaussians(batch)

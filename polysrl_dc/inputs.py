@@ -42,6 +42,11 @@ def read_formulas(
     others : sequence of str
         Columns that the table must have besides.
 
+    Returns
+    -------
+    frame : pandas.DataFrame, n rows
+    dataset : dc.data.Dataset of n stoichiometry graphs
+
     Raises
     ------
     InvalidInputError
@@ -72,6 +77,10 @@ def read_reference(options: argparse.Namespace, model: PolySRLModel) -> dc.data.
         ``reference``, ``column``, ``target`` and ``on_error``.
     model : PolySRLModel
         Knows the targets where no option names them.
+
+    Returns
+    -------
+    dc.data.Dataset of stoichiometry graphs
 
     Raises
     ------
@@ -215,6 +224,10 @@ def read_structures(paths: Sequence[str], on_error: str) -> dc.data.Dataset:
     paths : sequence of str
         Several are files.
     on_error : {"raise", "skip"}
+
+    Returns
+    -------
+    PolymorphDataset, or dc.data.Dataset of structure graphs
 
     Raises
     ------

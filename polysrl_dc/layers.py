@@ -12,7 +12,21 @@ from polysrl_dc.distributed import process_count, sum_over_processes
 
 
 def at_least_float32(values: Tensor) -> Tensor:
-    """Values in float32 where they are narrower, as autocast leaves them; else themselves."""
+    """Values in float32 where they are narrower, as autocast leaves them; else themselves.
+
+    Parameters
+    ----------
+    values : torch.Tensor
+
+    Returns
+    -------
+    torch.Tensor, of the same shape
+
+    Examples
+    --------
+    >>> at_least_float32(torch.ones(2, dtype=torch.bfloat16)).dtype
+    torch.float32
+    """
     return values.to(torch.promote_types(values.dtype, torch.float32))
 
 
@@ -148,7 +162,16 @@ class FeatureNorm(nn.BatchNorm1d):
             self.register_buffer("decorrelation", torch.eye(n_features))
 
     def forward(self, features: Tensor) -> Tensor:
-        """Features, shape (n_graphs, F), normalized; running statistics in evaluation mode."""
+        """Normalize; by running statistics in evaluation mode.
+
+        Parameters
+        ----------
+        features : torch.Tensor, shape (n_graphs, F)
+
+        Returns
+        -------
+        torch.Tensor, shape (n_graphs, F)
+        """
         if not self.enabled:
             return features
         with torch.autocast(features.device.type, enabled=False):
@@ -206,14 +229,29 @@ class FeatureNorm(nn.BatchNorm1d):
 
 
 def running_statistics(network: nn.Module) -> list[Tensor]:
-    """The buffers of a network that a batch changes: those of feature norms in training mode."""
+    """The buffers of a network that a batch changes: those of feature norms in training mode.
+
+    Parameters
+    ----------
+    network : torch.nn.Module
+
+    Returns
+    -------
+    list of torch.Tensor
+    """
     norms = [m for m in network.modules() if isinstance(m, FeatureNorm) and m.training]
     return [buffer for norm in norms for buffer in norm.buffers()]
 
 
 @contextmanager
 def restored_if_it_fails(running: list[Tensor]) -> Iterator[None]:
-    """Put running statistics back where a step fails or is interrupted: there has been none."""
+    """Put running statistics back where a step fails or is interrupted: there has been none.
+
+    Parameters
+    ----------
+    running : list of torch.Tensor
+        As :func:`running_statistics` gives them.
+    """
     before = [buffer.clone() for buffer in running]
     try:
         yield

@@ -2,7 +2,7 @@
 
 Shapes: B stoichiometries (rows), P structures (columns), J samples per stoichiometry, F features.
 Rows and columns match where their group ids are equal (the same reduced formula), so polymorphs
-in one batch are positives of one another.
+in one batch are positives of one another. An unknown ``reduction`` or ``form`` is a ValueError.
 """
 
 import math
@@ -116,6 +116,11 @@ def log_match_probability(logits: Tensor, form: Form = "sigmoid") -> Tensor:
     Returns
     -------
     torch.Tensor, shape (B, P)
+
+    Raises
+    ------
+    ValueError
+        ``form`` is neither.
 
     Examples
     --------
@@ -240,13 +245,18 @@ def polysrl_loss(
     Parameters
     ----------
     mean, log_sigma : torch.Tensor, shape (B, F)
-        As in :func:`sample_gaussian`, with ``n_samples`` and ``generator``.
-    structures, groups_a, groups_b, c, d, polymorph_sum, form
+        As in :func:`sample_gaussian`.
+    structures, groups_a, groups_b, c, d
         As in :func:`soft_contrastive_loss`.
+    n_samples : int
+        J.
     beta : float
         Weight of the KL term.
     reduction : {"mean", "sum"}
         Of both terms.
+    polymorph_sum, form
+        As in :func:`soft_contrastive_loss`.
+    generator : torch.Generator, optional
 
     Returns
     -------
@@ -300,6 +310,11 @@ def nt_xent(
     Returns
     -------
     torch.Tensor, scalar
+
+    Raises
+    ------
+    ValueError
+        There are fewer than two pairs, or ``a`` and ``b`` differ in length.
 
     Examples
     --------

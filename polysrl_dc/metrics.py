@@ -78,9 +78,27 @@ def masked_scores(
 
 
 def undone(values: np.ndarray, transformers: Sequence[Transformer]) -> np.ndarray:
-    """Labels or predictions, (n, n_tasks), as they were before DeepChem's transformers.
+    """Labels or predictions as they were before DeepChem's transformers.
 
     A ``NormalizationTransformer`` takes a single row for a column, so it is given two of them.
+
+    Parameters
+    ----------
+    values : numpy.ndarray, shape (n, n_tasks)
+    transformers : sequence of dc.trans.Transformer
+
+    Returns
+    -------
+    numpy.ndarray, shape (n, n_tasks)
+        In the units before.
+
+    Examples
+    --------
+    >>> import deepchem as dc
+    >>> dataset = dc.data.NumpyDataset(np.zeros((2, 1)), np.array([1.0, 3.0]))
+    >>> normal = dc.trans.NormalizationTransformer(transform_y=True, dataset=dataset)
+    >>> undone(np.array([[0.0]]), [normal]).tolist()
+    [[2.0]]
     """
     rows = np.repeat(values, 2, axis=0) if len(values) == 1 else values
     return undo_transforms(rows, list(transformers))[: len(values)]

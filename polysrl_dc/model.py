@@ -92,6 +92,14 @@ class PolySRLModel(TrainableModel):
     log_frequency : int
         Steps between two entries of ``all_losses``.
 
+    Raises
+    ------
+    FileNotFoundError, CheckpointError
+        There is no encoder by the name or path ``pretrained``; it is damaged, of another
+        configuration or one of several in its file.
+    ValueError
+        An argument is out of range, or goes with another ``task``.
+
     Examples
     --------
     >>> import deepchem as dc, numpy as np, polysrl_dc
@@ -224,7 +232,21 @@ class PolySRLModel(TrainableModel):
         return PropertyNetwork(config, n_tasks, classes, *members).float()  # whatever the default
 
     def load_encoder(self, path: str | Path) -> None:
-        """Start every encoder of this model from that of another one, or from a shipped one."""
+        """Start every encoder of this model from that of another one.
+
+        Calibration and formulas learned from are forgotten; heads stay as they are.
+
+        Parameters
+        ----------
+        path : str or path
+            Folder or file of a model that has one encoder, or the name of a shipped one.
+
+        Raises
+        ------
+        FileNotFoundError, CheckpointError
+            There is no such model; its file is damaged, its encoder is of another configuration, or
+            it has several.
+        """
         self._load_encoder(path, slice(None))
         self._forget_weights()
 
@@ -262,6 +284,10 @@ class PolySRLModel(TrainableModel):
         ----------
         deep : bool
             Not used: no argument is an estimator.
+
+        Returns
+        -------
+        dict of str to object
 
         Examples
         --------

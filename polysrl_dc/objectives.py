@@ -30,13 +30,24 @@ class PretrainingNetwork(nn.Module):
         ``without_sampling``: the same on the means (Appendix F.4, no KL);
         ``graphcl``: NT-Xent between two augmented views of each formula (eq. 13), no structures;
         ``infomax3d``: NT-Xent between mean and structure (eq. 15).
-
-    Equal formulas in a batch are positives of one another in the first two only.
+        Equal formulas in a batch are positives of one another in the first two only.
 
     Attributes
     ----------
     parts : dict of str to torch.Tensor
         Terms of the last loss, detached scalars.
+
+    Raises
+    ------
+    ValueError
+        There is no such objective.
+
+    Examples
+    --------
+    >>> network = PretrainingNetwork(PolySRLConfig.named("paper"), "graphcl")
+    >>> metals = StoichiometryBatch(torch.eye(4, 119).roll(26, 1))  # Fe, Co, Ni, Cu
+    >>> network(metals, None, torch.arange(4)).ndim
+    0
     """
 
     #: tau of NT-Xent: eq. 13 leaves its value open, eq. 15 prints none.
@@ -78,7 +89,7 @@ class PretrainingNetwork(nn.Module):
         Parameters
         ----------
         formulas : StoichiometryBatch
-        structures : StructureBatch, optional
+        structures : StructureBatch or None
             Not read by ``graphcl``.
         groups : torch.Tensor, shape (n_graphs,), int64
             Equal where the reduced formulas are equal: such pairs match.
@@ -88,6 +99,11 @@ class PretrainingNetwork(nn.Module):
         Returns
         -------
         torch.Tensor, scalar
+
+        Raises
+        ------
+        ValueError
+            Structures are needed, and there are none.
         """
         if self.objective == "graphcl":
             views = torch.cat([augmented(formulas, generator).fractions for _ in range(2)])
@@ -147,6 +163,11 @@ def augmented(
     ----------
     formulas : StoichiometryBatch
     generator : torch.Generator, optional
+
+    Returns
+    -------
+    StoichiometryBatch
+        Of as many formulas; fractions add up to 1.
 
     Examples
     --------

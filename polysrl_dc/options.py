@@ -45,6 +45,10 @@ def parser(commands: Sequence[Command]) -> argparse.ArgumentParser:
     ----------
     commands : sequence of callable
         :func:`~polysrl_dc.cli.embed` and the others, which give their subcommands the names.
+
+    Returns
+    -------
+    argparse.ArgumentParser
     """
     whole = argparse.ArgumentParser(
         prog="polysrl",
@@ -220,7 +224,13 @@ def parser(commands: Sequence[Command]) -> argparse.ArgumentParser:
 
 
 def check(options: argparse.Namespace) -> None:
-    """Refuse options that need others, and to write over what is read."""
+    """Refuse options that need others, and to write over what is read.
+
+    Raises
+    ------
+    InvalidInputError
+        Names the option.
+    """
     for name in ("predictions", "group"):
         if getattr(options, name, None) is not None and not (options.folds or options.hold_out):
             raise InvalidInputError(f"--{name} needs --folds or --hold-out")

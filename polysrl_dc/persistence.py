@@ -113,7 +113,20 @@ class PersistentModel(TorchModel):
         }
 
     def save(self, path: str | Path | None = None) -> None:
-        """Write ``model.safetensors`` into the folder ``path`` (default: ``model_dir``)."""
+        """Write ``model.safetensors``.
+
+        Parameters
+        ----------
+        path : str or path, optional
+            Folder, made if it is missing; default: ``model_dir``.
+
+        Raises
+        ------
+        OSError
+            The folder or the file cannot be written.
+        ValueError
+            ``path`` is empty, or the name of a shipped encoder.
+        """
         self._ensure_built()
         if path == "":
             raise ValueError("path is empty: it names no folder")
@@ -140,12 +153,16 @@ class PersistentModel(TorchModel):
             training are by default what the model was trained with, but for a DeepChem learning
             rate schedule, which no file keeps: without it :meth:`fit` warns of its own default.
 
+        Returns
+        -------
+        PolySRLModel
+
         Raises
         ------
         FileNotFoundError, CheckpointError
             There is no such model; its file is damaged.
-        ValueError
-            An argument is fixed by the file.
+        ValueError, TypeError
+            An argument is fixed by the file or out of range; there is no such argument.
         """
         file = checkpoint_path(path)
         tensors, manifest = load_checkpoint(file)
@@ -194,6 +211,11 @@ class PersistentModel(TorchModel):
         """Read ``model.safetensors`` of ``model_dir`` back into this model.
 
         Training goes on as after :meth:`from_pretrained`, with a new optimizer.
+
+        Raises
+        ------
+        FileNotFoundError, CheckpointError
+            There is no such file; it is damaged, or of another configuration or other settings.
         """
         path = checkpoint_path(self.model_dir)
         tensors, manifest = load_checkpoint(path)
@@ -237,7 +259,15 @@ class PersistentModel(TorchModel):
     def save_checkpoint(
         self, max_checkpoints_to_keep: int = 5, model_dir: str | None = None
     ) -> None:
-        """Write weights and optimizer state as ``checkpoint1.safetensors``; older ones move up."""
+        """Write weights and optimizer state as ``checkpoint1.safetensors``; older ones move up.
+
+        Parameters
+        ----------
+        max_checkpoints_to_keep : int
+            0 writes nothing.
+        model_dir : str, optional
+            Folder, made if it is missing; default: that of the model.
+        """
         if max_checkpoints_to_keep == 0 or process_rank() > 0:
             return
         self._ensure_built()
@@ -253,7 +283,18 @@ class PersistentModel(TorchModel):
                 os.replace(newer, older)
 
     def get_checkpoints(self, model_dir: str | None = None) -> list[str]:
-        """Checkpoint files in a folder, the latest first."""
+        """Checkpoint files in a folder.
+
+        Parameters
+        ----------
+        model_dir : str, optional
+            Default: that of the model.
+
+        Returns
+        -------
+        list of str
+            The latest first.
+        """
         files = Path(model_dir or self.model_dir).glob("checkpoint*.safetensors")
         return [str(path) for path in sorted(files, key=lambda p: (len(p.name), p.name))]
 
@@ -263,7 +304,24 @@ class PersistentModel(TorchModel):
         model_dir: str | None = None,
         strict: bool = True,
     ) -> None:
-        """Read weights, optimizer, schedule and step of a checkpoint, the latest by default."""
+        """Read weights, optimizer, schedule and step of a checkpoint.
+
+        Parameters
+        ----------
+        checkpoint : str, optional
+            File; default: the latest in ``model_dir``.
+        model_dir : str, optional
+            Default: that of the model.
+        strict : bool
+            Must be True.
+
+        Raises
+        ------
+        FileNotFoundError, CheckpointError
+            There is no such file; it is damaged, or of another configuration or other settings.
+        ValueError
+            There is no checkpoint in the folder, or ``strict`` is False.
+        """
         if not strict:
             raise ValueError("strict must be True: a partial restore is a silent change")
         self._ensure_built()
@@ -320,6 +378,7 @@ def variance_trained_of(manifest: dict[str, Any], n_encoders: int) -> list[bool]
     """Of each encoder, whether its variance was trained.
 
     Files did not say it before: then their provenance does, and without one the answer is no.
+    Other than so many booleans is a CheckpointError.
     """
     provenance = manifest.get("provenance", {})
     known = "variance" in provenance or provenance.get("objective") == "polysrl"

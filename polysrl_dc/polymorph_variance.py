@@ -69,6 +69,11 @@ def doped(
     vacant : float
         Share of the formulas in which it is missing.
 
+    Returns
+    -------
+    StoichiometryBatch
+        Of as many formulas; fractions add up to 1.
+
     Examples
     --------
     >>> fractions = torch.zeros(2, 119)

@@ -173,9 +173,12 @@ class PredictingModel(PersistentModel):
 
         Raises
         ------
+        InvalidInputError
+            A bad formula or row, which is named.
         ValueError
             Nothing here makes a variance, ``polymorphs`` is asked of a classifier, the model is not
-            fitted, or its formulas have been removed, which its calibration needs.
+            fitted, its formulas have been removed, which its calibration needs, ``distance`` has
+            another shape, or ``masks`` are given.
 
         Examples
         --------
@@ -248,8 +251,8 @@ class PredictingModel(PersistentModel):
         ------
         InvalidInputError
             A row or label is bad, or fewer than 20 rows have a label of any task.
-        ValueError
-            It is no fitted model of regression; ``predicted`` is not finite or of another shape.
+        ValueError, TypeError
+            No fitted model of regression; ``predicted`` not finite or of another shape; no dataset.
 
         Examples
         --------
@@ -279,14 +282,24 @@ class PredictingModel(PersistentModel):
         return self.calibration
 
     def predict_embedding(self, dataset: Formulas) -> np.ndarray:
-        """Representation of each formula, z_mu of eq. 11, shape (n, F), of unit length.
+        """Representation of each formula, z_mu of eq. 11.
 
-        Those of several encoders, whose spaces are unrelated, stand side by side, (n, n_encoders
-        F); the scalar product of two formulas is then the mean over the encoders.
+        Those of several encoders, whose spaces are unrelated, stand side by side; the scalar
+        product of two formulas is then the mean over the encoders.
 
         Parameters
         ----------
         dataset : dc.data.Dataset of stoichiometry graphs, or iterable of formulas
+
+        Returns
+        -------
+        numpy.ndarray, shape (n, n_encoders F), float32
+            Of unit length.
+
+        Raises
+        ------
+        InvalidInputError
+            A bad formula or row, which is named.
 
         Examples
         --------
@@ -303,7 +316,7 @@ class PredictingModel(PersistentModel):
         return torch.cat(self._map(dataset, mean)).cpu().numpy()
 
     def predict_polymorphism(self, dataset: Formulas) -> np.ndarray:
-        """Uncertainty due to polymorphism, shape (n,): geometric mean of the variances, eq. 12.
+        """Uncertainty due to polymorphism (Section 4.3): geometric mean of the variances of eq. 12.
 
         Of several encoders, that of the first with a trained variance (``variance_trained``). Fine-
         tuning moves it, though nothing trains it then, as sigma reads layers that the mean reads.
@@ -312,8 +325,15 @@ class PredictingModel(PersistentModel):
         ----------
         dataset : dc.data.Dataset of stoichiometry graphs, or iterable of formulas
 
+        Returns
+        -------
+        numpy.ndarray, shape (n,), float32
+            In squared units of the embedding, which has length 1.
+
         Raises
         ------
+        InvalidInputError
+            A bad formula or row, which is named.
         ValueError
             No encoder has a trained variance.
         """
@@ -362,7 +382,10 @@ class PredictingModel(PersistentModel):
         Raises
         ------
         InvalidInputError
-            A row that is no graph, a label that is NaN or infinite, naming row and id.
+            A row that is no graph, a label that is NaN or infinite, naming row and id; a task
+            without any label.
+        ValueError, TypeError
+            The model is not fitted; ``use_sample_weights`` meets a missing label; no dataset.
         """
         self._check_fitted()
         n_tasks, classification = self.settings["n_tasks"], self.model.classification

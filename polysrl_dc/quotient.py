@@ -33,6 +33,15 @@ class Quotient:
         Distances in units of ``resolution``.
     edge_multiplicity : numpy.ndarray, shape (n_edges,), int32
         Equal edges of one site that this edge stands for.
+
+    Examples
+    --------
+    One site with six edges of 3 Å to its own images:
+
+    >>> one = quotient_graphs(np.array([1]), np.array([6]), np.zeros(6, int), np.full(6, 3.0),
+    ...                       rounds=3, resolution=0.01)
+    >>> one.edge_counts.tolist(), one.edge_multiplicity.tolist()
+    ([1], [6])
     """
 
     node_counts: NDArray[np.int64]
@@ -72,6 +81,11 @@ def quotient_graphs(
     Returns
     -------
     Quotient
+
+    Raises
+    ------
+    ValueError
+        A graph has 2^20 sites or a distance of as many steps, or there are 2^23 nodes, or more.
 
     Notes
     -----

@@ -28,6 +28,20 @@ from polysrl_dc.errors import InvalidInputError
 def half_width(level: float) -> float:
     """Standard deviations of a Laplace distribution that hold so much of it on either side.
 
+    Parameters
+    ----------
+    level : float
+        From 0 to below 1, the share within this many of the median.
+
+    Returns
+    -------
+    float
+
+    Raises
+    ------
+    ValueError
+        ``level`` is 1 or more.
+
     Examples
     --------
     >>> round(half_width(0.95), 2)
@@ -112,11 +126,13 @@ class Calibration:
 
     @property
     def uncalibrated(self) -> tuple[int, ...]:
+        """Tasks of factor 1 and no offset or rate."""
         each = enumerate(zip(self.factors, self.offsets, self.rates, strict=True))
         return tuple(task for task, numbers in each if numbers == (1, 0, 0))
 
     @property
     def needs_distance(self) -> bool:
+        """Whether any rate is other than 0."""
         return any(self.rates)
 
     @classmethod
@@ -144,7 +160,7 @@ class Calibration:
         Parameters
         ----------
         errors : numpy.ndarray, shape (n, n_tasks)
-            Label minus prediction, of rows that the model has not learned from.
+            Label minus prediction, in label units, of rows that the model has not learned from.
         std : numpy.ndarray, shape (n, n_tasks)
             The model's own.
         known : numpy.ndarray of bool, shape (n, n_tasks)
@@ -153,14 +169,19 @@ class Calibration:
         distance : numpy.ndarray, shape (n,), optional
             To the nearest formula that was learned from. Without, the rates are 0.
         labels : numpy.ndarray, shape (n, n_tasks), optional
-            Goes with the distance.
+            In label units; goes with the distance.
+
+        Returns
+        -------
+        Calibration
 
         Raises
         ------
         InvalidInputError
             No task can be calibrated.
         ValueError
-            The arrays differ in shape, or hold a value that is not finite.
+            The arrays differ in shape, hold a value that is not finite or a distance that is not
+            between 0 and 2, or only one of ``distance`` and ``labels`` is given.
 
         Examples
         --------
@@ -219,6 +240,21 @@ class Calibration:
         """Read what ``dataclasses.asdict`` wrote.
 
         Once there were no rates and ceilings, and samples for the variance of the Gaussians.
+
+        Parameters
+        ----------
+        values : mapping
+            Of field to value.
+        n_tasks : int
+
+        Returns
+        -------
+        Calibration
+
+        Raises
+        ------
+        ValueError, KeyError, TypeError
+            A value is out of range or not one for each task; a field is missing or unknown.
         """
         values = {"rates": [0.0] * n_tasks, "ceilings": [0.0] * n_tasks, **values}
         if isinstance(n_samples := values.pop("n_samples", None), int) and n_samples >= 0:
@@ -230,9 +266,24 @@ class Calibration:
         return cls(**{**values, **each})
 
     def apply(self, std: np.ndarray, distance: np.ndarray | None = None) -> np.ndarray:
-        """Calibrated standard deviations, shape (n, n_tasks), of the model's own.
+        """Calibrate standard deviations.
 
-        ``distance`` has shape (n,), and must be given if :attr:`needs_distance`.
+        Parameters
+        ----------
+        std : numpy.ndarray, shape (n, n_tasks)
+            The model's own, in label units.
+        distance : numpy.ndarray, shape (n,), optional
+            Must be given if :attr:`needs_distance`.
+
+        Returns
+        -------
+        numpy.ndarray, shape (n, n_tasks)
+            In label units, of the type of ``std``.
+
+        Raises
+        ------
+        ValueError
+            ``distance`` is needed, and not there or of another shape.
         """
         shift, scale = np.array(self.offsets, std.dtype), np.array(self.factors, std.dtype)
         near = scale * (std + shift)

@@ -22,11 +22,34 @@ class RetrievingModel(PredictingModel):
     """What a :class:`~polysrl_dc.model.PolySRLModel` of pretraining says of structures."""
 
     def predict_structure_embedding(self, structures: Dataset) -> np.ndarray:
-        """Representation of each structure, z^b of eq. 1, shape (n, F), of unit length.
+        """Representation of each structure, z^b of eq. 1.
 
         Parameters
         ----------
         structures : PolymorphDataset, or dc.data.Dataset of structure graphs
+
+        Returns
+        -------
+        numpy.ndarray, shape (n, F), float32
+            Of unit length.
+
+        Raises
+        ------
+        InvalidInputError
+            A row is no structure graph, which is named, or the structures were built with other
+            limits than the configuration of the model has.
+        TypeError
+            The structures are no dataset.
+        ValueError
+            The model is not one of pretraining.
+
+        Examples
+        --------
+        >>> import polysrl_dc
+        >>> structures = polysrl_dc.PolymorphDataset("aflow", max_sites=4, progress=False)
+        >>> model = polysrl_dc.PolySRLModel.from_pretrained("polysrl-mp")
+        >>> model.predict_structure_embedding(structures.select([0, 1])).shape
+        (2, 200)
         """
         network = self._matching_network()
         check_lengths(structures)
@@ -62,6 +85,8 @@ class RetrievingModel(PredictingModel):
 
         Raises
         ------
+        InvalidInputError
+            A bad formula or row, which is named, or structures of other limits.
         ValueError
             The model is not one of pretraining, nothing has trained its encoder of structures,
             ``k`` not in 1 ... m, or ``n_samples`` below 1.

@@ -37,7 +37,6 @@ _SMALL_PART = 256  # structures of other sources
 _LARGEST_FILE = 2**24  # bytes of one structure, unpacked; 300,000 lines of a CIF file
 _LARGEST_CELL = 10_000  # sites of a CIF file; pymatgen takes a minute for as many
 _LARGEST_GROUP = 2**32  # bytes of a row group, unpacked
-
 _ANGLES = ("alpha", "beta", "gamma")
 
 Graphs = Iterator[tuple[str, Callable[[], StructureGraph]]]
@@ -56,6 +55,16 @@ class PackSettings:
         Blocks of message passing for which equivalent sites are merged.
     resolution : float
         To which distances are rounded in the merged graphs, in Å.
+
+    Raises
+    ------
+    ValueError
+        One is not positive.
+
+    Examples
+    --------
+    >>> PackSettings(rounds=4).max_neighbors
+    12
     """
 
     max_neighbors: int = 12
@@ -71,6 +80,8 @@ class PackSettings:
 
 @dataclass(frozen=True)
 class ParquetRows:
+    """Part of a source: rows ``start`` to below ``stop`` of a Parquet file."""
+
     path: str
     start: int
     stop: int
@@ -79,6 +90,7 @@ class ParquetRows:
         return self.stop - self.start
 
     def graphs(self, settings: PackSettings) -> Graphs:
+        """Name of each structure, and a function that makes its graph or raises."""
         table = _read_rows(self.path, self.start, self.stop)
         columns = [_row_arrays(table[name]) for name in PARQUET_COLUMNS[1:]]
         rows = zip(table["material_id"].to_pylist(), *columns, strict=True)
@@ -91,6 +103,8 @@ class ParquetRows:
 
 @dataclass(frozen=True)
 class Structures:
+    """Part of a source: structures, or files to ``read`` them from, and their names."""
+
     structures: tuple[Any, ...]
     names: tuple[str, ...]
     read: Callable[[Any], Any] | None  # of files
@@ -99,6 +113,7 @@ class Structures:
         return len(self.structures)
 
     def graphs(self, settings: PackSettings) -> Graphs:
+        """Name of each structure, and a function that makes its graph or raises."""
         featurizer = StructureGraphFeaturizer(settings.max_neighbors, settings.cutoff)
         for name, structure in zip(self.names, self.structures, strict=True):
             yield name, partial(_featurize, featurizer, structure, self.read)
@@ -174,7 +189,6 @@ def unpacked(path: str | Path, largest: int) -> bytes:
     --------
     >>> unpacked("nowhere", 10)  # doctest: +ELLIPSIS
     Traceback (most recent call last):
-        ...
     polysrl_dc.errors.InvalidInputError: nowhere cannot be read: ...
     """
     try:
@@ -381,6 +395,6 @@ def _cell_matrix(parameters: np.ndarray) -> np.ndarray:
 
 
 def file_digest(path: Path) -> str:
-    """SHA-256 of a file."""
+    """SHA-256 of a file, in hexadecimal digits."""
     with open(path, "rb") as file:
         return hashlib.file_digest(file, "sha256").hexdigest()

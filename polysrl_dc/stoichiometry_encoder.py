@@ -28,8 +28,9 @@ class StoichiometryEncoder(nn.Module):
     Parameters
     ----------
     config : PolySRLConfig
-        ``n_features``, ``stoichiometry_layers``, ``message_power``,
-        ``attention_power``, ``set2set_steps``, ``feature_norm``, ``whitening``.
+        ``n_features``, ``element_source``, ``stoichiometry_layers``, ``convolution_init``,
+        ``message_power``, ``attention_power``, ``set2set_steps``, ``feature_norm``, ``whitening``,
+        ``log_sigma_shift``.
 
     Examples
     --------
@@ -92,6 +93,10 @@ class StoichiometryEncoder(nn.Module):
 
     def forward(self, batch: StoichiometryBatch) -> tuple[Tensor, Tensor]:
         """Mean and logarithm of the standard deviation of each formula.
+
+        Parameters
+        ----------
+        batch : StoichiometryBatch
 
         Returns
         -------

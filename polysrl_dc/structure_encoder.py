@@ -24,7 +24,7 @@ class StructureEncoder(nn.Module):
     ----------
     config : PolySRLConfig
         ``n_features``, ``edge_hidden``, ``structure_layers``, ``n_gaussians``, ``gaussian_step``,
-        ``structure_pooling``, ``feature_norm``.
+        ``structure_pooling``, ``feature_norm``, ``whitening``.
 
     Examples
     --------
@@ -64,6 +64,11 @@ class StructureEncoder(nn.Module):
         -------
         torch.Tensor, shape (n_graphs, F)
             z^b; every row has unit length.
+
+        Raises
+        ------
+        ValueError
+            There are more blocks than rounds for which the sites of the batch were merged.
         """
         if len(self.blocks) > batch.rounds:
             raise ValueError(
@@ -107,7 +112,18 @@ class GaussianBasis(nn.Module):
         self.register_buffer("centers", torch.arange(n_gaussians) * step, persistent=False)
 
     def forward(self, distances: Tensor) -> Tensor:
-        """Shape (n_edges, n_gaussians) from distances in Å, shape (n_edges,)."""
+        """Expand.
+
+        Parameters
+        ----------
+        distances : torch.Tensor, shape (n_edges,)
+            In Å.
+
+        Returns
+        -------
+        torch.Tensor, shape (n_edges, n_gaussians)
+            0 to 1.
+        """
         return torch.exp(-(((distances.unsqueeze(-1) - self.centers) / self.step) ** 2))
 
 
@@ -136,7 +152,18 @@ class EdgeStates:
         self.added: list[tuple[Tensor, nn.Linear]] = []
 
     def project(self, weight: Tensor, bias: Tensor) -> tuple[Tensor, Tensor | None]:
-        """``weight @ b_ij + bias`` as a part by distance, and a part by edge once there is one."""
+        """``weight @ b_ij + bias`` as a part by distance, and a part by edge once there is one.
+
+        Parameters
+        ----------
+        weight : torch.Tensor, shape (width, F)
+        bias : torch.Tensor, shape (width,)
+
+        Returns
+        -------
+        by_distance : torch.Tensor, shape (n_distances, width)
+        by_edge : torch.Tensor, shape (n_edges, width), or None
+        """
         by_edge = None
         for activation, output in self.added:
             bias = bias + weight @ output.bias
@@ -146,6 +173,12 @@ class EdgeStates:
 
     def add(self, activation: Tensor, output: nn.Linear) -> Tensor:
         """Add a linear map of activations: by distance in the first block, then by edge.
+
+        Parameters
+        ----------
+        activation : torch.Tensor, shape (n_distances, hidden), later (n_edges, hidden)
+        output : torch.nn.Linear
+            From hidden to F.
 
         Returns
         -------
@@ -176,6 +209,15 @@ class GraphNetworkBlock(nn.Module):
         F of node and edge states.
     edge_hidden : int
         Hidden width of the edge MLP.
+
+    Examples
+    --------
+    >>> edge = {"centers": torch.tensor([0]), "neighbors": torch.tensor([0])}
+    >>> edge |= {"edge_multiplicity": torch.tensor([6.0]), "distance_index": torch.tensor([0])}
+    >>> batch = StructureBatch(torch.tensor([0]), torch.ones(1), **edge,
+    ...                        distances=torch.tensor([3.0]), num_graphs=1, rounds=1)
+    >>> GraphNetworkBlock(8, 4)(torch.ones(1, 8), EdgeStates(batch, torch.ones(1, 8))).shape
+    torch.Size([1, 8])
     """
 
     def __init__(self, width: int, edge_hidden: int) -> None:

@@ -96,6 +96,15 @@ def read_table(path: str, columns: Sequence[str]) -> pd.DataFrame:
     Rows are numbered from 0, the first beneath the names. An index that is more than such numbers
     becomes a column, ``index`` if it has no name. The path ``-`` means CSV on standard input.
 
+    Parameters
+    ----------
+    path : str
+    columns : sequence of str
+
+    Returns
+    -------
+    pandas.DataFrame
+
     Raises
     ------
     InvalidInputError
@@ -291,6 +300,11 @@ def predictions(
 
     With ``interval``, a share of the values, also the bounds that a calibrated standard deviation
     gives it.
+
+    Examples
+    --------
+    >>> predictions(np.array([[8.5]]), np.array([[0.1]]), ["gap"]).to_dict("records")
+    [{'prediction': 8.5, 'std': 0.1}]
     """
     columns = [mean, std]
     if interval is not None:
@@ -320,6 +334,11 @@ def check_table(given: pd.DataFrame, names: Sequence[str], path: str | None) -> 
         Of the columns that are to be found.
     path : str or None
         Ends in one of :data:`WRITERS`; None: standard output.
+
+    Raises
+    ------
+    InvalidInputError
+        One of ``names`` is taken, or the format cannot hold a column.
     """
     _refuse_taken(given, names)
     if path is not None:
@@ -333,8 +352,8 @@ def write_table(given: pd.DataFrame, found: pd.DataFrame, path: str | None) -> N
     ----------
     given, found : pandas.DataFrame
         Of the same number of rows, in the same order.
-    path : str, optional
-        Ends in one of :data:`WRITERS`; default: CSV to standard output.
+    path : str or None
+        Ends in one of :data:`WRITERS`; None: CSV to standard output.
 
     Raises
     ------

@@ -126,15 +126,16 @@ class TrainableModel(RetrievingModel):
         ------
         InvalidInputError
             A row that is no graph, a label that is NaN or infinite, naming row and id; structures
-            that were built with other limits than the configuration has; an epoch in which
-            ``max_edges`` leaves every structure alone; or ``restore`` finds a call of ``fit`` that
+            that were built with other limits than the configuration has; ``max_edges`` is exceeded
+            by one structure or leaves all of an epoch alone; or ``restore`` finds a ``fit`` that
             was interrupted, with another number of epochs, other data, another order of batches,
             learning rate, schedule, weight decay or ``autocast``.
         FloatingPointError
             A loss or gradient is not finite; weights, running statistics and checkpoints stay as
             before that step.
-        ValueError
-            ``nb_epoch`` is negative.
+        ValueError, TypeError
+            ``nb_epoch`` is negative, ``variables`` or ``loss`` is given, there is no checkpoint to
+            ``restore``, or several processes share labels; ``dataset`` is none.
         """
         if variables is not None or loss is not None:
             raise ValueError("variables and loss must be None: see freeze_encoder and task")
