@@ -235,6 +235,8 @@ def record_coverage(folder: Path, data_dir: Path | None) -> pd.DataFrame:
     ----------
     folder : path
         With ``results.json.gz``.
+    data_dir : path, optional
+        Of the labels, as :func:`load_task` finds them.
 
     Returns
     -------

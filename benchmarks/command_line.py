@@ -50,7 +50,7 @@ def runner_parser(
         Whether crystal structures are read.
     output_dir : path, optional
         Default of ``--output-dir``; None: it must be given. By default the folder of the runners.
-    settings
+    **settings
         Of :class:`argparse.ArgumentParser`.
     """
     logging.getLogger("matbench").setLevel(logging.ERROR)

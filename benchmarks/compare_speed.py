@@ -54,11 +54,13 @@ class Contender:
     read : callable
         Target -> inputs of all its formulas: a dataset of graphs, or features.
     train : callable
-        Inputs -> anything; ``learns_in_steps`` of an optimizer.
+        Inputs -> anything.
     predict : callable
         Inputs -> anything, by a model that has been fitted to a few formulas.
     parameters : int
         Trainable weights; nodes of the forest.
+    learns_in_steps : bool
+        Whether ``train`` takes steps of an optimizer, which are timed.
     """
 
     read: Callable[[Target], Any]

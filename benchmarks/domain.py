@@ -42,8 +42,9 @@ def by_distance(
 
     Parameters
     ----------
-    distance, errors : numpy.ndarray, shape (n,)
+    distance : numpy.ndarray, shape (n,)
     outside : numpy.ndarray, shape (n,), bool
+    errors : numpy.ndarray, shape (n,)
     std : numpy.ndarray, shape (n,), optional
         In the unit of the errors.
 

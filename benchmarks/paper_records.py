@@ -64,6 +64,11 @@ def save_predictions(
 
     Parameters
     ----------
+    output_dir : path
+        Of all records.
+    target : Target
+    model, protocol, seed
+        Name the run.
     predictions : numpy.ndarray, shape (n,)
         Each of the fold that holds the row out; kept with seven digits.
     params : list of dict
@@ -267,7 +272,13 @@ def prediction_scores(
 
     Parameters
     ----------
+    target : Target
     predictions : numpy.ndarray, shape (n,)
+        In units of the target.
+    splits : list of pairs of row numbers
+        Those learned from and those predicted, of each fold.
+    suite, protocol, model, seed
+        Columns of the result.
 
     Returns
     -------

@@ -81,7 +81,7 @@ def peer_model(name: str, seed: int = 0, **settings: Any) -> Any:
     ----------
     name : {"roost", "roost_500_epochs", "crabnet"}
     seed : int
-    settings
+    **settings
         Of :class:`roost.RoostModel` or :class:`crabnet.CrabNetModel`.
     """
     if name == "crabnet":

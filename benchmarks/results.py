@@ -71,8 +71,13 @@ class Table:
 
     Attributes
     ----------
+    name, title : str
     sources : tuple of int
         Tables of the paper, in its file ``tables.csv``, with the values beside ours.
+    suite, protocol, metric : str
+        Of the results in it.
+    tasks : sequence of str
+        Its columns.
     models : sequence of str
         They have a row and are named as missing even if they have not been run.
     others : bool

@@ -53,7 +53,7 @@ class RoostModel:
     epochs : int
     device : str or torch.device, optional
         Default: CUDA if there is any.
-    sizes
+    **sizes
         Keyword arguments of ``aviary.roost.model.Roost``, to make it smaller.
 
     Examples

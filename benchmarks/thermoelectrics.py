@@ -83,6 +83,8 @@ def screening(true: np.ndarray, predicted: np.ndarray, threshold: float) -> dict
     Parameters
     ----------
     true, predicted : numpy.ndarray, shape (n,)
+    threshold : float
+        In the same unit.
 
     Returns
     -------

@@ -42,7 +42,7 @@ class TrainingState:
         Whose generator the training draws from, besides that of the CPU.
     network : torch.nn.Module
         With its initial weights.
-    parts
+    **parts
         What else has a ``state_dict`` and a ``load_state_dict``, by name.
 
     Examples
@@ -82,7 +82,7 @@ class TrainingState:
 
         Parameters
         ----------
-        values
+        **values
             Numbers, lists and tuples that :meth:`restore` gives back.
         """
         if self.path is None:
