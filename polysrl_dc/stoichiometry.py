@@ -26,11 +26,24 @@ _MONTY = ("@module", "@class", "@version")  # what matminer stores beside the am
 _SUBSCRIPTS = str.maketrans({0x2080 + digit: str(digit) for digit in range(10)})
 _LINE_END = re.compile("[\n\r\v\f\x1c-\x1e\x85\u2028\u2029]")
 _MIXED = re.compile("[0-9][\u2080-\u2089]|[\u2080-\u2089][0-9]")
+#: What to do about a formula that cannot be read -> how it looks; the first that fits is told.
 _UNREADABLE = {
     "it has several lines": _LINE_END,
-    "signs and charges are not supported": re.compile("[-+\u2212\u207a\u207b]"),
-    "write a hydrate as CuSO4(H2O)5": re.compile("[*\u00b7\u2022\u2219\u22c5]"),
     "plain digits stand beside subscripts": _MIXED,
+    "a letter is of another script, though it may look Latin": re.compile(
+        r"[^\W\d_A-Za-z\u0370-\u03ff\u00b2\u00b3\u00b9\u2070-\u209c]"
+    ),
+    "write a number for the x or \u03b4 of an amount": re.compile(
+        "[-+\u2212\u208a\u208b] ?[dmnxyz\u03b4\u03b5](?![a-z])|(?<!^)\u03b4"
+    ),
+    "leave out the phase before it": re.compile("^(?:[\u0370-\u03ff]|[a-z]+-|[0-9]+[A-Z]-).*[A-Z]"),
+    "it begins with a number: write 2H2O as (H2O)2": re.compile(r"^[0-9.]+ ?[A-Z(\[{]"),
+    "write each amount in atoms, behind its element": re.compile("%|[A-Z][a-z]?-[0-9.]+[A-Z]"),
+    "write decimals with a point": re.compile("[0-9],[0-9]"),
+    "write fractions as decimals": re.compile("[0-9]/[0-9]"),
+    "write amounts as plain digits, without markup": re.compile("[_~$<>]"),
+    "write a hydrate as CuSO4(H2O)5": re.compile("[*\u00b7\u2022\u2219\u22c5] ?[0-9A-Z(]"),
+    "signs and charges are not supported": re.compile("[-+\u2212\u207a\u207b\u208a\u208b]"),
 }
 ISOTOPES = frozenset({"D", "T"})  # pymatgen reads them as elements of their own with symbol H
 _GREATEST_AMOUNT = 1e9  # atoms of one element per formula
