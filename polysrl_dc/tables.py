@@ -110,7 +110,7 @@ def read_table(path: str, columns: Sequence[str]) -> pd.DataFrame:
     InvalidInputError
         The file is no table, has no row or lacks a column; names the file.
     """
-    if path.lower().endswith((".xlsx", ".xls", ".ods")):
+    if path.lower().endswith((".xlsx", ".xlsm", ".xlsb", ".xls", ".ods")):
         raise InvalidInputError(f"{path} is a spreadsheet: save it as CSV")
     content = _standard_input() if path == "-" else unpacked(path, _LARGEST)
     suffixes = [suffix.lower() for suffix in Path(path).suffixes]
@@ -133,6 +133,9 @@ def read_table(path: str, columns: Sequence[str]) -> pd.DataFrame:
             given = list(frame.columns)
             alike = [other for other in given if _bare(other) == _bare(name)]
             hint = f"; is it {alike[0]!r}?" if alike else advice
+            beneath = np.flatnonzero(frame.eq(name).any(axis=1))
+            if not hint and len(beneath):
+                hint = f"; row {beneath[0]} has it: the names must stand in the first line"
             if not hint and name == columns[0] == "formula":
                 hint = "; --column names another one of formulas"
             raise InvalidInputError(f"{path} has no column {name!r}, only {given}{hint}")

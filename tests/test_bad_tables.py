@@ -247,6 +247,13 @@ def test_rows_are_written_as_they_were_given(encoder, tmp_path):
         ("t.csv", "formula,gap,gap\nNaCl,1,2\n", "two columns are called 'gap'"),
         ("t.csv", "formula,gap\n\n", "has no row"),
         ("t.xlsx", "PK", "is a spreadsheet: save it as CSV"),
+        ("t.xlsm", "PK", "is a spreadsheet: save it as CSV"),
+        (
+            "t.csv",
+            "Sample,,gaps\n,formula,gap\n1,NaCl,8\n",
+            "row 0 has it: the names must stand in",
+        ),
+        ("t.csv", "Table 1,\n\nformula,gap\nNaCl,8\n", "row 1 has it: the names must stand in"),
     ],
 )
 def test_tables_of_other_programs_are_refused_with_advice(name, content, message, tmp_path, capsys):
