@@ -201,7 +201,10 @@ def numbers(column: pd.Series, classes: bool = False) -> tuple[np.ndarray, dict[
     for row in column.index[~missing & ~right]:
         limit = "" if np.isnan(found[row]) else f" of at most {GREATEST_LABEL:g}"
         kind = "a class: these are 0 and 1" if classes else f"a number{limit}"
-        wrong[row] = f"row {row}: {column.name} is {str(column[row])!r}, not {kind}"
+        text = str(column[row])
+        plain = classes or limit or text.isalpha()
+        advice = "" if plain else "; write one number alone, as 1.5, or leave the field empty"
+        wrong[row] = f"row {row}: {column.name} is {text!r}, not {kind}{advice}"
     return found.mask(found.index.isin(list(wrong))).to_numpy(), wrong
 
 

@@ -502,6 +502,16 @@ def test_labels_are_read_to_the_last_digit():
     assert sorted(wrong) == [1, 2, 3, 6] and "not a number" in wrong[1]
 
 
+def test_labels_that_are_more_than_a_number_are_refused_with_advice():
+    given = ["5,9", "<0.1", "1-2", "1.1 \xb1 0.2", "3 %", "1.2 eV", "-", "\u22121", "n.d.", "metal"]
+    for asked in (False, True):
+        values, wrong = numbers(pd.Series([*given, " 1 ", "1E0"], name="gap"), classes=asked)
+        assert list(wrong) == list(range(10)) and values[10:].tolist() == [1, 1]
+        advice = [text.partition("; ")[2] for text in wrong.values()]
+        said = "" if asked else "write one number alone, as 1.5, or leave the field empty"
+        assert advice == [*[said] * 9, ""]
+
+
 JSON_ROWS = (
     '{"formula": "NaCl", "n": 9007199254740993, "known": true, "day": "2026-11-23"}',
     '{"formula": "KCl", "n": null, "known": null, "x": 2.5}',
