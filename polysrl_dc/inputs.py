@@ -65,6 +65,7 @@ def read_formulas(
     dataset = drop_skipped(dc.data.NumpyDataset(graphs, ids=frame.index.to_numpy()))
     if len(dataset) == 0:
         raise InvalidInputError("no usable formula is left")
+    _say_total(len(frame) - len(dataset))
     return frame.loc[dataset.ids], dataset
 
 
@@ -108,7 +109,9 @@ def _labels(frame: pd.DataFrame, targets: Sequence[str], task: str, on_error: st
         if on_error == "raise":
             raise InvalidInputError(text)
         print(f"skipped {'' if row in empty else 'the label in '}{text}", file=sys.stderr)
-    if missing := len(empty.difference(*(wrong for _, wrong in found))):
+    missing = len(empty.difference(*(wrong for _, wrong in found)))
+    _say_total(len(empty) - missing)
+    if missing:
         print(f"rows without {' or '.join(targets)}, left out: {missing}", file=sys.stderr)
     return labels
 
@@ -116,8 +119,13 @@ def _labels(frame: pd.DataFrame, targets: Sequence[str], task: str, on_error: st
 def _say_skipped(texts: Sequence[str], what: str) -> None:
     for text in texts[:_SHOWN]:
         print(f"skipped {text}", file=sys.stderr)
-    if len(texts) > _SHOWN:
-        print(f"skipped {len(texts)} {what} in all", file=sys.stderr)
+    _say_total(len(texts), what)
+
+
+def _say_total(n: int, what: str = "rows") -> None:
+    """The number of those that are skipped, where it takes long to count what has been said."""
+    if n > _SHOWN:
+        print(f"skipped {n:,} {what} in all", file=sys.stderr)
 
 
 def read_labels(

@@ -592,6 +592,22 @@ def test_labels_that_cannot_be_read_leave_those_beside_them(
     assert recipe.startswith("recipe frozen: ")
 
 
+def test_many_skipped_rows_are_counted(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    path = tmp_path / "bad.csv"
+    monkeypatch.setattr(PolySRLModel, "fit", lambda model, *_, **__: model.model.fitted.fill_(True))
+    command = ["train", "--input", str(path), "--target", "gap", "--epochs", "1"]
+    command += ["--output-dir", str(tmp_path / "model"), "--on-error", "skip"]
+    for n, total in ((10, 0), (11, 1)):
+        rows = ["NaCl,8.5", *["NaCl-x,1"] * n, *["KCl,1%"] * n, ","]
+        path.write_text("\n".join(["formula,gap", *rows]))
+        assert main(command) == 0
+        said = capsys.readouterr().err.splitlines()
+        assert said.count(f"skipped {n} rows in all") == total
+        assert said.count(f"skipped {n + 1} rows in all") == 1
+
+
 def test_rows_without_a_group_are_left_out(
     tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
