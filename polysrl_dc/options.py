@@ -17,6 +17,7 @@ from polysrl_dc.checkpoints import (
     shipped_encoders,
 )
 from polysrl_dc.errors import InvalidInputError
+from polysrl_dc.recalibration import half_width
 from polysrl_dc.recipes import LEAST_ROWS, RECIPES, suitable_recipe
 from polysrl_dc.tables import WRITERS
 
@@ -33,6 +34,42 @@ EXAMPLES = """
   polysrl pretrain structures.parquet --epochs 20 --output-dir encoder
   polysrl pretrain cifs/*.cif --epochs 20 --output-dir encoder
 """
+#: What the columns mean that a command writes beside those it was given.
+COLUMNS = {
+    "embed": """
+  polymorphism   variance of the formula's Gaussian: rises, weakly, with the
+                 number of its polymorphs; has no unit and is no error
+  embedding_0 .. the vector of the formula, of length 1
+""",
+    "predict": f"""
+  prediction     in the unit of the labels; of classes the probability of 1
+  std            how far off it may be, in that unit: where it is calibrated,
+                 the value is meant to lie within {half_width(0.95):.2f} std with 95 %
+  lower, upper   with --interval: the bounds that this gives
+  outside        True: unlike what the model has learned from, by an element
+                 that none of it has or by its distance; errors are larger
+                 there, and polysrl domain says why
+  With several targets each but the last has the target in its name.
+""",
+    "retrieve": """
+  rank               1: the likeliest
+  structure          id or file of the candidate
+  structure_formula  its own formula, which may be another one
+  probability        that the formula has such a structure, for each candidate
+                     by itself: they do not add up to 1
+""",
+    "domain": """
+  outside        True: an element is unseen, or the nearest formula is further
+                 than 99 % of the reference are from their own nearest one
+  unseen         elements of the formula that the reference lacks
+  percentile     how many % of the reference are closer to their own nearest one
+  rank, nearest  1: the nearest formula of the reference, reduced
+  distance       between the two vectors: 0 (same reduced formula) to 2
+  n_structures, structures
+                 how many rows of the reference have the nearest formula, and
+                 their ids
+""",
+}
 STRUCTURES = "a .parquet table, a folder of them or of CIF files, aflow, or files pymatgen reads"
 _DEFAULT = "; default: %(default)s"
 Command = Callable[[argparse.Namespace], None]
@@ -62,11 +99,12 @@ def parser(commands: Sequence[Command]) -> argparse.ArgumentParser:
 
     def add(name: str, text: str) -> argparse.ArgumentParser:
         examples = [line for line in EXAMPLES.splitlines() if line.split()[1:2] == [name]]
+        columns = [f"columns written:{COLUMNS[name]}"] if name in COLUMNS else []
         sub = subparsers.add_parser(
             name,
             help=text,
             description=text,
-            epilog="\n".join(["examples:", *examples]),
+            epilog="\n".join([*columns, "examples:", *examples]),
             formatter_class=argparse.RawDescriptionHelpFormatter,
         )
         sub.set_defaults(command=by_name[name])
@@ -86,7 +124,11 @@ def parser(commands: Sequence[Command]) -> argparse.ArgumentParser:
             sub.add_argument("formulas", nargs="*", help="formulas, instead of --input")
         told = "table: .csv, .tsv, .json, .jsonl or .parquet, also .gz; -: CSV on stdin"
         sub.add_argument("--input", required=needed, help=told)
-        sub.add_argument("--column", default="formula", help=f"its column of formulas{_DEFAULT}")
+        sub.add_argument(
+            "--column",
+            default="formula",
+            help=f"its column of formulas, whose amounts are atoms, not weights{_DEFAULT}",
+        )
 
     def add_encoder(sub: argparse.ArgumentParser, folder: str) -> None:
         text = f"{folder}, or name of a shipped encoder{_DEFAULT}"
@@ -172,7 +214,7 @@ def parser(commands: Sequence[Command]) -> argparse.ArgumentParser:
         nargs="+",
         action="extend",
         required=True,
-        help="columns to predict; fields may be empty",
+        help="columns to predict: numbers without a unit; fields may be empty",
     )
     sub.add_argument(
         "--task",

@@ -151,6 +151,6 @@ class RetrievingModel(PredictingModel):
         if self.settings["task"] != "pretraining":
             raise ValueError(
                 f"the model is one of {self.settings['task']}, without a structure encoder: use a "
-                'pretraining model, e.g. PolySRLModel.from_pretrained("polysrl-mp")'
+                "pretraining model, as the shipped polysrl-mp is"
             )
         return self.model

@@ -936,6 +936,31 @@ def test_help_shows_examples(capsys: pytest.CaptureFixture[str]) -> None:
         assert f"polysrl {command} " in text
 
 
+def test_help_says_what_each_column_means(
+    table: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    assert main(train_command(tmp_path, 24, "--epochs", "1", "--folds", "2")) == 0
+    model = ["--model", str(tmp_path / "model")]
+    salt = Structure(Lattice.cubic(4), ["Na", "Cl"], [[0, 0, 0], [0.5, 0.5, 0.5]])
+    salt.to(f"{tmp_path}/NaCl.cif")
+    salt.to(f"{tmp_path}/same.cif")
+    files = ["--structures", f"{tmp_path}/NaCl.cif", f"{tmp_path}/same.cif"]
+    for command in (
+        ["embed", "NaCl"],
+        ["predict", "NaCl", *model, "--interval", "0.9"],
+        ["retrieve", "NaCl", *files],
+        ["domain", "NaCl", *model],
+    ):
+        capsys.readouterr()
+        assert main(command) == 0
+        names = capsys.readouterr().out.splitlines()[0].split(",")[1:]
+        with pytest.raises(SystemExit):
+            main([command[0], "--help"])
+        told = capsys.readouterr().out.partition("columns written:")[2].partition("examples:")[0]
+        heads = {word for line in told.splitlines() for word in line[2:].split("  ")[0].split(", ")}
+        assert set(names) - heads <= {f"embedding_{n}" for n in range(200)}
+
+
 def test_several_tables_of_structures_are_refused(
     tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
