@@ -70,14 +70,15 @@ def _numbers(values: Any, ids: Sequence[Any], what: str) -> np.ndarray:
     array = np.ma.asarray(values)
     if array.dtype.kind not in "biufOSU":  # complex numbers and dates would be converted
         raise InvalidInputError(
-            f"row 0 (id {ids[0]}): {what} {array[0]!r:.80} is of type {array.dtype}"
+            f"row 0 (id {ids[0]}): {what} {np.asarray(array[0]).tolist()!r:.80} is of type "
+            f"{array.dtype}"
         )
     try:
         return np.ma.filled(array.astype(np.float64), np.nan).reshape(len(array), -1)
     except (TypeError, ValueError, OverflowError) as error:
         row = next((row for row, value in enumerate(array) if not _is_number(value)), 0)
         raise InvalidInputError(
-            f"row {row} (id {ids[row]}): {what} {array[row]!r:.80}: {error}"
+            f"row {row} (id {ids[row]}): {what} {np.asarray(array[row]).tolist()!r:.80}: {error}"
         ) from error
 
 

@@ -195,6 +195,11 @@ def test_what_it_has_trained_is_saved_and_read(tmp_path) -> None:
             "row 1 .*KCl.* no label",
         ),
         (lambda r: r.fit(["NaCl", "KCl"], [1, "x"]), InvalidInputError, r"row 1 \(id KCl\).*'x'"),
+        (
+            lambda r: r.fit(["NaCl", "KCl"], ["1.5", "3,2"]),
+            InvalidInputError,
+            r"^row 1 \(id KCl\): label \['3,2'\]: could not convert",
+        ),
         (lambda r: r.fit(["NaCl", "KCl"], [1, np.inf]), InvalidInputError, r"row 1 \(id KCl\)"),
         (lambda r: r.fit(["NaCl", "KCl"], [1]), ValueError, "2 formulas, 1 labels"),
         (lambda r: r.fit(["NaCl", "KCl"], [1, 2], [1]), ValueError, "2 labels, 1 weights"),
