@@ -136,6 +136,8 @@ def read_table(path: str, columns: Sequence[str]) -> pd.DataFrame:
             beneath = np.flatnonzero(frame.eq(name).any(axis=1))
             if not hint and len(beneath):
                 hint = f"; row {beneath[0]} has it: the names must stand in the first line"
+            if not hint and len(given) == 1 and name in str(given[0]):
+                hint = f"; its fields must be separated by {'tabs' if kind == '.tsv' else 'commas'}"
             if not hint and name == columns[0] == "formula":
                 hint = "; --column names another one of formulas"
             raise InvalidInputError(f"{path} has no column {name!r}, only {given}{hint}")
