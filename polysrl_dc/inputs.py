@@ -2,7 +2,7 @@
 
 import argparse
 import sys
-from collections.abc import Hashable, Sequence
+from collections.abc import Hashable, Iterator, Sequence
 from decimal import Decimal
 from numbers import Real
 from pathlib import Path
@@ -14,6 +14,7 @@ import pandas as pd
 from tqdm import tqdm
 
 from polysrl_dc.batches import GREATEST_LABEL
+from polysrl_dc.cross_validation import row_groups
 from polysrl_dc.datasets import PolymorphDataset, drop_skipped
 from polysrl_dc.errors import InvalidInputError
 from polysrl_dc.featurizers import StoichiometryGraphFeaturizer, StructureGraphFeaturizer
@@ -28,6 +29,7 @@ MISSING = (
 )
 _TRUTH = {"True": 1, "TRUE": 1, "true": 1, "False": 0, "FALSE": 0, "false": 0}
 _SHOWN = 10  # of many that are skipped for the same reason
+_WIDE = 1000  # times the 5th percentile of labels is their 95th, if they are better learned as logs
 
 
 def read_formulas(
@@ -168,13 +170,45 @@ def read_labels(
         _say_skipped(list(missing.values()), "rows")
         dataset = dataset.select(np.flatnonzero(~column.index.isin(list(missing))))
         rows = f" in the rows with {options.group!r}"
+    formulas = row_groups(dataset) if len(dataset) else np.zeros(0)
     for name, y, known in zip(options.target, dataset.y.T, dataset.w.T > 0, strict=True):
         if not known.any():
             raise InvalidInputError(f"the column {name!r} has no number{rows}")
-        if options.task == "regression" and set(np.unique(y[known])) == {0, 1}:
-            advice = "--task classification learns them as classes"
-            print(f"the labels of {name!r} are 0 and 1: {advice}", file=sys.stderr)
+        if options.task == "regression":
+            for text in remarks(y[known], formulas[known]):
+                print(f"the labels of {name!r} {text}", file=sys.stderr)
     return dataset
+
+
+def remarks(labels: np.ndarray, formulas: np.ndarray) -> Iterator[str]:
+    """What a user may not know of labels that are learned as numbers.
+
+    Parameters
+    ----------
+    labels : numpy.ndarray, shape (n,)
+    formulas : numpy.ndarray, shape (n,), integer
+        Equal where the formulas are.
+
+    Yields
+    ------
+    str
+        They are classes; they span orders of magnitude; rows of one formula differ. The last tells
+        the mean distance of a label from the median of its formula, the least mean absolute error
+        that predictions from formulas can have on these rows.
+    """
+    if set(np.unique(labels)) == {0, 1}:
+        yield "are 0 and 1: --task classification learns them as classes"
+    low, high = np.percentile(labels, [5, 95])
+    if labels.min() > 0 and high > _WIDE * low:
+        yield f"span orders of magnitude ({low:.3g} to {high:.3g}): consider their logarithms"
+    column = pd.Series(labels)
+    apart = (column - column.groupby(formulas).transform("median")).abs()
+    if apart.any():
+        yield (
+            f"are {len(labels):,} of {len(np.unique(formulas)):,} formulas; they lie "
+            f"{apart.mean():.3g} from the median of their formula on average, and no prediction "
+            "from formulas alone comes closer"
+        )
 
 
 def numbers(column: pd.Series, classes: bool = False) -> tuple[np.ndarray, dict[Hashable, str]]:

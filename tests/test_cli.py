@@ -26,6 +26,7 @@ from polysrl_dc import (
 )
 from polysrl_dc.checkpoints import load_checkpoint
 from polysrl_dc.cli import main
+from polysrl_dc.inputs import remarks
 from polysrl_dc.recipes import LEAST_ROWS, suitable_recipe
 
 FORMULAS = ["NaCl", "KCl", "LiF", "NaF", "KBr", "MgO", "CaO", "ZnO", "GaN", "AlN", "TiO2", "SiO2"]
@@ -221,6 +222,32 @@ def test_train_says_what_else_was_meant_perhaps(tmp_path: Path, capsys) -> None:
     frame.rename(columns={"formula": "composition"}).to_csv(tmp_path / "rows.csv", index=False)
     message = error_of(command, capsys)
     assert message.endswith("only ['composition', 'gap']; --column names another one of formulas")
+
+
+def test_train_says_how_close_formulas_alone_can_come(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    path = tmp_path / "rows.csv"
+    path.write_text("formula,gap,other\nNaCl,1,2\nKCl,4,\nClNa,3,2\nNa2Cl2,8,2\nKF,5,1\n")
+    command = ["train", "--input", str(path), "--epochs", "1", "--output-dir", f"{tmp_path}/model"]
+    assert main([*command, "--target", "gap", "other"]) == 0
+    said = capsys.readouterr().err
+    assert "the labels of 'gap' are 5 of 3 formulas; they lie 1.4 from the median of" in said
+    assert "'other'" not in said  # whose three labels of NaCl agree
+
+
+@pytest.mark.parametrize(
+    ("labels", "said"),
+    [
+        (np.geomspace(1e-3, 1e3, 40), "span orders of magnitude (0.002 to 503): "),
+        (np.geomspace(1, 1000, 40), ""),
+        ([0.0, *np.geomspace(1e-3, 1e3, 40)], ""),
+        ([1e-9, *np.linspace(1, 2, 40)], ""),  # one small label among many
+    ],
+)
+def test_labels_of_several_orders_of_magnitude_are_told(labels, said) -> None:
+    found = list(remarks(np.array(labels), np.arange(len(labels))))
+    assert len(found) == bool(said) and all(text.startswith(said) for text in found)
 
 
 def test_info_tells_what_a_model_is(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
