@@ -210,12 +210,14 @@ class LabeledData:
 
     def to(self, device: torch.device) -> "LabeledData":
         """Copy on ``device``."""
-        return LabeledData(
-            self.inputs.to(device),
-            self.labels.to(device),
-            self.weights.to(device),
-            None if self.embeddings is None else self.embeddings.to(device),
-        )
+        embeddings = None if self.embeddings is None else self.embeddings.to(device)
+        labels, weights = self.labels.to(device), self.weights.to(device)
+        return LabeledData(self.inputs.to(device), labels, weights, embeddings)
+
+    def labeled(self) -> "LabeledData":
+        """The rows with a label: others would fill batches and count in running statistics."""
+        rows = self.weights.any(1)
+        return LabeledData(self.inputs[rows], self.labels[rows], self.weights[rows])
 
     def with_embeddings(self, embeddings: Tensor) -> "LabeledData":
         """With the output of a frozen encoder, which is then not run again."""

@@ -89,9 +89,10 @@ class TrainableModel(RetrievingModel):
         """Train; the parameters are those of ``TorchModel.fit``.
 
         Labels are normalized inside the model by the statistics of the first dataset it learns
-        from; later ones in other units are warned of. Labels of weight 0 are missing ones. What
-        :meth:`calibrate` has found is forgotten. After ``torch.distributed`` has been initialized,
-        pretraining shares every batch between the processes.
+        from; later ones in other units are warned of. Labels of weight 0 are missing ones, and a
+        row without any other is left out. What :meth:`calibrate` has found is forgotten. After
+        ``torch.distributed`` has been initialized, pretraining shares every batch between the
+        processes.
 
         Parameters
         ----------
@@ -245,7 +246,7 @@ class TrainableModel(RetrievingModel):
         return loss.detach()
 
     def _tensors(self, dataset: Dataset) -> LabeledData | PolymorphData:
-        """All graphs as tensors, labels checked."""
+        """Graphs to learn from as tensors; all are checked, with their labels."""
         if self.settings["task"] == "pretraining":
             return PolymorphData.from_dataset(
                 dataset,
@@ -253,9 +254,8 @@ class TrainableModel(RetrievingModel):
                 polymorphs_per_batch=self.training["polymorphs_per_batch"],
                 max_edges=self.training["max_edges"],
             )
-        return LabeledData.from_dataset(
-            dataset, self.settings["n_tasks"], self.model.classification
-        )
+        n_tasks, classification = self.settings["n_tasks"], self.model.classification
+        return LabeledData.from_dataset(dataset, n_tasks, classification).labeled()
 
     def _training_data(self, dataset: Dataset) -> LabeledData | PolymorphData:
         """The tensors to learn from; the first call sets label statistics and task names."""

@@ -94,6 +94,8 @@ def test_values_are_missing_in_any_type_and_rows_of_no_weight_are_not_learned() 
     assert regressor.model_.provenance["recipe"] == "frozen"
     one = PolySRLRegressor().fit(["NaCl", "KCl", "PuO2"], [1, 2, 3], sample_weight=[1, 1, 0])
     assert Domain(one.model_).outside(["PuO2", "KCl"]).tolist() == [True, False]
+    other = PolySRLRegressor().fit(["NaCl", "KCl"], [1, 2])
+    np.testing.assert_array_equal(one.predict(["RbI"]), other.predict(["RbI"]))
 
 
 def test_the_recipe_suits_the_rows_that_have_a_weight(monkeypatch) -> None:

@@ -203,6 +203,18 @@ def test_a_missing_label_may_be_a_word(word):
         fitted(dataset=data(y, w))
 
 
+@pytest.mark.parametrize("freeze_encoder", [False, True])
+def test_a_row_without_a_label_does_not_matter(freeze_encoder):
+    w = np.ones((N, 2))
+    w[[3, 20, 21]], w[7, 0], w[8, 1] = 0, 0, 0
+    whole = data(np.stack([SIGNAL, -SIGNAL], axis=1), w)
+    settings = {"n_tasks": 2, "freeze_encoder": freeze_encoder}
+    model = fitted(dataset=whole, **settings)
+    other = fitted(dataset=whole.select(np.flatnonzero(w.any(1))), **settings)
+    assert_same_state(state(model), state(other))
+    assert model.get_global_step() == other.get_global_step()
+
+
 def test_weights_are_used():
     w = np.where(SIGNAL > 0.5, 1.0, 1e-6)
     model = fitted(dataset=data(w=w), nb_epoch=30)
