@@ -1,5 +1,6 @@
 """Splits that keep what belongs together on one side, and predictions of rows held out by them."""
 
+import hashlib
 from collections.abc import Callable, Hashable, Iterator, Sequence
 from itertools import repeat
 from typing import Any, NamedTuple
@@ -47,6 +48,13 @@ class StoichiometrySplitter(Splitter):
 
     def __init__(self, groups: Sequence[Hashable] | None = None) -> None:
         self.groups = groups
+
+    def __str__(self) -> str:
+        """Its name, and a digest of the groups: MolNet's loaders keep what was split under it."""
+        if self.groups is None:
+            return type(self).__name__
+        digest = hashlib.sha256(repr(list(self.groups)).encode()).hexdigest()
+        return f"{type(self).__name__}_groups_{digest[:16]}"
 
     def split(
         self,

@@ -5,7 +5,9 @@ import tempfile
 
 import deepchem as dc
 import numpy as np
+import pandas as pd
 import pytest
+from deepchem.molnet.load_function.molnet_loader import _MolnetLoader
 from models import FORMULAS, SIGNAL, N, data, fitted, make
 
 from polysrl_dc import InvalidInputError, cross_val_predict
@@ -140,6 +142,28 @@ def test_rows_belong_together_by_formula_or_label_or_through_others():
     for seed in range(9):
         parts = [set(part) for part in splitter.split(graphs, 0.6, 0.2, 0.2, seed=seed)]
         assert sum(bool(part & {0, 1, 2}) for part in parts) == 1
+
+
+@pytest.mark.parametrize("kind", [list, tuple, np.array, pd.Series])
+def test_molnet_keeps_splits_by_other_groups_apart(kind, tmp_path):
+    class Loader(_MolnetLoader):
+        def create_dataset(self):
+            return dc.data.DiskDataset.from_numpy(data().X, SIGNAL, ids=np.arange(N))
+
+    def parts(splitter):
+        folder = str(tmp_path)
+        loader = Loader(featurizer, splitter, [], ["gap"], folder, folder)
+        return [set(part.ids) for part in loader.load_dataset("gaps", reload=True)[1]]
+
+    featurizer = dc.feat.StoichiometryGraphFeaturizer()
+    alone = parts(dc.splits.StoichiometrySplitter())
+    assert parts(dc.splits.StoichiometrySplitter()) == alone
+    for length in (12, 9):
+        splitter = dc.splits.StoichiometrySplitter(kind([row // length for row in range(N)]))
+        grouped = parts(splitter)
+        groups = [{row // length for row in part} for part in grouped]
+        assert sum(map(len, groups)) == N // length
+        assert parts(splitter) == grouped
 
 
 @pytest.mark.parametrize("missing", [None, "", float("nan")])
