@@ -153,6 +153,7 @@ class PolySRLModel(TrainableModel):
             raise ValueError(f"objective is {objective!r}: must be one of {OBJECTIVES}")
         positive = {"n_tasks": n_tasks, "n_ensemble": n_ensemble}
         positive |= {"polymorphs_per_batch": polymorphs_per_batch, "max_edges": max_edges}
+        positive["log_frequency"] = log_frequency
         for name, value in positive.items():
             if value is not None and value < 1:
                 raise ValueError(f"{name} is {value}: must be at least 1")
@@ -172,6 +173,11 @@ class PolySRLModel(TrainableModel):
             raise ValueError(f"seed is {seed}: must be at least 0 and less than 2**43")
         if not 0 <= weight_decay < float("inf"):
             raise ValueError(f"weight_decay is {weight_decay}: must be finite and at least 0")
+        if not isinstance(learning_rate, LearningRateSchedule) and not (
+            isinstance(learning_rate, int | float) and 0 <= learning_rate < float("inf")
+        ):
+            known = "must be a finite number, at least 0, or a schedule of DeepChem"
+            raise ValueError(f"learning_rate is {learning_rate!r}: {known}")
         self.config = PolySRLConfig.named(config) if isinstance(config, str) else config
         self.settings: dict[str, Any] = {
             "task": task,

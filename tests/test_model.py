@@ -43,6 +43,11 @@ from polysrl_dc.graphs import StoichiometryBatch
         {"seed": 2**43},
         {"weight_decay": -1.0},
         {"weight_decay": float("nan")},
+        {"log_frequency": 0},
+        {"learning_rate": -1e-3},
+        {"learning_rate": float("nan")},
+        {"learning_rate": "1e-3"},
+        {"learning_rate": None},
     ],
     ids=str,
 )
