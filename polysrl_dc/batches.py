@@ -67,7 +67,7 @@ def stoichiometries(X: Sequence[Any], ids: Sequence[Any], first_row: int = 0) ->
 
 def _numbers(values: Any, ids: Sequence[Any], what: str) -> np.ndarray:
     """Labels or weights as float64, (n_rows, columns); masked ones are NaN."""
-    array = np.ma.asarray(values)
+    array = values if np.ma.is_masked(values) else np.asarray(values)
     if array.dtype.kind not in "biufOSU":  # complex numbers and dates would be converted
         raise InvalidInputError(
             f"row 0 (id {ids[0]}): {what} {np.asarray(array[0]).tolist()!r:.80} is of type "

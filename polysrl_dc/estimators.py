@@ -355,10 +355,10 @@ def _labeled(X: Any, y: np.ndarray, weights: Sequence[float] | None) -> Dataset:
     """Formulas with labels (n, n_tasks), of which the missing ones have weight 0."""
     formulas = formulas_dataset(_column(X))
     n = len(formulas)
+    if y.ndim not in (1, 2):
+        raise ValueError(f"y has shape {y.shape}, not (n,) or (n, n_tasks)")
     if len(y) != n:
         raise ValueError(f"{n} formulas, {len(y)} labels")
-    if y.ndim > 2:
-        raise ValueError(f"y has shape {y.shape}, not (n,) or (n, n_tasks)")
     labels, w = y.reshape(n, -1), _values(np.ones(n) if weights is None else weights)
     if w.shape not in ((n,), (n, 1), labels.shape):
         found = f"{w.size} weights of shape {w.shape}"

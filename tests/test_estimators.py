@@ -225,6 +225,8 @@ def test_what_it_has_trained_is_saved_and_read(tmp_path) -> None:
             "DataFrame",
         ),
         (lambda r: r.fit(["NaCl"], np.ones((1, 1, 1))), ValueError, "not .n,. or .n, n_tasks."),
+        (lambda r: r.fit(["NaCl"], {0: 8.5}.values()), ValueError, r"shape \(\), not \(n,\)"),
+        (lambda r: r.fit(["NaCl"], None), ValueError, r"shape \(\), not \(n,\)"),
         (lambda r: r.fit(["NaCl"], [1], groups=["a", "b"]), ValueError, "1 formulas, 2 groups"),
         (lambda r: r.set_params(n_folds=0).fit(["NaCl"], [1]), ValueError, "k is 0"),
         (lambda r: r.set_params(recipe="x").fit(["NaCl"], [1]), ValueError, "recipe is 'x'"),
