@@ -98,6 +98,8 @@ class _GraphFeaturizer(Featurizer):
 class StoichiometryGraphFeaturizer(_GraphFeaturizer):
     """Formulas -> :class:`~polysrl_dc.graphs.StoichiometryGraph` (paper Section 3.1).
 
+    A graph stays what it is, and of a structure graph its formula is taken.
+
     Parameters
     ----------
     on_error : {"raise", "skip"}
@@ -122,6 +124,10 @@ class StoichiometryGraphFeaturizer(_GraphFeaturizer):
     """
 
     def _featurize(self, datapoint: Any, **kwargs: Any) -> StoichiometryGraph:
+        if isinstance(datapoint, StructureGraph):
+            datapoint = datapoint.stoichiometry
+        if isinstance(datapoint, StoichiometryGraph):
+            return datapoint
         numbers, amounts = parse_formula(datapoint)
         return StoichiometryGraph(numbers, amounts / amounts.sum(), amounts=amounts)
 

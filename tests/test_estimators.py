@@ -179,6 +179,19 @@ def test_the_tools_of_scikit_learn_take_it() -> None:
     np.testing.assert_array_equal(again.predict(FORMULAS), search.predict(FORMULAS))
 
 
+def test_deepchem_wraps_it(tmp_path) -> None:
+    dataset = data(SIGNAL[:, None], np.ones((len(FORMULAS), 1)))
+    model = dc.models.SklearnModel(PolySRLRegressor(), str(tmp_path))
+    model.fit(dataset)
+    expected = PolySRLRegressor().fit(FORMULAS, SIGNAL).predict(FORMULAS)
+    np.testing.assert_array_equal(model.predict(dataset), expected)
+    scores = model.evaluate(dataset, [dc.metrics.Metric(dc.metrics.mae_score)])
+    assert scores["mae_score"] == pytest.approx(np.abs(expected - SIGNAL).mean())
+    model.save()
+    model.reload()
+    np.testing.assert_array_equal(model.predict(dataset), expected)
+
+
 def test_what_it_has_trained_is_saved_and_read(tmp_path) -> None:
     regressor = PolySRLRegressor().fit(FORMULAS, SIGNAL)
     regressor.model_.save(tmp_path)

@@ -46,6 +46,13 @@ def test_many_formulas_in_any_container(container):
     assert len(formulas()([])) == 0
 
 
+def test_graphs_stay_what_they_are():
+    graphs = formulas()(["Fe4O6", "NaCl"])
+    assert formulas()(graphs).tolist() == graphs.tolist()
+    (salt,) = structures()(SALT)
+    assert formulas()(salt)[0] is salt.stoichiometry
+
+
 def test_fractions_add_up_to_one_whatever_the_amounts():
     for graph in formulas()(["Zr60Cu30.7Al10", "Hg0.7Cd0.3Te", {"Fe": 1e-3, "O": 7e5}]):
         assert graph.fractions.sum() == pytest.approx(1, abs=1e-12)
