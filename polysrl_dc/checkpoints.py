@@ -231,8 +231,10 @@ def load_checkpoint(path: str | os.PathLike[str]) -> tuple[dict[str, Tensor], di
     """
     path = Path(path)
     if not path.exists():
-        names = ", ".join(shipped_encoders())
-        raise FileNotFoundError(f"no checkpoint at {path}; those that are shipped: {names}")
+        known = f"those that are shipped: {', '.join(shipped_encoders())}"
+        if any(path.parent.glob("checkpoint*.safetensors")):
+            known = "those beside it are read by restore(), of a model with the same arguments"
+        raise FileNotFoundError(f"no checkpoint at {path}; {known}")
     if not path.is_file() or path.stat().st_size > LARGEST:
         raise CheckpointError(f"{path} is not a file of at most {LARGEST:,} bytes")
     try:

@@ -371,6 +371,8 @@ def test_validation_callback_keeps_the_best_model_and_training_goes_on(tmp_path)
     model.restore(model_dir=str(tmp_path / "best"))
     assert model.evaluate(valid, [MAE])["mae_score"] == pytest.approx(min(scores), rel=1e-4)
     assert validate.get_best_score() == pytest.approx(min(scores), rel=1e-4)
+    with pytest.raises(FileNotFoundError, match=r"read by restore\(\)"):
+        dc.models.PolySRLModel.from_pretrained(tmp_path / "best")
 
 
 def test_evaluating_in_a_callback_does_not_change_the_training():
