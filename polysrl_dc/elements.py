@@ -41,9 +41,8 @@ def element_features(source: str = "matscholar") -> np.ndarray:
         features[Element(symbol).Z] = [row[name] for name in table.prop_names]
     if source == "random":
         directions = np.random.default_rng(0).normal(size=features.shape)
-        directions[~features.any(axis=1)] = 0.0
-        norms = np.linalg.norm(directions, axis=1, keepdims=True)
-        features = (directions / np.where(norms, norms, 1.0)).astype(np.float32)
+        directions /= np.linalg.norm(directions, axis=1, keepdims=True)
+        features = np.where(features.any(axis=1, keepdims=True), directions, 0.0).astype(np.float32)
     features.setflags(write=False)
     return features
 
@@ -62,6 +61,6 @@ def has_embedding() -> np.ndarray:
     >>> bool(has_embedding()[26]), bool(has_embedding()[118])
     (True, False)
     """
-    supported = np.abs(element_features()).sum(axis=1) > 0
+    supported = np.any(element_features(), axis=1)
     supported.setflags(write=False)
     return supported
