@@ -202,7 +202,7 @@ def _read(
             raise InvalidInputError(f"{path} is damaged: not its sha256; remove {folder}")
         try:
             arrays[name] = np.lib.format.open_memmap(path, mode="r")
-            if arrays[name].shape != (arrays[name].size,) or arrays[name].dtype.kind not in "iufS":
+            if arrays[name].ndim != 1 or arrays[name].dtype.kind not in "iufS":
                 raise ValueError(f"{arrays[name].dtype} of shape {arrays[name].shape}")
         except Exception as error:  # the header of the file is a text in Python's syntax
             raise InvalidInputError(f"{path} is no array of numbers: {error!r}") from error
@@ -368,10 +368,7 @@ def _join(parts: list[Path], within: Path, folder: Path, described: dict[str, An
                 dtype=np.result_type(*arrays),
                 shape=(sum(len(array) for array in arrays),),
             )
-            start = 0
-            for array in arrays:
-                joined[start : start + len(array)] = array
-                start += len(array)
+            np.concatenate(arrays, out=joined)
             joined.flush()
             del joined
             files[name] = _entry(target)
