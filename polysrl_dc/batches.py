@@ -356,9 +356,8 @@ def polymorphs_together(
     if together == 1:
         return order
     order = order[np.argsort(groups[order], kind="stable")]
-    ordered = groups[order]
-    first = np.flatnonzero(np.r_[True, ordered[1:] != ordered[:-1]])
-    place = np.arange(len(order)) - np.repeat(first, np.diff(np.append(first, len(order))))
+    _, first, sizes = np.unique(groups[order], return_index=True, return_counts=True)
+    place = np.arange(len(order)) - np.repeat(first, sizes)
     run = np.cumsum(place % together == 0) - 1  # at most `together` rows of one group
     key = random.permutation(run[-1] + 1)[run]
     return order[np.argsort(key, kind="stable")]
