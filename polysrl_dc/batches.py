@@ -299,10 +299,6 @@ class PolymorphData:
         """Hash of ids, formulas and graphs: what a checkpoint remembers of its data."""
         return self.dataset.fingerprint()
 
-    def to(self, device: torch.device) -> "PolymorphData":
-        """Itself: batches are moved one at a time."""
-        return self
-
     def epoch(
         self, batch_size: int, members: int, random: np.random.Generator | None
     ) -> Iterator[np.ndarray]:
