@@ -187,6 +187,5 @@ def augmented(
     drops = (chance < 0.2) & (present.sum(1) > 1)
     dropped = torch.where(present, scores, -1.0).argmax(1)
     kept = fractions * torch.exp(0.1 * noise)
-    rows = torch.nonzero(drops).squeeze(1)
-    kept = kept.index_put((rows, dropped[rows]), kept.new_zeros(()))
+    kept[drops, dropped[drops]] = 0.0
     return StoichiometryBatch(kept / kept.sum(1, keepdim=True))
