@@ -2,15 +2,8 @@
 
 import math
 from dataclasses import asdict, dataclass, fields, replace
-from typing import Any
+from typing import Any, Literal, get_args
 
-_CHOICES = {
-    "element_source": ("matscholar", "random"),
-    "structure_pooling": ("sum", "mean"),
-    "convolution_init": ("glorot", "linear"),
-    "loss_reduction": ("mean", "sum"),
-    "match_form": ("sigmoid", "hib"),
-}
 _GREATEST = 10_000  # of widths, layers, steps and samples: what is more was not meant
 #: What a number must be -> least and greatest value, and the fields.
 _RANGES = {
@@ -110,10 +103,10 @@ class PolySRLConfig:
     """
 
     n_features: int = 200
-    element_source: str = "matscholar"
+    element_source: Literal["matscholar", "random"] = "matscholar"
     stoichiometry_layers: int = 3
     structure_layers: int = 3
-    convolution_init: str = "glorot"
+    convolution_init: Literal["glorot", "linear"] = "glorot"
     message_power: float = 0.0
     attention_power: float = 0.0
     set2set_steps: int = 2
@@ -122,7 +115,7 @@ class PolySRLConfig:
     gaussian_step: float = 0.2
     max_neighbors: int = 12
     cutoff: float = 8.0
-    structure_pooling: str = "sum"
+    structure_pooling: Literal["sum", "mean"] = "sum"
     feature_norm: bool = False
     whitening: float = 0.0
     log_sigma_shift: float = 0.0
@@ -130,20 +123,19 @@ class PolySRLConfig:
     c_init: float = 20.0
     d_init: float = 20.0
     beta: float = 1e-8
-    loss_reduction: str = "mean"
+    loss_reduction: Literal["mean", "sum"] = "mean"
     polymorph_sum: bool = False
-    match_form: str = "sigmoid"
+    match_form: Literal["sigmoid", "hib"] = "sigmoid"
     head_hidden: int = 128
     head_scale: float = 1.0
     heteroscedastic: bool = False
     grad_clip: float = 2.0
 
     def __post_init__(self) -> None:
-        for name, choices in _CHOICES.items():
-            if getattr(self, name) not in choices:
-                raise ValueError(f"{name} is {getattr(self, name)!r}: must be one of {choices}")
         for field in fields(self):
-            value = getattr(self, field.name)
+            value, choices = getattr(self, field.name), get_args(field.type)
+            if choices and value not in choices:
+                raise ValueError(f"{field.name} is {value!r}: must be one of {choices}")
             if field.type is bool and type(value) is not bool:
                 raise ValueError(f"{field.name} is {value!r}: must be True or False")
             if field.type is int and not (_is_number(value, int) and 1 <= value <= _GREATEST):

@@ -128,15 +128,13 @@ class PretrainingNetwork(nn.Module):
             groups,
             self.c,
             self.d,
-            reduction=cast(losses.Reduction, self.config.loss_reduction),
+            reduction=self.config.loss_reduction,
             polymorph_sum=self.config.polymorph_sum,
-            form=cast(losses.Form, self.config.match_form),
+            form=self.config.match_form,
         )
         if self.objective == "without_sampling":
             return self._total(contrastive=contrastive)
-        divergence = losses.gaussian_kl(
-            mean, log_sigma, cast(losses.Reduction, self.config.loss_reduction)
-        )
+        divergence = losses.gaussian_kl(mean, log_sigma, self.config.loss_reduction)
         return self._total(contrastive=contrastive, kl=self.config.beta * divergence)
 
     loss = forward
