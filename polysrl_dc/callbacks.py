@@ -175,10 +175,7 @@ class PretrainingLog:
         self._writer: Any = None
 
     def begin(self, model: Any) -> None:
-        """Start the clock of the first epoch."""
-        self._start_epoch()
-
-    def _start_epoch(self) -> None:
+        """Start the clock of an epoch."""
         self._started, self._structures = time.perf_counter(), 0
 
     def __call__(self, model: Any, step: int) -> None:
@@ -210,7 +207,7 @@ class PretrainingLog:
                 "processes": process_count(),
             }
             self._write(row)
-        self._start_epoch()
+        self.begin(model)
 
     def _write(self, row: dict[str, float]) -> None:
         table = pd.DataFrame([row])
