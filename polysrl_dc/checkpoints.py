@@ -110,7 +110,7 @@ def save_checkpoint(
     Parameters
     ----------
     path : path-like
-        File to write or to replace; its folder exists.
+        File to write or to replace; its folder is made if it is missing.
     tensors : mapping of str to torch.Tensor
         As from ``Module.state_dict()``; any shapes, on any device.
     manifest : mapping

@@ -132,9 +132,7 @@ class PersistentModel(TorchModel):
             raise ValueError("path is empty: it names no folder")
         given = self.model_dir if path is None else path
         check_folder(given)
-        folder = Path(given)
-        folder.mkdir(parents=True, exist_ok=True)
-        save_tensors(folder / MODEL_FILE, self.model.state_dict(), self._manifest())
+        save_tensors(Path(given) / MODEL_FILE, self.model.state_dict(), self._manifest())
 
     @classmethod
     def from_pretrained(cls, path: str | Path, **kwargs: Any) -> "PersistentModel":
@@ -272,7 +270,6 @@ class PersistentModel(TorchModel):
             return
         self._ensure_built()
         folder = Path(model_dir or self.model_dir)
-        folder.mkdir(parents=True, exist_ok=True)
         paths = [folder / f"checkpoint{i + 1}.safetensors" for i in range(max_checkpoints_to_keep)]
         new = folder / "new_checkpoint.safetensors"
         optimizer = flatten_optimizer(self._pytorch_optimizer)
