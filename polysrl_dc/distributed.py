@@ -4,12 +4,9 @@ Negatives are shared: each process embeds its part of a batch, and the loss is t
 batch on every process. Outside of ``torchrun`` all of this is the identity.
 """
 
-from typing import Any
-
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 from torch import distributed as dist
-from torch.nn.parallel import DistributedDataParallel
 
 
 def process_count() -> int:
@@ -40,23 +37,6 @@ def process_rank() -> int:
     0
     """
     return dist.get_rank() if process_count() > 1 else 0
-
-
-def share(network: nn.Module, **options: Any) -> nn.Module:
-    """The network, for training over several processes if there are any.
-
-    Parameters
-    ----------
-    network : torch.nn.Module
-    **options
-        Of ``DistributedDataParallel``.
-
-    Returns
-    -------
-    torch.nn.Module
-        The network itself for one process.
-    """
-    return network if process_count() == 1 else DistributedDataParallel(network, **options)
 
 
 def gather_rows(rows: Tensor) -> Tensor:

@@ -20,7 +20,7 @@ from torch import Tensor, nn
 from polysrl_dc.batches import LabeledData, PolymorphData
 from polysrl_dc.callbacks import StopTraining
 from polysrl_dc.checkpoints import deepchem_schedule, described_rate, load_schedule
-from polysrl_dc.distributed import process_count, share
+from polysrl_dc.distributed import process_count
 from polysrl_dc.errors import InvalidInputError
 from polysrl_dc.featurizers import check_lengths
 from polysrl_dc.layers import restored_if_it_fails, running_statistics
@@ -307,15 +307,14 @@ class TrainableModel(RetrievingModel):
             "learning_rate": described_rate(self.optimizer.learning_rate),
             "schedule": None if self._lr_schedule else self.schedule,
         }
-        if restore and self._run is not None:
-            run = self._run
+        if restore and (run := self._run) is not None:
             other = [name for name, value in plan.items() if run.get(name, math.nan) != value]
             if other:
                 raise InvalidInputError(
                     f"the checkpoint lies within a call of fit with another {other[0]}: "
                     f"{run.get(other[0])}, not {plan[other[0]]}"
                 )
-            return self._run
+            return run
         epochs = range(self._epoch, self._epoch + nb_epoch)
         counted = epochs[:1] if data.equal_epochs else epochs
         sizes = [
@@ -380,9 +379,12 @@ class TrainableModel(RetrievingModel):
 
     def _shared(self, network: nn.Module) -> nn.Module:
         """The network, for training over several processes if there are any."""
-        if process_count() > 1 and self.settings["task"] != "pretraining":
+        if process_count() == 1:
+            return network
+        if self.settings["task"] != "pretraining":
             raise ValueError("only pretraining is shared between processes")
-        return share(network, find_unused_parameters=self.settings["objective"] != "polysrl")
+        unused = self.settings["objective"] != "polysrl"
+        return nn.parallel.DistributedDataParallel(network, find_unused_parameters=unused)
 
     def _log(self, losses: list[Tensor], all_losses: list[float] | None) -> float:
         average = float(torch.stack(losses).mean())
