@@ -366,7 +366,8 @@ def write_table(given: pd.DataFrame, found: pd.DataFrame, path: str | None) -> N
         Both have a column of the same name, the format cannot hold a column of mixed types, or the
         file cannot be written.
     """
-    frame = _beside(given, found)
+    _refuse_taken(given, found)
+    frame = pd.concat([given.reset_index(drop=True), found], axis=1)
     if path is None:
         sys.stdout.writelines(_to_csv(frame).decode().splitlines(keepends=True))
         sys.stdout.flush()
@@ -382,11 +383,6 @@ def write_table(given: pd.DataFrame, found: pd.DataFrame, path: str | None) -> N
 def _refuse_taken(given: pd.DataFrame, names: Iterable[str]) -> None:
     if taken := [name for name in names if name in given]:
         raise InvalidInputError(f"the table has a column {taken[0]!r} already; rename it")
-
-
-def _beside(given: pd.DataFrame, found: pd.DataFrame) -> pd.DataFrame:
-    _refuse_taken(given, found)
-    return pd.concat([given.reset_index(drop=True), found], axis=1)
 
 
 def _content(frame: pd.DataFrame, path: str) -> bytes:
