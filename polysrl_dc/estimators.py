@@ -196,14 +196,14 @@ class PolySRLRegressor(RegressorMixin, _FormulaEstimator):
             :meth:`fit` comes first.
         """
         check_is_fitted(self)
-        shape = (lambda found: found[:, 0]) if self._one_column else (lambda found: found)
+        columns = 0 if self._one_column else slice(None)
         if not return_std:
-            return shape(self.model_.predict(_column(X)))
+            return self.model_.predict(_column(X))[:, columns]
         if self.model_.calibration is None:
             text = "std is not calibrated and too small: n_folds=5 calibrates it"
             warnings.warn(text, UncalibratedWarning, stacklevel=2)
         mean, std = self.model_.predict_uncertainty(_column(X))
-        return shape(mean), shape(std)
+        return mean[:, columns], std[:, columns]
 
 
 class PolySRLClassifier(ClassifierMixin, _FormulaEstimator):
