@@ -31,6 +31,7 @@ from tqdm import tqdm
 
 from polysrl_dc import PolymorphDataset, PolySRLConfig, PolySRLModel
 from polysrl_dc.callbacks import PretrainingLog, pretraining_diagnostics
+from polysrl_dc.distributed import process_rank
 from polysrl_dc.errors import InvalidInputError
 from polysrl_dc.objectives import OBJECTIVES
 from polysrl_dc.persistence import MODEL_FILE
@@ -128,11 +129,9 @@ def split(
 
     The same seed holds out the same stoichiometries whatever is excluded from the training part.
     """
-    groups = dataset.groups
-    held = np.random.default_rng(seed).choice(
-        np.unique(groups), min(hold_out, len(np.unique(groups)) // 5), replace=False
-    )
-    is_held = np.isin(groups, held)
+    groups, random = np.unique(dataset.groups), np.random.default_rng(seed)
+    held = random.choice(groups, min(hold_out, len(groups) // 5), replace=False)
+    is_held = np.isin(dataset.groups, held)
     kept = ~is_held
     if exclude:
         kept &= ~np.isin(dataset.formulas, sorted(exclude))
@@ -144,7 +143,7 @@ def main(argv: list[str] | None = None) -> None:
     arguments = arguments_of(argv)
     if arguments.threads:
         torch.set_num_threads(arguments.threads)
-    if "WORLD_SIZE" in os.environ and int(os.environ["WORLD_SIZE"]) > 1:
+    if int(os.environ.get("WORLD_SIZE", 1)) > 1:
         gpus = torch.cuda.is_available() and arguments.device != "cpu"
         torch.distributed.init_process_group("nccl" if gpus else "gloo")
         if gpus:
@@ -160,7 +159,7 @@ def main(argv: list[str] | None = None) -> None:
 
 def run(arguments: argparse.Namespace) -> None:
     """The run that the arguments describe."""
-    first = not torch.distributed.is_initialized() or torch.distributed.get_rank() == 0
+    first = process_rank() == 0
     config = config_of(arguments)
     training: dict[str, Any] = {
         "config": config,
