@@ -8,7 +8,7 @@ from __future__ import annotations
 import hashlib
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass
-from itertools import product
+from itertools import compress, product
 from pathlib import Path
 from typing import Any
 
@@ -130,7 +130,7 @@ def train_and_predict(
         torch.set_num_threads(settings.threads)
     targets = np.asarray(train_targets, dtype=float).reshape(-1, 1)
     parsed = np.array([readable(formula) for formula in train_formulas])
-    formulas, targets = _select(train_formulas, parsed), targets[parsed]
+    formulas, targets = list(compress(train_formulas, parsed)), targets[parsed]
     trials = _trials(task_type, formulas, targets, protocol, settings, unfinished)
     best = min(trials, key=lambda point: trials[point][0])
     rate, epochs = best
@@ -147,7 +147,7 @@ def train_and_predict(
     model = _model(task_type, protocol, settings, rate, settings.ensemble)
     model = trained(model, graph_dataset(formulas, targets), epochs, "training", unfinished)
     known = np.array([readable(formula) for formula in test_formulas])
-    test = graph_dataset(_select(test_formulas, known))
+    test = graph_dataset(list(compress(test_formulas, known)))
     predictions = np.full(len(test_formulas), targets.mean())
     params["constant_predictions"] = int((~known).sum())
     if task_type == "classification":
@@ -207,7 +207,3 @@ def _model(
         device=settings.device,
         seed=settings.seed,
     )
-
-
-def _select(formulas: Sequence[str], mask: np.ndarray) -> list[str]:
-    return [formula for formula, wanted in zip(formulas, mask, strict=True) if wanted]
