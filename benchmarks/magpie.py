@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
+from functools import cache
 from typing import Any
 
 import numpy as np
@@ -90,11 +91,9 @@ def predict_baseline(
     dict of str to numpy.ndarray, shape (n_seeds, n)
         By name of the target.
     """
-    cache: dict[tuple[str, ...], np.ndarray] = {}
-    found = {}
+    features, found = cache(magpie_features), {}
     for target in tqdm(targets, desc=model):
-        key = tuple(target.formulas)
-        x = cache[key] if key in cache else cache.setdefault(key, magpie_features(key))
+        x = features(tuple(target.formulas))
         predictions = np.full((len(seeds), len(x)), np.nan)
         for train, test in splits_of(target):
             for i, seed in enumerate(seeds):
