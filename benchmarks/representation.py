@@ -263,9 +263,8 @@ def predict_folds(
             batch_size,
             tqdm(range(epochs), desc=f"{len(group)} heads", disable=not progress),
         )
-        held_out = [start + member[3] for start, member in zip(first, group, strict=True)]
         for j, (target, i, _, test) in enumerate(group):
-            outputs = heads.predict(table[torch.from_numpy(held_out[j])], j).numpy()
+            outputs = heads.predict(table[torch.from_numpy(first[j] + test)], j).numpy()
             predictions[target, i, test] = outputs * std[j] + mean[j]
     return predictions
 
