@@ -20,7 +20,7 @@ from typing import Any
 import numpy as np
 from files import read_json
 from joblib import Parallel, delayed
-from sklearn.model_selection import GroupShuffleSplit, ShuffleSplit
+from sklearn.model_selection import ShuffleSplit
 
 from polysrl_dc.checkpoints import write_atomic
 from polysrl_dc.errors import InvalidInputError
@@ -47,9 +47,12 @@ def group_key(formula: str) -> str:
 
 
 def split_validation(
-    formulas: Sequence[str], fraction: float = 0.2, seed: int = 0, grouped: bool = False
+    formulas: Sequence[str], fraction: float = 0.2, seed: int = 0
 ) -> tuple[np.ndarray, np.ndarray]:
     """Carve a validation part out of a training fold; test data is never seen here.
+
+    Rows of one reduced formula may be on both sides: they are in Matbench's folds, too, for whose
+    test parts the validation part stands.
 
     Parameters
     ----------
@@ -59,9 +62,6 @@ def split_validation(
         Part of the formulas that goes to validation (the paper: 0.2).
     seed : int
         Seed of the shuffle.
-    grouped : bool
-        Keep rows of one reduced formula on one side, unless all rows have the same one. Matbench's
-        folds do not, so a validation part that stands for its test folds does not either.
 
     Returns
     -------
@@ -81,12 +81,8 @@ def split_validation(
     """
     if len(formulas) < 2:
         raise ValueError(f"a validation part needs at least 2 rows, got {len(formulas)}")
-    groups = [group_key(formula) for formula in formulas] if grouped else formulas
-    grouped = grouped and len(set(groups)) > 1
-    splitter = (GroupShuffleSplit if grouped else ShuffleSplit)(
-        n_splits=1, test_size=fraction, random_state=seed
-    )
-    train, valid = next(splitter.split(np.zeros(len(groups)), groups=groups if grouped else None))
+    splitter = ShuffleSplit(n_splits=1, test_size=fraction, random_state=seed)
+    train, valid = next(splitter.split(np.zeros(len(formulas))))
     return np.sort(train), np.sort(valid)
 
 

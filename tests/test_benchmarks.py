@@ -17,7 +17,7 @@ import submission
 import tasks
 import torch
 from check_submission import check_record
-from folds import FoldStore, group_key, locked, settings_hash, split_validation
+from folds import FoldStore, locked, settings_hash, split_validation
 from graph_data import graph_dataset
 from labels import has_learned
 from matbench.metadata import mbv01_metadata
@@ -241,17 +241,15 @@ def test_matbench_folds_are_the_fold_rule(data_dir):
         assert [position[mbid] for mbid in task.validation[fold].test] == rows
 
 
-def test_validation_part_keeps_formulas_together():
+def test_validation_part_is_one_of_the_training_rows():
     formulas = [f"Na{k}Cl{k}" for k in (1, 2, 3)] + ["KCl", "LiF", "MgO", "CaO", "Fe2O3", "Fe4O6"]
     for seed in range(20):
-        train, valid = split_validation(formulas, 0.3, seed, grouped=True)
+        train, valid = split_validation(formulas, 0.3, seed)
         assert sorted([*train, *valid]) == list(range(len(formulas)))
         assert len(valid) and len(train)
-        keys = [group_key(formula) for formula in formulas]
-        assert not {keys[i] for i in train} & {keys[i] for i in valid}
-    again = split_validation(formulas, 0.3, 19, grouped=True)
+    again = split_validation(formulas, 0.3, 19)
     assert np.array_equal(again[1], valid)
-    train, valid = split_validation(["NaCl"] * 10, 0.2, 0, grouped=True)
+    train, valid = split_validation(["NaCl"] * 10, 0.2, 0)
     assert (len(train), len(valid)) == (8, 2)
     with pytest.raises(ValueError, match="at least 2"):
         split_validation(["NaCl"], 0.2)
