@@ -37,7 +37,6 @@ def predict_fold(
     test_formulas: list[str],
     seed: int,
     unfinished: Path,
-    threads: int = 1,
 ) -> tuple[int, np.ndarray, int]:
     """Train on a fold as published, and predict its test formulas.
 
@@ -51,7 +50,7 @@ def predict_fold(
     epochs : int
         After which training stopped.
     """
-    torch.set_num_threads(threads)
+    torch.set_num_threads(1)
     learned, asked = (
         np.array([readable(formula) for formula in part])
         for part in (train_formulas, test_formulas)

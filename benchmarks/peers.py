@@ -114,7 +114,6 @@ def predict_peer_fold(
     name: str,
     seed: int,
     unfinished: Path | None = None,
-    threads: int = 1,
 ) -> tuple[np.ndarray, np.ndarray, dict[str, Any]]:
     """Train a peer on the training rows of a fold, and predict its test rows.
 
@@ -128,7 +127,6 @@ def predict_peer_fold(
     seed : int
     unfinished : path, optional
         As for :func:`transfer.predict_fold`.
-    threads : int
 
     Returns
     -------
@@ -139,7 +137,7 @@ def predict_peer_fold(
     params : dict
         What was chosen: nothing.
     """
-    torch.set_num_threads(threads)
+    torch.set_num_threads(1)
     train, test = split
     model = peer_model(name, seed).fit(dataset_of(target, train), unfinished=unfinished)
     predictions, std = model.predict_uncertainty(dataset_of(target, test))

@@ -113,7 +113,6 @@ def predict_fold(
     split: tuple[np.ndarray, np.ndarray],
     recipe: str,
     seed: int,
-    threads: int = 1,
     unfinished: Path | None = None,
 ) -> tuple[np.ndarray, np.ndarray, dict[str, Any]]:
     """Train on the training rows of a fold by a recipe, and predict its test rows.
@@ -127,7 +126,7 @@ def predict_fold(
     params : dict
         What was chosen: nothing.
     """
-    torch.set_num_threads(threads)
+    torch.set_num_threads(1)
     train, test = split
     way = RECIPES[recipe]
     if way.held_out or way.folds:

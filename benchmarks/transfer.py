@@ -36,7 +36,6 @@ def predict_fold(
     learning_rates: Sequence[float] = LEARNING_RATES,
     unfinished: Path | None = None,
     epochs: int = EPOCHS,
-    threads: int = 1,
 ) -> tuple[np.ndarray, None, dict[str, Any]]:
     """Choose the learning rate on a fifth of the training fold, train on all of it, predict.
 
@@ -54,7 +53,6 @@ def predict_fold(
     unfinished : path, optional
         Folder from which the same trainings, if they were interrupted, go on.
     epochs : int
-    threads : int
 
     Returns
     -------
@@ -65,7 +63,7 @@ def predict_fold(
     params : dict
         ``learning_rate``, and ``validation_mae`` by rate if there was a choice.
     """
-    torch.set_num_threads(threads)
+    torch.set_num_threads(1)
     train, test = split
 
     def train_on(rows: np.ndarray, rate: float) -> PolySRLModel:
