@@ -150,8 +150,8 @@ def main(argv: list[str] | None = None) -> None:
             if key in finished(path):
                 continue
             found = score(key[3], train, valid, metric == "rocauc", arguments.seed)
-            row: dict[str, Any] = dict(zip(COLUMNS, (*key, FOLD, metric, found), strict=True))
-            merge_scores(path, pd.DataFrame([row]))
+            row = (*key, FOLD, metric, found)
+            merge_scores(path, pd.DataFrame([row], columns=COLUMNS))
     print(by_rows(read_scores(path)).round(4).reset_index().to_markdown(index=False))
 
 

@@ -41,7 +41,7 @@ def score_rows(
     pandas.DataFrame
         Columns ``suite, task, protocol, model, seed, fold, metric, value``.
     """
-    rows: list[dict[str, Any]] = []
+    rows: list[tuple[Any, ...]] = []
     for fold in [number for number, recorded in task.is_recorded.items() if recorded]:
         result = task.results[task.folds_map[fold]]
         metrics = {name: float(value) for name, value in result["scores"].items()}
@@ -51,10 +51,7 @@ def score_rows(
             probabilities = [result["data"][sample] for sample in ids]
             metrics["rocauc_probability"] = float(roc_auc_score(truth, probabilities))
         shared = (suite, task.dataset_name, protocol, model, seed, fold)
-        rows += [
-            dict(zip(COLUMNS, (*shared, metric, value), strict=True))
-            for metric, value in metrics.items()
-        ]
+        rows += [(*shared, metric, value) for metric, value in metrics.items()]
     return pd.DataFrame(rows, columns=COLUMNS)
 
 
@@ -74,9 +71,7 @@ def merge_rows(
         table = fresh
         if Path(path).exists():
             earlier = read_scores(path)
-            same = pd.MultiIndex.from_frame(earlier[keys]).isin(
-                pd.MultiIndex.from_frame(fresh[keys])
-            )
+            same = earlier.set_index(keys).index.isin(fresh.set_index(keys).index)
             table = pd.concat([earlier[~same], fresh], ignore_index=True)
         table = table.sort_values(list(fresh)[:-1], ignore_index=True)
         write_csv(path, table, digits)
@@ -88,7 +83,7 @@ def other_folds(path: Path, fresh: pd.DataFrame) -> list[int]:
     if not Path(path).exists():
         return []
     earlier = read_scores(path)
-    same = pd.MultiIndex.from_frame(earlier[KEYS]).isin(pd.MultiIndex.from_frame(fresh[KEYS]))
+    same = earlier.set_index(KEYS).index.isin(fresh.set_index(KEYS).index)
     return sorted({*earlier.loc[same, "fold"].tolist()} - {*fresh["fold"].tolist()})
 
 
