@@ -13,7 +13,6 @@ and hold the models of the command.
 from __future__ import annotations
 
 import argparse
-import io
 import itertools
 import sys
 from collections.abc import Sequence
@@ -37,8 +36,7 @@ from sklearn.metrics import precision_recall_fscore_support
 from targets import Target, estm_rows
 from tasks import find_data_dir
 from thermoelectrics_figures import scatter_figure, screening_figure
-
-from polysrl_dc.checkpoints import write_atomic
+from uncertainty_figures import save
 
 SUITE = "wetlab"
 #: ZT from which a material counts as found, by temperature in K (Appendix F.3).
@@ -300,7 +298,6 @@ def write_all(output_dir: Path, runs: Sequence[Run], scores: pd.DataFrame) -> No
     outliers = pd.concat([run.outliers() for run in runs])
     write_csv(output_dir / "thermoelectrics.csv", scores, digits=None)
     write_csv(output_dir / "thermoelectrics_outliers.csv", outliers, digits=5)
-    figures = {}
     for protocol in dict.fromkeys(run.protocol for run in runs):
         ours = [run for run in runs if run.protocol == protocol]
         panels = {}
@@ -308,16 +305,14 @@ def write_all(output_dir: Path, runs: Sequence[Run], scores: pd.DataFrame) -> No
             kelvin, truth, limit = measured.kelvin, measured.target.values, measured.threshold
             shown = labelled([run for run in ours if run.measured is measured])
             title = f"{protocol}, {kelvin} K\nmean prediction of the seeds"
-            figures[f"zt_{kelvin}K_{protocol}"] = scatter_figure(truth, shown, title)
+            name = f"zt_{kelvin}K_{protocol}"
+            save(output_dir, name, scatter_figure(truth, shown, title))
             found = scores.query("protocol == @protocol and task == @measured.target.name")
             title = f"{kelvin} K: {(truth >= limit).sum()} of {len(truth)} have ZT ≥ {limit}"
             panels[title] = found[found["fold"] == -1]
         models = list(dict.fromkeys(run.model for run in ours))
-        figures[f"screening_{protocol}"] = screening_figure(panels, models, protocol)
-    for name, figure in figures.items():
-        picture = io.BytesIO()
-        figure.savefig(picture, format="png")
-        write_atomic(output_dir / "figures" / f"{name}.png", picture.getvalue())
+        figure = screening_figure(panels, models, protocol)
+        save(output_dir, f"screening_{protocol}", figure)
 
 
 def arguments_of(argv: list[str] | None = None) -> argparse.Namespace:

@@ -2,11 +2,14 @@
 
 from __future__ import annotations
 
+import io
 from collections.abc import Mapping
 from pathlib import Path
 
 import numpy as np
 from matplotlib.figure import Figure
+
+from polysrl_dc.checkpoints import write_atomic
 
 LABEL = "uncertainty: mean of ln sigma"
 
@@ -59,6 +62,7 @@ def group_figure(groups: Mapping[str, np.ndarray]) -> Figure:
 
 
 def save(folder: Path, name: str, figure: Figure) -> None:
-    """Write ``figures/<name>.png``."""
-    (folder / "figures").mkdir(parents=True, exist_ok=True)
-    figure.savefig(folder / "figures" / f"{name}.png")
+    """Write ``figures/<name>.png`` at once."""
+    picture = io.BytesIO()
+    figure.savefig(picture, format="png")
+    write_atomic(folder / "figures" / f"{name}.png", picture.getvalue())
