@@ -208,9 +208,9 @@ def main(argv: list[str] | None = None) -> None:
         name, _, saved = encoder.rpartition("=")
         model = PolySRLModel.from_pretrained(saved)
         table = trends(model, known, held_out, targets)
+        sigma = uncertainties(model, list(gap.formulas))
         if errors is not None:
-            last = by_error(uncertainties(model, list(gap.formulas)), errors)
-            table = pd.concat([table, last], ignore_index=True)
+            table = pd.concat([table, by_error(sigma, errors)], ignore_index=True)
         table.insert(0, "encoder", name or Path(saved).name)
         found.append(table)
         print(table.round(3).to_markdown(index=False))
@@ -220,7 +220,6 @@ def main(argv: list[str] | None = None) -> None:
     print(named.round(4).to_markdown(index=False))
     write_csv(folder / "uncertainty_cases.csv", named, digits=4)
     counts = np.minimum(structure_counts(gap.formulas, known), MOST)
-    sigma = uncertainties(model, list(gap.formulas))
     save(folder, "uncertainty_counts", count_figure(counts, sigma))
     if errors is not None:
         figure = group_figure(error_groups(sigma, errors))
