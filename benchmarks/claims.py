@@ -149,9 +149,7 @@ def _fair(numbers: Numbers) -> pd.DataFrame:
 
 def _own_property_is_not_enough(numbers: Numbers) -> pd.Series:
     """By property, whether the model trained on its DFT labels is not the best on it."""
-    parts = []
-    for model, task in MP_PROPERTIES.items():
-        parts.append(best(numbers["Table 6"][[task]], model))
+    parts = [best(numbers["Table 6"][[task]], model) for model, task in MP_PROPERTIES.items()]
     return pd.concat(parts).map(operator.not_, na_action="ignore")
 
 

@@ -13,10 +13,10 @@ from labels import MP_PROPERTIES
 from magpie import BASELINES
 from paired import PLACE, over_folds
 from paper_models import MODELS
-from paper_protocol import FOLDS, PROTOCOLS, suite_name
+from paper_protocol import PROTOCOLS, suite_name
 from peers import LONGER, PEERS, SMALL_TASKS
 from scores import COLUMNS, COMPOSITION_MODELS
-from targets import N_FOLDS
+from targets import N_FOLDS, PARTS
 
 FILES = (
     *("wetlab_scores.csv", "thermoelectrics.csv", "paper_scores.csv"),
@@ -191,7 +191,7 @@ CURVES = {
         f"wet lab, {part.replace('%', ' %')} of the training rows", suite, "representation", NINE
     )
     for part, suite in (
-        *((part, suite_name("wetlab", part)) for part in FOLDS if part.endswith("%")),
+        *((part, suite_name("wetlab", part)) for part in PARTS),
         ("100%", "wetlab"),
     )
 }
