@@ -67,16 +67,10 @@ class EmbeddedTarget:
     transform: Callable[[np.ndarray], np.ndarray]
 
 
-def _log10(values: np.ndarray) -> np.ndarray:
-    """Base-10 logarithm; not-a-number where the argument is not positive."""
-    positive = values > 0
-    return np.where(positive, np.log10(np.where(positive, values, 1.0)), np.nan)
-
-
 EMBEDDED_TARGETS = {
     "embedded_seebeck": EmbeddedTarget("S_p", "S_p", "uV/K", lambda values: values),
     "embedded_log_conductivity": EmbeddedTarget(
-        "sigma_p", "log10(sigma_p)", "log10(S/m per fs)", _log10
+        "sigma_p", "log10(sigma_p)", "log10(S/m per fs)", np.log10
     ),
 }
 
