@@ -39,7 +39,6 @@ from tasks import (
     EMBEDDED_FORMULAS,
     EMBEDDED_TARGETS,
     DataNotFoundError,
-    benchmark_of,
     default_tasks,
     embedded_note,
     full_name,
@@ -172,10 +171,8 @@ def run_task(
 ) -> None:
     """Train and record the folds that are asked for and not yet recorded."""
     restore(task, store)
-    for fold in arguments.folds:
-        if task.is_recorded[fold]:
-            bar.update()
     missing = [fold for fold in arguments.folds if not task.is_recorded[fold]]
+    bar.update(len(arguments.folds) - len(missing))
     calls = (
         (
             fold,
@@ -266,7 +263,7 @@ def main(argv: list[str] | None = None, learner: Learner = train_and_predict) ->
         for task, store, chosen in zip(tasks, stores, settings, strict=True):
             run_task(task, store, arguments, chosen, learner, bar)
             written = write_results(task, arguments, chosen, store) or written
-    print(f"{benchmark_of(arguments.suite)}, {arguments.protocol}, seed {arguments.seed}")
+    print(f"{tasks[0].benchmark_name}, {arguments.protocol}, seed {arguments.seed}")
     print(summary(tasks, arguments.data_dir))
     print(f"scores: {arguments.output_dir / 'scores.csv'}")
     print(f"record: {written or 'none, as no task has all its folds'}")

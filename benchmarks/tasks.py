@@ -24,7 +24,7 @@ import numpy as np
 import pandas as pd
 from downloads import load_official
 from files import LARGEST, one_line
-from matbench.constants import MBV01_KEY, REG_KEY, STRUCTURE_KEY
+from matbench.constants import REG_KEY, STRUCTURE_KEY
 from matbench.task import MatbenchTask
 from matbench.util import RecursiveDotDict
 from pymatgen.core import Composition
@@ -384,11 +384,6 @@ def _embedded_task(name: str) -> FoldRuleTask:
     metadata = fold_rule_metadata(target.name, target.unit, values)
     df = pd.DataFrame({"composition": table["composition"], target.name: values})
     return FoldRuleTask(name, EMBEDDED_KEY, metadata, df)
-
-
-def benchmark_of(suite: str) -> str:
-    """The benchmark name that a suite's record carries."""
-    return {"matbench": MBV01_KEY, "embedded": EMBEDDED_KEY}[suite]
 
 
 def default_tasks(suite: str) -> tuple[str, ...]:
