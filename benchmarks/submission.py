@@ -225,9 +225,8 @@ def write_record(
         benchmark = _benchmark(name, complete, described)
         content = json.dumps(benchmark.as_dict(), allow_nan=False).encode()
         write_atomic(path, gzip.compress(content, mtime=0))
-        about_all = submission_info(protocol, notes, variant, about, chosen)
-        info = json.dumps(about_all, indent=2) + "\n"
-        write_atomic(Path(folder) / INFO_FILE, info.encode())
+        info = submission_info(protocol, notes, variant, about, chosen)
+        write_atomic(Path(folder) / INFO_FILE, f"{json.dumps(info, indent=2)}\n".encode())
         write_atomic(run_file(folder), _run_script(described, runner).encode())
     return path
 
@@ -265,14 +264,10 @@ def _plain_metadata(task: MatbenchTask) -> dict[str, Any]:
 
 
 def submission_info(
-    protocol: str,
-    notes: str = "",
-    variant: str = "",
-    about: dict[str, Any] | None = None,
-    chosen: str = CHOSEN,
+    protocol: str, notes: str, variant: str, about: dict[str, Any] | None, chosen: str
 ) -> dict[str, Any]:
     """The content of ``info.json`` with every key that Matbench asks for."""
-    frozen = protocol not in ("finetune", "transfer")
+    frozen = protocol == "frozen"
     marks = ", ".join(filter(None, ["frozen encoder" if frozen else "", variant]))
     name = about["algorithm"] if about else "PolySRL-DC"
     info = {
