@@ -124,6 +124,10 @@ formulas and among the ten nearest for {retrieval@10:.1%}.
 Effective rank of the means {rank_formulas:.1f}.
 
 """
+FINAL_WHITENING = """
+The saved means are decorrelated with the power {power:g} (chosen on the scores below) instead of \
+that of the training.
+"""
 NO_VARIANCE = "- The variance is that of the contrastive loss; it does not follow polymorphism.\n"
 UNTRAINED_VARIANCE = "- `predict_polymorphism` has no meaning: its weights are random.\n"
 VARIANCE = """- The variance was fitted to the spread of the known polymorphs by
@@ -185,14 +189,7 @@ def model_card(arguments: argparse.Namespace, manifest: dict[str, Any]) -> str:
     provenance = manifest["provenance"]
     data, objective = provenance["data"], provenance["objective"]
     power, fitted = provenance["final_whitening"], provenance.get("variance")
-    final = (
-        ""
-        if power is None
-        else (
-            f"\nThe saved means are decorrelated with the power {power:g} (chosen on the scores "
-            "below) instead of that of the training.\n"
-        )
-    )
+    final = "" if power is None else FINAL_WHITENING.format(power=power)
     about = {"name": arguments.name, "n_features": manifest["config"]["n_features"]}
     diagnostics = ""
     if objective in WITH_STRUCTURES:
@@ -204,34 +201,23 @@ def model_card(arguments: argparse.Namespace, manifest: dict[str, Any]) -> str:
     scores = pd.read_csv(arguments.scores)
     table = paired_differences(scores, arguments.model, arguments.baseline)
     rows = scores[scores["model"] == arguments.model]
-    return CARD.format(
-        name=arguments.name,
-        about=ABOUT[objective].format(**about),
-        data=(LABELS if "labels" in data else STRUCTURES).format(
+    told = {
+        "name": arguments.name,
+        "about": ABOUT[objective].format(**about),
+        "data": (LABELS if "labels" in data else STRUCTURES).format(
             what=what, label=LABEL.get(objective), **data
         ),
-        diagnostics=diagnostics,
-        limits=limits,
-        revision=provenance["revision"] or "not recorded",
-        steps=provenance.get("steps", manifest["step"]),
-        changes="\n".join(changes),
-        final_whitening=final,
-        seeds=rows["seed"].nunique(),
-        baseline=arguments.baseline,
-        scores=table.round(3).to_markdown(),
-        **{
-            key: provenance[key]
-            for key in (
-                "element_features",
-                "objective",
-                "epochs",
-                "batch_size",
-                "learning_rate",
-                "schedule",
-                "seed",
-            )
-        },
-    )
+        "diagnostics": diagnostics,
+        "limits": limits,
+        "revision": provenance["revision"] or "not recorded",
+        "steps": provenance.get("steps", manifest["step"]),
+        "changes": "\n".join(changes),
+        "final_whitening": final,
+        "seeds": rows["seed"].nunique(),
+        "baseline": arguments.baseline,
+        "scores": table.round(3).to_markdown(),
+    }
+    return CARD.format(**{**provenance, **told})
 
 
 if __name__ == "__main__":
