@@ -302,6 +302,7 @@ def test_retrieval_at_k():
     rows, columns = torch.tensor([1, 2, 8]), torch.tensor([0, 1, 2, 1])  # 8 has no match
     found = [losses.retrieval_at_k(similarity, rows, columns, k).item() for k in (1, 2, 3, 9)]
     assert found == [0.0, 1.0, 1.0, 1.0]
+    assert losses.retrieval_at_k(similarity[:1], rows[:1], columns, k=2).item() == 1.0
     similarity[0, 3] = 10.0
     assert losses.retrieval_at_k(similarity, rows, columns).item() == 0.5
 

@@ -30,8 +30,8 @@ def chlorides():
     return PolymorphDataset(structures, progress=False, processes=1)
 
 
-def model_of(objective="polysrl"):
-    config = replace(CONFIG, log_sigma_shift=-3.0)
+def model_of(objective="polysrl", log_sigma_shift=-3.0):
+    config = replace(CONFIG, log_sigma_shift=log_sigma_shift)
     return PolySRLModel("pretraining", config=config, objective=objective)
 
 
@@ -111,6 +111,21 @@ def test_doped_formulas_get_the_variance_of_those_with_several_structures(chlori
     model = PolySRLModel.from_pretrained("polysrl-mp")
     fit_polymorph_variance(model, chlorides, n_steps=800, batch_size=6, unknown=1.0)
     assert model.predict_polymorphism(asked).mean() > 2 * model.predict_polymorphism(known).mean()
+
+
+def test_gradients_are_clipped(chlorides, monkeypatch):
+    """They are great where sigma is far below the spread."""
+    norms, step = [], torch.optim.Adam.step
+
+    def noted(optimizer, *args, **kwargs):
+        (group,) = optimizer.param_groups
+        norms.append(torch.stack([p.grad.norm() for p in group["params"]]).norm().item())
+        return step(optimizer, *args, **kwargs)
+
+    monkeypatch.setattr(torch.optim.Adam, "step", noted)
+    model = model_of(log_sigma_shift=-9.0)
+    fit_polymorph_variance(model, chlorides, n_steps=2, batch_size=4)
+    np.testing.assert_allclose(norms, model.config.grad_clip, rtol=1e-3)
 
 
 def test_the_same_seed_gives_the_same_weights(chlorides):

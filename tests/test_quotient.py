@@ -147,6 +147,12 @@ def test_copies_of_a_site_are_merged_and_nothing_beyond_what_differs():
     assert merged([ring]).multiplicity.tolist() == [1] * 6
 
 
+def test_which_neighbor_is_at_which_distance_matters():
+    """Two sites with the same distances and the same neighbors, but the other way round."""
+    graph = graph_of([2, 2, 1, 1], [2, 3, 2, 3, 2, 3], [1.0, 2.0, 2.0, 1.0, 5.0, 6.0])
+    assert merged([graph]).multiplicity.tolist() == [1, 1, 1, 1]
+
+
 def test_resolution_decides_which_distances_are_equal():
     graph = graph_of([1, 1], [1, 0], [2.001, 2.004])
     assert merged([graph], resolution=0.01).multiplicity.tolist() == [2]

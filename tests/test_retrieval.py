@@ -51,6 +51,20 @@ def test_the_order_is_that_of_the_match_probability(prototypes):
     assert sorted(indices[0]) == list(range(20))
 
 
+@pytest.mark.parametrize(("form", "factor"), [("sigmoid", 1), ("hib", 2)])
+def test_scale_shift_and_form_are_those_of_the_model(prototypes, form, factor):
+    """Without a spread: the probability is that of the mean itself."""
+    config = replace(CONFIG, log_sigma_shift=-40.0, c_init=3.0, d_init=2.0, match_form=form)
+    model, candidates = matching(config), prototypes.select(range(4))
+    asked = formulas_of(candidates)
+    indices, probabilities = model.retrieve(asked, candidates, k=4, n_samples=1)
+    means, crystals = model.predict_embedding(asked), model.predict_structure_embedding(candidates)
+    distance = np.linalg.norm(means[:, None] - crystals, axis=2)
+    expected = 1 / (1 + np.exp(factor * (3 * distance - 2)))
+    found = np.take_along_axis(expected, indices, 1)
+    np.testing.assert_allclose(probabilities, found, rtol=1e-4)
+
+
 def test_the_shipped_encoder_finds_structures_of_real_formulas(prototypes):
     model = PolySRLModel.from_pretrained("polysrl-mp")
     asked = formulas_of(prototypes)

@@ -132,6 +132,7 @@ def _random_formulas():
         ["Hg0.7Cd0.3Te", "Hg7Cd3Te10", {"Te": 1, "Cd": 0.3, "Hg": 0.7}, "Te100Cd30Hg70"],
         ["Fe2O3", "Fe4O6", "O3Fe2", "Fe0.4O0.6", {"Fe3+": 2, "O2-": 3}],
         ["O2", "O", "O3", {"O": 0.25}],
+        ["Fe2O3", {"Fe": 2e-5, "O": 3e-5}],
         ["Ca(OH)2", "CaO2H2", "H2CaO2", "Ca(OH)₂", "CaO₂H2"],
         ["Hg0.7Cd0.3Te", "Hg₀.₇Cd₀.₃Te", "Hg₇Cd₃Te₁₀"],
     ],
@@ -163,6 +164,7 @@ def test_a_key_is_a_formula_that_has_this_key(formula):
         ["Fe2O3", "Fe3O4", "FeO"],
         ["Hg0.7Cd0.3Te", "Hg0.71Cd0.29Te"],
         ["O", {"O": 1, "Fe": 1e-5}, {"O": 1, "Co": 1e-5}],
+        [{"O": 1, "Fe": 1.0001e-9}, {"O": 1, "Fe": 1.0002e-9}],
         ["CO", "Co"],
     ],
 )

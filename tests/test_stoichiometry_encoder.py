@@ -129,6 +129,15 @@ def test_a_trace_of_an_element_fades_out_with_the_power_of_its_fraction():
     assert change[1.0, 1e-6] == pytest.approx(change[1.0, 1e-4] / 100, rel=0.2)
 
 
+def test_gcn_layers_start_as_the_configuration_says():
+    """Glorot: weights to sqrt(6 / 2 F), no bias; linear: both to 1 / sqrt(F), as torch has it."""
+    for name, greatest in (("glorot", (6 / 400) ** 0.5), ("linear", 200**-0.5)):
+        encoder = StoichiometryEncoder(replace(PAPER, convolution_init=name))
+        for layer in encoder.convolutions:
+            assert layer.weight.abs().max().item() == pytest.approx(greatest, rel=0.01)
+            assert layer.bias.any() == (name == "linear")
+
+
 def test_log_sigma_shift_is_added_to_log_sigma_only():
     encoder = make_encoder(n_features=8)
     shifted = StoichiometryEncoder(replace(encoder.config, log_sigma_shift=-3.0)).double().eval()
@@ -229,6 +238,16 @@ def test_whitening_adapts_in_training_and_only_when_asked():
     rows = correlated_rows(64).requires_grad_()
     awake.train()(rows).square().sum().backward()
     assert rows.grad.isfinite().all() and not awake.decorrelation.requires_grad
+
+
+def test_a_batch_has_a_fiftieth_of_the_weight_in_the_covariance():
+    norm = FeatureNorm(6, enabled=True, whitening=1.0).train()
+    norm.adaptive = True
+    rows = correlated_rows(64, 0)
+    normalized = (rows - rows.mean(0)) / rows.std(0, unbiased=False)
+    norm(rows)
+    expected = 0.98 * torch.eye(6) + 0.02 * normalized.T @ normalized / 64
+    torch.testing.assert_close(norm.covariance, expected, atol=1e-5, rtol=0)
 
 
 def test_whitening_is_kept_in_buffers():

@@ -378,6 +378,24 @@ def test_logged_losses_are_means_over_the_interval():
     assert losses == pytest.approx(expected, rel=1e-5) and last == losses[-1]
 
 
+def test_every_step_draws_other_samples_and_every_epoch_another_order(monkeypatch):
+    def drawn(seed):
+        samples, order = [], []
+
+        def loss(self, network, rows, generator):
+            samples.append(torch.rand((), generator=generator).item())
+            order.extend(rows[0].tolist())
+            return sum(p.sum() for p in network.parameters())
+
+        monkeypatch.setattr(LabeledData, "loss", loss)
+        regression(seed=seed).fit(data(), nb_epoch=2, checkpoint_interval=0)
+        return samples, order[:N], order[N:]
+
+    (samples, first, second), (others, *_) = drawn(0), drawn(1)
+    assert len({*samples, *others}) == 2 * len(samples) == 20
+    assert sorted(first) == sorted(second) == list(range(N)) and first != second
+
+
 def test_member_gradients_are_clipped_apart():
     model = regression()
     norms = []
