@@ -27,7 +27,7 @@ from polysrl_dc import (
 from polysrl_dc.checkpoints import load_checkpoint
 from polysrl_dc.cli import main
 from polysrl_dc.inputs import remarks
-from polysrl_dc.recipes import LEAST_ROWS, suitable_recipe
+from polysrl_dc.recipes import LEAST_ROWS, RECIPES, suitable_recipe
 
 FORMULAS = ["NaCl", "KCl", "LiF", "NaF", "KBr", "MgO", "CaO", "ZnO", "GaN", "AlN", "TiO2", "SiO2"]
 
@@ -314,6 +314,14 @@ def test_the_version_is_that_of_the_package(capsys: pytest.CaptureFixture[str]) 
 def test_no_recipe_suits_no_row(n_rows: int) -> None:
     with pytest.raises(ValueError, match=f"n_rows is {n_rows}: must be at least 1"):
         suitable_recipe(n_rows)
+
+
+def test_the_recipes_are_those_that_were_measured() -> None:
+    """Numbers of rows and epochs as the README and the findings of the benchmarks state them."""
+    suitable = [suitable_recipe(n) for n in (1, 999, 1_000, 4_999, 5_000)]
+    assert suitable == ["frozen", "frozen", "fine-tuned", "fine-tuned", "large"]
+    epochs = {name: recipe.epochs for name, recipe in RECIPES.items()}
+    assert epochs == {"frozen": 300, "fine-tuned": 100, "single": 100, "large": 100}
 
 
 def test_the_recipe_depends_on_the_number_of_rows(

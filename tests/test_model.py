@@ -18,6 +18,8 @@ from polysrl_dc.batches import LabeledData
 from polysrl_dc.config import _RANGES
 from polysrl_dc.errors import InvalidInputError
 from polysrl_dc.graphs import StoichiometryBatch
+from polysrl_dc.losses import polysrl_loss
+from polysrl_dc.recipes import RECIPES
 
 # ------------------------------------------------------------------ arguments
 
@@ -97,6 +99,23 @@ def test_every_constant_has_a_range_and_its_bounds_are_legal():
     for name in ("beta", "whitening", "message_power", "attention_power", "log_sigma_shift"):
         assert getattr(replace(PLAIN, **{name: 0}), name) == 0
     assert replace(PLAIN, whitening=1, log_sigma_shift=-4, grad_clip=1e-9).whitening == 1
+
+
+def test_the_constants_of_the_paper_are_those_that_it_states():
+    """Table 3 and Appendix B.3, as the configuration and as the defaults of the loss."""
+    paper = polysrl_dc.PolySRLConfig.named("paper")
+    assert (paper.stoichiometry_layers, paper.structure_layers, paper.n_features) == (3, 3, 200)
+    assert (paper.n_samples, paper.beta, paper.c_init, paper.d_init) == (8, 1e-8, 20, 20)
+    assert paper.grad_clip == 2
+    defaults = polysrl_loss.__kwdefaults__
+    assert (defaults["n_samples"], defaults["beta"]) == (paper.n_samples, paper.beta)
+
+
+def test_the_shipped_encoders_have_the_default_configuration():
+    """So that a user who names it compares with what was measured."""
+    for name in RECIPES["frozen"].settings["pretrained"]:
+        config = polysrl_dc.PolySRLModel.from_pretrained(name).config
+        assert config == polysrl_dc.PolySRLConfig.named("default")
 
 
 @pytest.mark.parametrize("value", [np.inf, -np.inf, np.nan, np.float32(2)])
