@@ -470,6 +470,15 @@ def test_published_scores(data_dir):
     assert published(task, data_dir)["CrabNet"][1] == pytest.approx(0.3234, abs=1e-4)
 
 
+def test_records_without_all_folds_are_no_published_scores(toy_embedded, monkeypatch):
+    task = tasks.load_task("embedded_seebeck")
+    rows = [*(("CrabNet", i, 2.0) for i in range(5)), *(("half", i, 1.0) for i in range(4))]
+    table = pd.DataFrame(rows, columns=["algorithm", "fold", "value"])
+    table = table.assign(task=task.dataset_name, metric="mae")
+    monkeypatch.setattr("scores.leaderboard", lambda _: table)
+    assert published(task, None) == {"best": ("CrabNet", 2.0), "CrabNet": ("CrabNet", 2.0)}
+
+
 def test_summary_without_leaderboard(toy_embedded, monkeypatch):
     monkeypatch.delenv("POLYSRL_DATA", raising=False)
     task = tasks.load_task("embedded_seebeck")

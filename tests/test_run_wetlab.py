@@ -12,7 +12,7 @@ import run_wetlab
 import transfer
 from check_submission import check_records
 from folds import unfinished_folder
-from magpie import magpie_features, predict_baseline
+from magpie import magpie_features, predict_baseline, regressor
 from paired import PLACE, comparison, held_out_ratio, over_folds, paired_differences
 from paper_models import MODELS, encoder_embeddings, encoder_of
 from paper_protocol import FOLDS, part_of_training
@@ -220,6 +220,22 @@ def test_transfer_learns_and_repeats():
     assert fixed[1] is None and fixed[2] == {"learning_rate": 1e-3}
 
 
+def test_a_part_of_the_training_rows_chooses_the_rate_and_is_not_learned_from(monkeypatch):
+    """And the model is that of the protocol: a constant rate, values alone, the seed asked for."""
+    fit, learned, models = PolySRLModel.fit, [], []
+
+    def noted(model, dataset, *args, **kwargs):
+        learned.append(len(dataset))
+        models.append((model.training["seed"], model.schedule, model.config.heteroscedastic))
+        return fit(model, dataset, *args, **kwargs)
+
+    monkeypatch.setattr(PolySRLModel, "fit", noted)
+    split = np.arange(16), np.arange(16, 20)
+    transfer.predict_fold(small_target(), split, None, 3, (1e-3, 1e-4), epochs=1)
+    assert learned[0] == learned[1] in (12, 13) and learned[2] == 16
+    assert models == [(3, "constant", False)] * 3
+
+
 def test_an_interrupted_fold_goes_on_with_what_it_had_trained(tmp_path, monkeypatch):
     target, fit = small_target(), PolySRLModel.fit
     split, rates = (np.arange(16), np.arange(16, 20)), (1e-3, 1e-4)
@@ -269,6 +285,16 @@ def test_random_encoders_differ_by_seed_and_saved_ones_do_not(tmp_path):
     PolySRLModel(pretrained=None, seed=1).save(tmp_path / "saved")
     saved = encoder_embeddings(str(tmp_path / "saved"), [0, 1])(["NaCl", "KCl"])
     np.testing.assert_allclose(saved, random[1], atol=1e-6)
+
+
+def test_magpie_baselines_are_those_that_are_described():
+    forest = regressor("magpie_forest", 7)
+    assert (forest.n_estimators, forest.max_features, forest.random_state) == (300, 1 / 3, 7)
+    with pytest.raises(ValueError, match=r"HeO: .*MeltingT is not finite"):
+        magpie_features(["NaCl", "HeO"])
+    x = np.random.default_rng(0).normal(size=(20, 2)) * [1, 1e-4]  # one column hardly varies
+    ridge = regressor("magpie_ridge", 0).fit(x, x @ [1, 1000])
+    assert len(set(ridge.predict([[0.5, 0.0], [0.5, 1.0]]))) == 1
 
 
 def test_magpie_baselines_see_training_rows_only(monkeypatch):

@@ -71,11 +71,60 @@ def test_ties_count_half_in_the_chance_to_lie_above():
     assert found["mean"] == pytest.approx(np.log(3) / 2)
 
 
+def test_the_test_of_lying_above_has_one_side():
+    """Of the 20 orders of 3 and 3 values one has all of the first above."""
+    high, low = np.array([4.0, 5.0, 6.0]), np.array([1.0, 2.0, 3.0])
+    assert uncertainty.above(high, low)["p"] == pytest.approx(1 / 20)
+    assert uncertainty.above(low, high)["p"] == 1
+
+
 def test_formulas_without_a_structure_do_not_count_in_the_trend():
     counts = np.array([0, 1, 2, 3])
     found = uncertainty.rising(counts, np.array([9.0, 0.1, 0.2, 0.3]))
     assert found["n"] == 3
     assert found["statistic"] == pytest.approx(1.0)
+
+
+def test_trends_compare_what_they_say(monkeypatch):
+    """Sigma by formula: more structures, none, and impurity each make it greater."""
+    sigmas = {"NaCl": 1.0, "KCl": 1.1, "MgO": 2.0, "CaO": 2.5, "Li3N": 4.0, "Bi2Te3": 1.0}
+    sigmas |= {"Ge0.9Mn0.1Te": 3.0, "TiO2": 1.0, "ZnO": 5.0, "LiF": 3.0}
+    monkeypatch.setattr(uncertainty, "uncertainties", lambda _, f: np.array([sigmas[x] for x in f]))
+    known = pd.Series(["NaCl", "KCl", *["MgO"] * 2, *["CaO"] * 3, "TiO2", *["ZnO"] * 2])
+    of = {name: ["Bi2Te3", "Ge0.9Mn0.1Te"] for name in uncertainty.THERMOELECTRICS.values()}
+    of["band_gap"] = ["NaCl", "KCl", "MgO", "CaO", "Li3N", "LiF"]
+    targets = {
+        name: Target(name, "1", np.array(formulas), np.ones(len(formulas)), 1.0, 8)
+        for name, formulas in of.items()
+    }
+    found = uncertainty.trends(None, known, np.array(["TiO2", "ZnO"]), targets)
+    rows = found.set_index("trend")[["n", "n_other", "statistic"]]
+    for more in ("several structures", "no known structure"):
+        assert rows.loc[f"band gap: {more} above one"].tolist() == [2, 2, 1]
+    rising = rows.filter(like="rising", axis=0)
+    assert rising["n"].tolist() == [4, 4, 0, 0, 2]
+    assert rising["statistic"].iloc[[0, 4]].tolist() == pytest.approx([0.9**0.5, 1])
+    assert (rows.filter(like="impure", axis=0).to_numpy() == 1).all()
+
+
+def test_cases_are_the_named_and_the_most_and_least_certain(tmp_path, monkeypatch):
+    """Of formulas with three structures or more; certain is what has a small sigma."""
+    formulas = [f"Na{n}Cl" for n in range(1, 14)]
+    sigmas = {formula: float(n) for n, formula in enumerate(formulas)} | {"KCl": 3.5}
+    monkeypatch.setattr(uncertainty, "CASES", ("KCl",))
+    monkeypatch.setattr(uncertainty, "structures_of", lambda *_: [SALT, DENSE, SALT])
+    monkeypatch.setattr(uncertainty, "uncertainties", lambda _, f: np.array([sigmas[x] for x in f]))
+    known = pd.Series([*formulas[1:] * 3, *formulas[:1] * 2])
+    found = uncertainty.cases(None, tmp_path, known, formulas)
+    assert found["formula"].tolist() == ["KCl", *formulas[1:6], *formulas[:-6:-1]]
+    assert found["chosen"].str.split().str[0].tolist() == ["named", *["most"] * 5, *["least"] * 5]
+    assert found.iloc[0][["structures", "distinct", "systems"]].tolist() == [3, 2, "cubic 3"]
+    assert found["percentile"].tolist()[:2] == pytest.approx([400 / 13, 100 / 13])
+
+
+def test_great_errors_are_those_of_1_ev_and_more():
+    found = uncertainty.by_error(np.array([1.0, 2.0, 3.0, 4.0]), np.array([0.1, 0.2, 1.0, 2.0]))
+    assert found["n"].tolist() == [4, 2] and found["statistic"].tolist() == [1, 1]
 
 
 def test_the_shipped_encoder_is_less_certain_of_formulas_with_many_structures():
