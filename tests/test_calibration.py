@@ -164,6 +164,8 @@ def test_a_few_rows_too_certain_do_not_widen_all_intervals():
     plain = evaluate(Normalized(residuals, std), errors, test_std)
     robust = evaluate(Normalized(residuals, lowered), errors, test_std)
     assert robust["width_95"] < 2 * plain["width_95"]
+    scales = Normalized(residuals, lowered).scales(test_std)
+    np.testing.assert_allclose(scales, test_std + np.median(lowered))
     assert evaluate(Scaled(residuals, lowered), errors, test_std)["width_95"] > 100
 
 

@@ -58,6 +58,14 @@ def test_distances_are_those_to_formulas_with_a_label():
         assert found[row] == pytest.approx(nearest, abs=1e-4)
 
 
+def test_a_split_follows_the_fractions_and_the_seed():
+    splitter = dc.splits.StoichiometrySplitter()
+    one, same, other = (splitter.split(data(), 0.5, 0.25, 0.25, seed=seed) for seed in (0, 0, 1))
+    assert [len(part) for part in one] == [N // 2, N // 4, N // 4]
+    assert sorted(np.concatenate(one)) == list(range(N))
+    assert one[0].tolist() == same[0].tolist() != other[0].tolist() != list(range(N // 2))
+
+
 def test_parts_follow_the_seed():
     def train(part):
         return fitted(dataset=part, nb_epoch=1)

@@ -587,6 +587,9 @@ def test_polymorphism_is_that_of_the_first_encoder_with_a_trained_variance(
     pretrained.save(tmp_path)
     expected = pretrained.predict_polymorphism(data())
     assert expected.shape == (N,) and (expected > 0).all()
+    with torch.no_grad():  # the geometric mean of the variances
+        log_sigma = pretrained.model.eval().encoder(StoichiometryBatch.from_graphs(data().X))[1]
+    np.testing.assert_allclose(expected, np.exp(2 * log_sigma.numpy().mean(1)), rtol=1e-5)
     starts = [two_encoders[0], tmp_path, two_encoders[1]]
     model = make(pretrained=starts, freeze_encoder=freeze_encoder, n_ensemble=6)
     assert model.variance_trained == [False, True, False] * (1 if freeze_encoder else 2)

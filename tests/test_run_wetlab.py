@@ -8,6 +8,7 @@ import numpy as np
 import pandas as pd
 import paper_protocol
 import pytest
+import representation
 import run_wetlab
 import transfer
 from check_submission import check_records
@@ -203,6 +204,12 @@ def test_dry_run_writes_nothing(data_dir, tmp_path, capsys):
     printed = capsys.readouterr().out
     assert all(f"{known.name}: {known.account}" in printed for known in wetlab_targets(data_dir))
     assert not list(tmp_path.iterdir())
+
+
+def test_the_protocols_have_the_epochs_and_rates_of_the_paper():
+    """Appendix E."""
+    assert (representation.EPOCHS, representation.LEARNING_RATE) == (300, 1e-3)
+    assert (transfer.EPOCHS, transfer.LEARNING_RATES) == (500, (5e-3, 1e-3, 5e-4, 1e-4))
 
 
 def test_transfer_learns_and_repeats():

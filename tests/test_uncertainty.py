@@ -135,6 +135,7 @@ def test_the_shipped_encoder_is_less_certain_of_formulas_with_many_structures():
     many = uncertainty.uncertainties(model, ["MgO", "ZnO", "SiO2", "TiO2", "ZnS", "C"])
     one = uncertainty.uncertainties(model, ["CaS", "HgCl", "RbF", "LaP", "YbTe", "SrSe"])
     assert np.log(many).mean() > np.log(one).mean() + 0.1
+    np.testing.assert_allclose(many[:1] ** 2, model.predict_polymorphism(["MgO"]), rtol=1e-5)
 
 
 def test_the_table_keeps_the_encoders_that_are_not_asked_for(tmp_path, monkeypatch):
