@@ -22,7 +22,7 @@ from graph_data import graph_dataset
 from labels import has_learned
 from matbench.metadata import mbv01_metadata
 from protocols import Settings, train_and_predict
-from scores import merge_scores, published, score_rows, summary
+from scores import keep_scores, merge_scores, published, score_rows, summary
 
 from polysrl_dc import PolySRLConfig, PolySRLModel
 from polysrl_dc.checkpoints import DEFAULT_ENCODER, save_checkpoint
@@ -444,6 +444,15 @@ def test_merged_scores_replace_the_same_fold(tmp_path):
     fresh = pd.DataFrame([("matbench", "t", "finetune", "m", 0, 1, "mae", 2.0)], columns=columns)
     assert list(merge_scores(tmp_path / "s.csv", fresh)["value"]) == [1.0, 2.0]
     assert list(pd.read_csv(tmp_path / "s.csv")["value"]) == [1.0, 2.0]
+
+
+def test_scores_of_some_seeds_of_a_run_are_kept_and_those_of_others_stay(tmp_path):
+    columns = ["task", "protocol", "model", "seed", "value"]
+    rows = [("t", "transfer", model, seed, 1.0) for model in "ab" for seed in (0, 1, 2)]
+    pd.DataFrame(rows, columns=columns).to_csv(tmp_path / "s.csv", index=False)
+    keep_scores(tmp_path / "s.csv", "t", "transfer", "a", lambda seed: seed == 1)
+    left = pd.read_csv(tmp_path / "s.csv")[["model", "seed"]].values.tolist()
+    assert left == [["a", 1], ["b", 0], ["b", 1], ["b", 2]]
 
 
 def test_writers_wait_for_one_another(tmp_path):

@@ -113,6 +113,15 @@ def test_doped_formulas_get_the_variance_of_those_with_several_structures(chlori
     assert model.predict_polymorphism(asked).mean() > 2 * model.predict_polymorphism(known).mean()
 
 
+def test_doped_formulas_count_by_their_share(chlorides):
+    """Before the first step, when sigma is nearly the same for all."""
+    none, half, whole = (
+        fit_polymorph_variance(model_of(), chlorides, n_steps=1, batch_size=4, unknown=unknown)[0]
+        for unknown in (0, 0.5, 1)
+    )
+    assert whole - none == pytest.approx(2 * (half - none), rel=0.2)
+
+
 def test_gradients_are_clipped(chlorides, monkeypatch):
     """They are great where sigma is far below the spread."""
     norms, step = [], torch.optim.Adam.step
