@@ -144,6 +144,8 @@ def test_rows_belong_together_by_formula_or_label_or_through_others():
     assert row_groups(graphs).tolist() == row_groups(graphs, [1, 2, 3, 4, 5]).tolist()
     linked = row_groups(graphs, ["a", "b", "b", "c", "d"])
     assert linked[0] == linked[1] == linked[2] and len(set(linked)) == 3
+    other_order = data(formulas=["KCl", "NaCl"], y=np.zeros(2))
+    assert row_groups(other_order, ["a", "b"]).tolist() == [0, 1]
     splitter = dc.splits.StoichiometrySplitter(["a", "b", "b", "c", "d"])
     for train, test in splitter.k_fold_split(graphs, 3, seed=0):
         assert len(train) + len(test) == 5 and len(test) in (1, 3)

@@ -15,13 +15,13 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
 import torch
-from crystals import AFLOW
+from crystals import AFLOW, graph_of
 from pymatgen.core import IStructure, Lattice, Structure
 
 from polysrl_dc import PolymorphDataset, StructureGraphFeaturizer, packing, sources
 from polysrl_dc.errors import InvalidInputError
 from polysrl_dc.graphs import StoichiometryBatch, StructureBatch
-from polysrl_dc.packing import pack, read_cache
+from polysrl_dc.packing import graph_arrays, pack, read_cache
 from polysrl_dc.sources import PackSettings
 
 FORK = multiprocessing.get_context("fork")  # children see what a test has patched
@@ -164,6 +164,14 @@ def test_settings_reach_the_graphs(tmp_path):
     for name in ("max_neighbors", "cutoff", "rounds", "resolution"):
         with pytest.raises(ValueError, match=f"{name} is 0"):
             replace(settings, **{name: 0})
+
+
+def test_sites_are_merged_for_as_many_rounds_as_the_settings_say():
+    """Of nine sites in a row each round tells one more pair apart."""
+    beside = [j for i in range(9) for j in (i - 1, i + 1) if 0 <= j < 9]
+    row = graph_of([1, *[2] * 7, 1], beside, [2.0] * 16)
+    found = [graph_arrays([row], ["row"], PackSettings(rounds=n)) for n in (1, 2, 3)]
+    assert [len(arrays["node_multiplicity"]) for arrays in found] == [2, 3, 4]
 
 
 def test_parquet_file_and_folder_of_shards(tmp_path, small_parts):

@@ -114,6 +114,18 @@ def test_they_grow_no_further_than_the_labels_spread():
     assert std[3] == pytest.approx(near) and near > found.ceilings[0]  # its own is not cut
 
 
+def test_rows_without_a_label_count_nowhere():
+    errors, own, known, distance = grown(400, 2.0)
+    labels = np.random.default_rng(1).normal(7, 0.2, (400, 1))
+    known[::2] = False
+    rows = known[:, 0]
+    alone = (part[rows] for part in (errors, own, known))
+    expected = Calibration.fit(*alone, False, distance[rows], labels[rows])
+    for part, wrong in ((errors, 99.0), (own, 99.0), (labels, 0.0)):
+        part[~rows] = wrong
+    assert Calibration.fit(errors, own, known, False, distance, labels) == expected
+
+
 def test_the_rate_is_the_likeliest_one_and_small_where_rows_are_few():
     errors, own, known, distance = grown(200, 1.5)
     ratios = np.abs(errors[:, 0]) / 2
