@@ -185,6 +185,7 @@ def test_weights_are_averaged_where_they_validate_well():
     assert update(5.0, 2.1) == (False, 1.0)  # 5 % worse than the best
     good, mean = update(2.0, 1.99)  # too small a gain to start anew; the third to be taken in
     assert good and mean == pytest.approx(1 + 3 ** (-1 / 3))
+    assert update(3.0, 2.02) == (False, mean)  # 1.5 % worse
     assert update(7.0, 1.9) == (True, 7.0)
 
 

@@ -71,6 +71,14 @@ def test_pyg_stoichiometry_is_fully_connected_with_self_loops():
     assert data.numbers.tolist() == [3, 8, 15, 26]
 
 
+def test_the_formula_is_that_of_the_amounts():
+    """Of these fractions no denominator up to 10,000 tells the amounts."""
+    amounts = np.array([1.0, 20_000.0])
+    numbers = np.array([1, 8], np.uint8)
+    graph = StoichiometryGraph(numbers, amounts / amounts.sum(), amounts=amounts)
+    assert graph.formula == "HO20000"
+
+
 def test_pyg_data_survives_the_other_way_round():
     for graph in structure_graphs():
         data = graph.to_pyg()

@@ -3,7 +3,7 @@
 import numpy as np
 import pandas as pd
 import pytest
-from claims import CLAIMS, MATBENCH, SUPERVISED, WETLAB, ZT, Claim, better, verdict
+from claims import CLAIMS, MATBENCH, PAPER_MODELS, SUPERVISED, WETLAB, ZT, Claim, better, verdict
 from crabnet_matbench import PROTOCOL, TASKS
 from labels import MP_PROPERTIES
 from paired import read_paper
@@ -417,6 +417,16 @@ def test_claims_hold_and_flip_with_the_numbers(complete, folder):
     judged = len(CLAIMS) - 1  # one rests on scores that are not fair
     tally = f"Claims of the paper: {page.count('**holds**')} of {judged} hold, 1 not judged"
     assert tally in page
+
+
+def test_equal_errors_are_no_better_and_one_screening_may_be_won_by_3d_infomax():
+    errors = pd.DataFrame({"estm600_zt": 0.5}, index=list(PAPER_MODELS))
+    assert better(errors, "polysrl", ["rand_init"]).tolist() == [False]
+    (claim,) = (claim for claim in CLAIMS if "but for 3D Infomax" in claim.text)
+    errors.loc[["polysrl", "infomax3d"]] = [[0.4], [0.3]]
+    assert claim.check({"screening": errors}).tolist() == [True]
+    errors.loc["rand_init"] = 0.3
+    assert claim.check({"screening": errors}).tolist() == [False]
 
 
 @pytest.mark.parametrize(
