@@ -1,5 +1,7 @@
 """Nearest neighbors of every site of a crystal through its periodic images; pure functions."""
 
+from collections.abc import Sequence
+
 import numpy as np
 from numpy.typing import ArrayLike, NDArray
 from pymatgen.core import Lattice
@@ -171,3 +173,15 @@ def _pairs_within(
     steps = np.rint(distances / _STEP).astype(np.int64)
     kept = other & (steps <= round(radius / _STEP))
     return centers[kept], neighbors[kept], steps[kept]
+
+
+def check_cell(cell: Sequence[float]) -> None:
+    """Refuse what are no three lengths and three angles; their volume is looked at later.
+
+    Raises
+    ------
+    InvalidInputError
+        One is not above 0, or an angle not below 180 degrees.
+    """
+    if not (all(0 < value for value in cell) and all(value < 180 for value in cell[3:])):
+        raise InvalidInputError(f"lengths or angles of the cell not above 0 or below 180: {cell}")

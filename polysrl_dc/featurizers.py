@@ -1,7 +1,7 @@
 """DeepChem featurizers for both kinds of graphs, and the one policy for bad input."""
 
 import logging
-from collections.abc import Iterable, Iterator, Mapping, Sequence, Set
+from collections.abc import Iterable, Iterator, Mapping, Set
 from typing import Any, TypeAlias
 
 import numpy as np
@@ -11,7 +11,7 @@ from deepchem.feat import Featurizer
 from pymatgen.core import Element, IStructure, Structure
 from pymatgen.core.structure import SiteCollection
 
-from polysrl_dc.crystal import neighbor_list
+from polysrl_dc.crystal import check_cell, neighbor_list
 from polysrl_dc.elements import N_ELEMENTS, has_embedding
 from polysrl_dc.errors import InvalidInputError
 from polysrl_dc.graphs import StoichiometryGraph, StructureGraph
@@ -124,10 +124,9 @@ class StoichiometryGraphFeaturizer(_GraphFeaturizer):
     """
 
     def _featurize(self, datapoint: Any, **kwargs: Any) -> StoichiometryGraph:
-        if isinstance(datapoint, StructureGraph):
-            datapoint = datapoint.stoichiometry
-        if isinstance(datapoint, StoichiometryGraph):
-            return datapoint
+        graph = getattr(datapoint, "stoichiometry", datapoint)
+        if isinstance(graph, StoichiometryGraph):
+            return graph
         numbers, amounts = parse_formula(datapoint)
         return StoichiometryGraph(numbers, amounts / amounts.sum(), amounts=amounts)
 
@@ -194,8 +193,7 @@ def reduced_formulas(source: Formulas) -> np.ndarray:
     dataset = formulas_dataset(source)
     formulas = []
     for row, graph in enumerate(dataset.X):
-        if isinstance(graph, StructureGraph):
-            graph = graph.stoichiometry
+        graph = getattr(graph, "stoichiometry", graph)
         if not isinstance(graph, StoichiometryGraph):
             raise InvalidInputError(f"row {row} (id {dataset.ids[row]}) is not a graph")
         formulas.append(graph.formula)
@@ -355,18 +353,6 @@ def structure_of_dict(given: Mapping[str, Any]) -> Structure:
         raise
     except Exception as error:  # pymatgen fails in any way on what is no such dict
         raise InvalidInputError(f"not the dict of a structure: {error!r:.200}") from error
-
-
-def check_cell(cell: Sequence[float]) -> None:
-    """Refuse what are no three lengths and three angles; their volume is looked at later.
-
-    Raises
-    ------
-    InvalidInputError
-        One is not above 0, or an angle not below 180 degrees.
-    """
-    if not (all(0 < value for value in cell) and all(value < 180 for value in cell[3:])):
-        raise InvalidInputError(f"lengths or angles of the cell not above 0 or below 180: {cell}")
 
 
 def check_lengths(dataset: Dataset) -> None:

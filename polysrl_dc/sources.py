@@ -22,13 +22,9 @@ from monty.serialization import loadfn
 from pymatgen.core import Composition, IStructure, Structure
 from pymatgen.io.cif import CifFile, CifParser, str2float
 
+from polysrl_dc.crystal import check_cell
 from polysrl_dc.errors import InvalidInputError
-from polysrl_dc.featurizers import (
-    StructureGraphFeaturizer,
-    check_cell,
-    structure_graph,
-    structure_of_dict,
-)
+from polysrl_dc.featurizers import StructureGraphFeaturizer, structure_graph, structure_of_dict
 from polysrl_dc.graphs import StructureGraph
 
 PARQUET_COLUMNS = ("material_id", "cell", "numbers", "frac_coords")

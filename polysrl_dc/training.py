@@ -90,9 +90,8 @@ class TrainableModel(RetrievingModel):
 
         Labels are normalized inside the model by the statistics of the first dataset it learns
         from; later ones in other units are warned of. Labels of weight 0 are missing ones, and a
-        row without any other is left out. What :meth:`calibrate` has found is forgotten. After
-        ``torch.distributed`` has been initialized, pretraining shares every batch between the
-        processes.
+        row without any other is left out. What :meth:`calibrate` has found is forgotten. With
+        ``torch.distributed`` initialized, pretraining shares every batch between the processes.
 
         Parameters
         ----------
