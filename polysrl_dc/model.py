@@ -2,7 +2,6 @@
 
 from collections.abc import Sequence
 from inspect import signature
-from numbers import Real
 from pathlib import Path
 from threading import Lock
 from typing import Any
@@ -175,7 +174,7 @@ class PolySRLModel(TrainableModel):
         if not 0 <= weight_decay < float("inf"):
             raise ValueError(f"weight_decay is {weight_decay}: must be finite and at least 0")
         if not isinstance(learning_rate, LearningRateSchedule) and not (
-            isinstance(learning_rate, Real) and 0 <= float(learning_rate) < float("inf")
+            isinstance(learning_rate, int | float) and 0 <= learning_rate < float("inf")
         ):
             known = "must be a finite number, at least 0, or a schedule of DeepChem"
             raise ValueError(f"learning_rate is {learning_rate!r}: {known}")

@@ -50,7 +50,6 @@ from polysrl_dc.recipes import RECIPES
         {"learning_rate": float("nan")},
         {"learning_rate": "1e-3"},
         {"learning_rate": None},
-        {"learning_rate": np.float32(-1)},
     ],
     ids=str,
 )
