@@ -148,7 +148,7 @@ def _alone(folder: Path) -> Iterator[None]:
 
 @contextlib.contextmanager
 def unfinished_folder(folder: Path) -> Iterator[Path | None]:
-    """A folder for what a command has trained so far, which is removed when all is well.
+    """A folder for what is trained of a fold, until :meth:`FoldStore.save` has kept all of it.
 
     Parameters
     ----------
@@ -170,8 +170,6 @@ def unfinished_folder(folder: Path) -> Iterator[Path | None]:
         except (BlockingIOError, FileNotFoundError):
             mine = False
         yield folder if mine else None
-        if mine:
-            shutil.rmtree(folder, ignore_errors=True)
 
 
 def in_parallel(
@@ -247,9 +245,12 @@ class FoldStore:
                 fold,
                 list(ids),
             )
-            return record if same and record["sha256"] == record_digest(record) else None
+            if not (same and record["sha256"] == record_digest(record)):
+                return None
         except (OSError, ValueError, KeyError, TypeError):
             return None
+        self._remove_parts(fold)  # of a run that was killed before it could
+        return record
 
     def save(
         self,
@@ -259,7 +260,7 @@ class FoldStore:
         std: Sequence[float] | None,
         params: dict[str, Any],
     ) -> None:
-        """Keep a finished fold; the values must be native and finite."""
+        """Keep a finished fold, whose values must be native and finite; its parts are removed."""
         record = {
             "task": self.task,
             "fold": fold,
@@ -272,3 +273,11 @@ class FoldStore:
         }
         record["sha256"] = record_digest(record)
         write_atomic(self.path(fold), json.dumps(record, allow_nan=False).encode())
+        self._remove_parts(fold)
+
+    def _remove_parts(self, fold: int) -> None:
+        """What was trained of a fold that is kept, unless another process is at work in it."""
+        if (parts := self.unfinished(fold)).exists():
+            with unfinished_folder(parts) as mine:
+                if mine:
+                    shutil.rmtree(mine, ignore_errors=True)

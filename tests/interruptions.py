@@ -12,6 +12,7 @@ import json
 import mmap
 import multiprocessing
 import os
+import re
 import resource
 import select
 import shutil
@@ -21,7 +22,7 @@ import sys
 import tempfile
 import time
 import traceback
-from collections.abc import Callable
+from collections.abc import Callable, Collection
 from dataclasses import asdict, dataclass, field
 from multiprocessing.synchronize import Barrier
 from pathlib import Path
@@ -191,6 +192,16 @@ def run(job: Callable[[Path], Any], folder: Path, **disturbance: Any) -> Run:
 # ---------------------------------------------------------------------------- what is tried
 
 
+def is_left(path: str, files: Collection[str]) -> bool:
+    """Whether a killed run has left a file that the next may remove, as nothing needs it.
+
+    Such are temporary files, and what was trained of a fold that is finished.
+    """
+    if fold := re.match("unfinished/(.+)_fold([0-9]+)/", path):
+        return f"folds/{fold[1]}/fold_{fold[2]}.json" in files
+    return path.endswith(".tmp")
+
+
 @dataclass
 class Found:
     """What became of one runner.
@@ -291,7 +302,8 @@ class Trial:
             ("read-only", self.folder("read-only"), {"read_only": True}),
             ("full", part, {"largest": 100}),
         ):
-            before = {k: v for k, v in content(part).items() if not k.endswith(".tmp")}
+            found = content(part)
+            before = {k: v for k, v in found.items() if not is_left(k, found)}
             ended = run(self.runner.job, folder, **disturbance)
             self.found.refused[name] = {
                 "status": ended.status,

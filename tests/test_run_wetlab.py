@@ -3,6 +3,7 @@
 import json
 from dataclasses import replace
 
+import folds
 import magpie
 import numpy as np
 import pandas as pd
@@ -12,7 +13,7 @@ import representation
 import run_wetlab
 import transfer
 from check_submission import check_records
-from folds import unfinished_folder
+from folds import FoldStore, unfinished_folder
 from magpie import magpie_features, predict_baseline, regressor
 from paired import PLACE, comparison, held_out_ratio, over_folds, paired_differences
 from paper_models import MODELS, encoder_embeddings, encoder_of
@@ -115,9 +116,9 @@ def test_scores_that_are_missing_are_made_from_the_folds(quick):
 
 
 def test_scores_of_another_encoder_do_not_stay(quick, tmp_path):
-    for seed, folds in enumerate(("grouped", "matbench")):
+    for seed, kind in enumerate(("grouped", "matbench")):
         PolySRLModel(pretrained=None, seed=seed).save(tmp_path / str(seed))
-        chosen = ("--encoder", str(tmp_path / str(seed)), "--name", "mine", "--folds", folds)
+        chosen = ("--encoder", str(tmp_path / str(seed)), "--name", "mine", "--folds", kind)
         scores = quick(*chosen, "--protocols", "representation", "--targets", "one")
         assert set(scores["suite"]) == ({"wetlab"} if seed else {"wetlab", "wetlab_grouped"})
 
@@ -272,7 +273,32 @@ def test_an_interrupted_fold_goes_on_with_what_it_had_trained(tmp_path, monkeypa
     found = train()
     assert trained == [1e-3, 1e-4, 1e-4, found[2]["learning_rate"]]
     np.testing.assert_array_equal(found[0], expected[0])
-    assert found[2] == expected[2] and not (tmp_path / "fold").exists()
+    assert found[2] == expected[2]
+
+
+def test_what_is_trained_of_a_fold_stays_until_the_fold_is_written(tmp_path, monkeypatch):
+    store, write = FoldStore(tmp_path / "folds", "task", {}), folds.write_atomic
+
+    def trained():
+        with unfinished_folder(store.unfinished(1)) as place:
+            (place / "part").touch()
+
+    def full(path, content):
+        raise OSError("No space left on device")
+
+    trained()
+    monkeypatch.setattr(folds, "write_atomic", full)
+    with pytest.raises(OSError, match="No space"):
+        store.save(1, ["a"], [0.5], None, {})
+    assert store.load(1, ["a"]) is None and (store.unfinished(1) / "part").exists()
+    monkeypatch.setattr(folds, "write_atomic", write)
+    store.save(1, ["a"], [0.5], None, {})
+    assert not store.unfinished(1).exists()
+    trained()  # as of a run that was killed when it had written the fold
+    with unfinished_folder(store.unfinished(1)):  # another process is at work in it
+        assert store.load(1, ["a"])["predictions"] == [0.5]
+        assert (store.unfinished(1) / "part").exists()
+    assert store.load(1, ["a"]) and not store.unfinished(1).exists()
 
 
 @pytest.mark.parametrize("model", MODELS)
