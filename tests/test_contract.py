@@ -167,10 +167,10 @@ def test_formulas_are_answered_as_their_graphs(name, trained):
         "row b: ": pd.Series({"b": "Qq"}),
         "no formula": [],
         "of type DataFrame": pd.DataFrame({"formula": FORMULAS}),
-        "row 0: .*StoichiometryGraph": graphs,
+        "row 1: .*of type float": [graphs[0], 3.5],
     }
     for question in questions:
-        for given in (FORMULAS, iter(FORMULAS), compositions, pd.Series(FORMULAS)):
+        for given in (FORMULAS, iter(FORMULAS), compositions, pd.Series(FORMULAS), graphs):
             np.testing.assert_equal(question(given), question(dataset))
         np.testing.assert_equal(question("NaCl"), question(["NaCl"]))
         np.testing.assert_equal(question({"Na": 1, "Cl": 1}), question(["NaCl"]))
