@@ -68,18 +68,17 @@ def stoichiometries(X: Sequence[Any], ids: Sequence[Any], first_row: int = 0) ->
 def _numbers(values: Any, ids: Sequence[Any], what: str) -> np.ndarray:
     """Labels or weights as float64, (n_rows, columns); masked ones are NaN."""
     array = values if np.ma.is_masked(values) else np.asarray(values)
+
+    def named(row: int) -> str:
+        return f"row {row} (id {ids[row]}): {what} {np.asarray(array[row]).tolist()!r:.80}"
+
     if array.dtype.kind not in "biufOSU":  # complex numbers and dates would be converted
-        raise InvalidInputError(
-            f"row 0 (id {ids[0]}): {what} {np.asarray(array[0]).tolist()!r:.80} is of type "
-            f"{array.dtype}"
-        )
+        raise InvalidInputError(f"{named(0)} is of type {array.dtype}")
     try:
         return np.ma.filled(array.astype(np.float64), np.nan).reshape(len(array), -1)
     except (TypeError, ValueError, OverflowError) as error:
         row = next((row for row, value in enumerate(array) if not _is_number(value)), 0)
-        raise InvalidInputError(
-            f"row {row} (id {ids[row]}): {what} {np.asarray(array[row]).tolist()!r:.80}: {error}"
-        ) from error
+        raise InvalidInputError(f"{named(row)}: {error}") from error
 
 
 def checked_labels(

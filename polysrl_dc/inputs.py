@@ -170,12 +170,14 @@ def read_labels(
         _say_skipped(list(missing.values()), "rows")
         dataset = dataset.select(np.flatnonzero(~column.index.isin(list(missing))))
         rows = f" in the rows with {options.group!r}"
-    formulas = row_groups(dataset) if len(dataset) else np.zeros(0)
-    for name, y, known in zip(options.target, dataset.y.T, dataset.w.T > 0, strict=True):
-        if not known.any():
+    known = dataset.w > 0
+    for name, any_known in zip(options.target, known.any(0), strict=True):
+        if not any_known:
             raise InvalidInputError(f"the column {name!r} has no number{rows}")
-        if options.task == "regression":
-            for text in remarks(y[known], formulas[known]):
+    if options.task == "regression":
+        formulas = row_groups(dataset)
+        for name, y, here in zip(options.target, dataset.y.T, known.T, strict=True):
+            for text in remarks(y[here], formulas[here]):
                 print(f"the labels of {name!r} {text}", file=sys.stderr)
     return dataset
 
