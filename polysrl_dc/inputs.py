@@ -1,6 +1,7 @@
 """What the commands of ``polysrl`` read: formulas, their labels, references and structures."""
 
 import argparse
+import re
 import sys
 from collections.abc import Hashable, Iterator, Sequence
 from decimal import Decimal
@@ -68,7 +69,19 @@ def read_formulas(
     if len(dataset) == 0:
         raise InvalidInputError("no usable formula is left")
     _say_total(len(frame) - len(dataset))
-    return frame.loc[dataset.ids], dataset
+    frame = frame.loc[dataset.ids]
+    if acronyms := list(dict.fromkeys(filter(_is_acronym, frame[options.column]))):
+        named = ", ".join(acronyms[:_SHOWN]) + (", ..." if len(acronyms) > _SHOWN else "")
+        print(
+            f"read letter by letter, each an element: {named}; if it is a name, write the formula",
+            file=sys.stderr,
+        )
+    return frame, dataset
+
+
+def _is_acronym(text: Any) -> bool:
+    """Whether a formula may be the name of a material, such as YBCO."""
+    return isinstance(text, str) and re.fullmatch("[A-Z]{3,}", text) is not None
 
 
 def read_reference(options: argparse.Namespace, model: PolySRLModel) -> dc.data.Dataset:

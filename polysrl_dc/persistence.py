@@ -262,11 +262,11 @@ class PersistentModel(TorchModel):
         Parameters
         ----------
         max_checkpoints_to_keep : int
-            0 writes nothing.
+            Less than 1 writes nothing.
         model_dir : str, optional
             Folder, made if it is missing; default: that of the model.
         """
-        if max_checkpoints_to_keep == 0 or process_rank() > 0:
+        if max_checkpoints_to_keep < 1 or process_rank() > 0:
             return
         self._ensure_built()
         folder = Path(model_dir or self.model_dir)

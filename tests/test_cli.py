@@ -573,6 +573,20 @@ def test_a_bad_row_is_named_or_skipped(tmp_path: Path, capsys: pytest.CaptureFix
     assert frame["note"].tolist() == ["a", "c"]
 
 
+def test_names_that_read_as_formulas_are_told(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    path, output = tmp_path / "t.csv", tmp_path / "out.csv"
+    path.write_text("formula\nYBCO\nCO\nBSCF\nYBa2Cu3O7\nYBCO\nKOH1\n")
+    assert main(["embed", "--input", str(path), "--output", str(output)]) == 0
+    said = "read letter by letter, each an element: YBCO, BSCF; if it is a name, write the formula"
+    assert said in capsys.readouterr().err.splitlines()
+    assert len(pd.read_csv(output)) == 6
+    path.write_text("formula\nCO\nYBa2Cu3O7\n")
+    assert main(["embed", "--input", str(path), "--output", str(output)]) == 0
+    assert "letter by letter" not in capsys.readouterr().err
+
+
 def test_a_bad_label_is_named(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     path = tmp_path / "bad.csv"
     path.write_text("formula,gap,metal\nNaCl,8.5,no\nKCl,large,no\nTiO2-x,~3,no\nMgO,7.8,no\n")

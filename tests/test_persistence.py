@@ -320,7 +320,10 @@ def test_checkpoints_rotate(tmp_path):
     for path, expected in zip(paths, reversed(states), strict=False):
         model.restore(path)
         assert_same_state(state(model), expected)
-    make(model_dir=str(tmp_path / "none")).fit(data(), nb_epoch=1, checkpoint_interval=0)
+    model = make(model_dir=str(tmp_path / "none"))
+    model.fit(data(), nb_epoch=1, checkpoint_interval=0)
+    for number in (0, -1):
+        model.save_checkpoint(number)
     assert not (tmp_path / "none").exists() or not list((tmp_path / "none").iterdir())
 
 
