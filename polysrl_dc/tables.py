@@ -34,7 +34,9 @@ def _plain(value: Any) -> Any:
         return {str(key): _plain(item) for key, item in value.items()}
     if value is None or value is pd.NA or value != value:  # not a number, not a time
         return None
-    if isinstance(value, np.generic):
+    if isinstance(value, np.datetime64 | np.timedelta64):  # item() makes an integer of nanoseconds
+        value = pd.Timestamp(value) if isinstance(value, np.datetime64) else pd.Timedelta(value)
+    elif isinstance(value, np.generic):
         value = value.item()
     if isinstance(value, Decimal) and Decimal(repr(float(value))) == value:
         value = float(value)

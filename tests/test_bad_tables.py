@@ -7,6 +7,7 @@ that is read for another row, would shift the others.
 import csv
 import gzip
 import json
+from datetime import datetime, timedelta
 from decimal import Decimal
 from io import BytesIO
 from itertools import count
@@ -457,13 +458,13 @@ def test_decimals_of_parquet_are_numbers_and_its_bytes_are_text(tmp_path, capsys
         "name": pa.array(["Ä".encode(), None], pa.large_binary()),
         "code": pa.array([b"ab", b"cd"], pa.binary(2)),
         "gap": pa.array([Decimal("8.50"), None], pa.decimal128(10, 2)),
-        "long": pa.array([Decimal("0.1234567890123456789"), Decimal(3)], pa.decimal128(30, 19)),
+        "long": pa.array(map(Decimal, ["0.1234567890123456789", "0.1"]), pa.decimal128(30, 19)),
     })  # fmt: skip
     pq.write_table(table, tmp_path / "t.parquet")
     frame = read_table(str(tmp_path / "t.parquet"), ["formula"])
     assert json.loads(WRITTEN[".json"](frame)) == [
         {"formula": "NaCl", "name": "Ä", "code": "ab", "gap": 8.5, "long": "0.1234567890123456789"},
-        {"formula": "KCl", "name": None, "code": "cd", "gap": None, "long": 3.0},
+        {"formula": "KCl", "name": None, "code": "cd", "gap": None, "long": 0.1},
     ]
     assert WRITTEN[".csv"](frame).decode().splitlines()[1].startswith("NaCl,Ä,ab,8.50,0.123456789")
     table = table.set_column(1, "name", pa.array([b"Ann", b"\xff"]))
@@ -480,6 +481,22 @@ def test_lists_are_written_whole_to_csv(encoder, tmp_path):
     found = pd.read_csv(output).loc[0]
     assert json.loads(found["spectrum"]) == (np.arange(2000) / 3).tolist()
     assert json.loads(found["tag"]) == {"a": [0.1]}
+
+
+@pytest.mark.parametrize("unit", ["s", "us", "ns"])
+def test_times_within_lists_are_written_as_those_alone(unit, tmp_path):
+    day, span = datetime(2026, 11, 23, 5, 6, 7), timedelta(days=1, seconds=5)
+    table = pa.table({
+        "formula": ["NaCl"],
+        "days": pa.array([[day, None]], pa.list_(pa.timestamp(unit))),
+        "spans": pa.array([[span, None]], pa.list_(pa.duration(unit))),
+    })  # fmt: skip
+    pq.write_table(table, tmp_path / "t.parquet")
+    frame = read_table(str(tmp_path / "t.parquet"), ["formula"])
+    found = [["2026-11-23T05:06:07", None], ["P1DT0H0M5S", None]]
+    assert list(json.loads(WRITTEN[".json"](frame))[0].values()) == ["NaCl", *found]
+    written = pd.read_csv(BytesIO(WRITTEN[".csv"](frame))).loc[0]
+    assert [json.loads(written[name]) for name in ("days", "spans")] == found
 
 
 def test_columns_without_a_name(tmp_path, capsys):
@@ -589,10 +606,10 @@ def test_an_index_that_names_the_rows_is_kept(tmp_path, capsys):
     WRITERS["json.gz"](frame, str(tmp_path / "split.json"))
     for name in ("t.parquet", "t.json", "split.json"):
         assert read_table(str(tmp_path / name), ["formula"])["index"].tolist() == ["mp-1", "mp-2"]
-    columns = {"formula": {str(i): "NaCl" for i in range(12)}, "gap": {"11": 1, "2": 2}}
+    columns = {"gap": {"11": 1, "2": 2}, "formula": {str(i): "NaCl" for i in range(12)}}
     (tmp_path / "t.json").write_text(json.dumps(columns))
     found = read_table(str(tmp_path / "t.json"), ["formula"])
-    assert list(found) == ["formula", "gap"] and found["gap"].dropna().to_dict() == {2: 2, 11: 1}
+    assert list(found) == ["gap", "formula"] and found["gap"].dropna().to_dict() == {2: 2, 11: 1}
     index = pd.Index([7], name="gap")
     pd.DataFrame({"formula": ["NaCl"], "gap": [1]}, index).to_parquet(tmp_path / "named.parquet")
     message = run(["embed", "--input", str(tmp_path / "named.parquet")], capsys)[2]
