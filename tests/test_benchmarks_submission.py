@@ -3,6 +3,7 @@
 import copy
 import gzip
 import json
+from importlib.metadata import version
 
 import check_submission
 import numpy as np
@@ -60,6 +61,7 @@ def test_a_written_record_is_accepted(record):
     info = json.loads((record / "info.json").read_text())
     keys = {"authors", "algorithm", "algorithm_long", "bibtex_refs", "notes", "requirements"}
     assert set(info) == keys
+    assert f"matbench=={version('matbench')}" in info["requirements"]["python"]
 
 
 def test_uncertainties_survive_reading_and_merging(record):
@@ -122,14 +124,32 @@ def test_recorded_values_are_native_floats():
     assert {type(value) for value in [*values, *std, params["lr"]]} == {float}
 
 
-def test_probabilities_are_checked():
+def test_recorded_values_come_back_to_the_last_digit_and_in_their_order(record):
+    task = small_task()
+    predictions, std = np.linspace(0.1, 5, 5) / 3, np.array([0.3, 0.7, 0.1, 2.0, 0.2]) / 3
+    for fold in range(5):
+        submission.record_fold(task, fold, predictions, std, {"lr": 0.1})
+    submission.write_record(record, [task], {"wetlab_gap": {"seed": 7}}, "finetune")
+    read = submission.read_benchmark(record)  # in which it has taken the place of the earlier one
+    assert read.user_metadata["tasks"]["wetlab_gap"]["seed"] == 7
+    ids, *found, params = submission.recorded_fold(read.tasks_map["wetlab_gap"], 0)
+    assert ids == list(task.validation.fold_0.test)
+    assert found == [predictions.tolist(), std.tolist()] and params == {"lr": 0.1}
+
+
+def test_probabilities_are_checked(monkeypatch):
     task = tasks.MatbenchTask("matbench_glass", autoload=False)
     n_test = len(task.validation.fold_0.test)
-    with pytest.raises(ValueError, match="not a probability"):
-        submission.record_fold(task, 0, np.full(n_test, 1.5))
+    for value in (1.5, -0.5):
+        with pytest.raises(ValueError, match=f"{value} is not a probability"):
+            submission.record_fold(task, 0, np.full(n_test, value))
     with pytest.raises(ValueError, match="regression only"):
         submission.record_fold(task, 0, np.full(n_test, 0.5), np.ones(n_test))
     assert not task.is_recorded[0]
+    recorded = []
+    monkeypatch.setattr(task, "record", lambda fold, values, **_: recorded.extend(values))
+    submission.record_fold(task, 0, np.arange(n_test) % 2)  # 0 and 1 are probabilities
+    assert recorded[:3] == [0.0, 1.0, 0.0]
 
 
 def _drop_fold(content):

@@ -85,6 +85,11 @@ def test_far_means_further_than_reference_formulas_are_from_each_other(encoder, 
     assert few.threshold == np.percentile(few.own_distances, 10)
     nearest = np.searchsorted(own.min(1)[np.argsort(own.min(1))] + 2e-6, few.own_distances)
     assert len(np.unique(nearest)) > 25  # a sample of them, not the first one fifty times
+    other = Domain(encoder, KNOWN, n_sampled=50, seed=1)
+    assert not np.array_equal(other.own_distances, few.own_distances)
+    most = Domain(encoder, KNOWN, n_sampled=len(own) - 1).own_distances  # none of them twice
+    without = [np.delete(domain.own_distances, row) for row in range(len(own))]
+    assert min(np.abs(part - most).max() for part in without) < 1e-5
     asked = ["Bi2Te3", "Ag0.02Pb0.98Te", "Sb2Te3"]
     with pytest.warns(OutsideDomainWarning):
         found = few.query(asked, k=1)
@@ -111,6 +116,7 @@ def test_formulas_of_one_embedding_do_not_take_each_others_place():
     assert found["nearest"].tolist() == asked
     assert found["percentile"].tolist() == [0.0] * 4  # of distances below, not equal
     assert flat.own_distances.tolist() == [0.0] * 4
+    assert flat.threshold == 0 and not flat.outside(asked).any()  # at the threshold, not above it
     wide = flat.query(["CsCl"], k=4)
     assert sorted(wide["nearest"]) == ["CsCl", "KCl", "NaCl", "RbCl"]
     assert wide["nearest"].iloc[0] == "CsCl"
@@ -124,6 +130,10 @@ def test_unseen_elements_and_distance_each_put_a_formula_outside():
     assert len(w) == 1 and w[0].filename == __file__
     assert found["unseen"].tolist() == ["", "Li F", "Am"]
     assert found["outside"].tolist() == [False, True, True]
+    traces = [("Na0.99999Li0.00001Cl", "Li"), ("Na0.99999K0.00001Cl", "")]
+    with pytest.warns(OutsideDomainWarning, match="1 of 2"):
+        found = flat.query([formula for formula, _ in traces], k=1)
+    assert found["unseen"].tolist() == [symbols for _, symbols in traces]
     near = Domain(Flat(), ["NaCl", "KBr", "U"])
     near.elements[94] = True
     with pytest.warns(OutsideDomainWarning, match=r"1 of 2 .*first is Pu, at 1.414, further"):

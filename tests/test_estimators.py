@@ -20,7 +20,9 @@ from polysrl_dc import (
     PolySRLClassifier,
     PolySRLModel,
     PolySRLRegressor,
+    cross_val_predict,
     estimators,
+    keep_formulas,
 )
 from polysrl_dc.recalibration import UncalibratedWarning
 
@@ -49,8 +51,18 @@ def test_it_trains_as_the_recipe_says_and_answers_as_its_model() -> None:
 
 
 def test_folds_calibrate_and_predict_each_formula_by_a_model_without_it() -> None:
-    regressor = PolySRLRegressor(n_folds=3).fit(pd.Series(FORMULAS), pd.Series(SIGNAL))
-    assert regressor.cv_predictions_.shape == SIGNAL.shape
+    def train(part: dc.data.Dataset) -> PolySRLModel:
+        model = PolySRLModel(seed=3, **RECIPES["frozen"].settings)
+        model.fit(part, nb_epoch=2)
+        return model
+
+    regressor = PolySRLRegressor(n_folds=3, random_state=3)
+    regressor.fit(pd.Series(FORMULAS), pd.Series(SIGNAL))
+    expected = cross_val_predict(train, data(), 3, seed=3)
+    np.testing.assert_array_equal(regressor.cv_predictions_, expected.mean[:, 0])
+    model = train(data())
+    keep_formulas(model, data())
+    assert regressor.model_.calibration == model.calibrate(data(), predicted=expected)
     assert not np.array_equal(regressor.cv_predictions_, regressor.predict(FORMULAS))
     _, std = regressor.predict(FORMULAS, return_std=True)  # and no warning
     np.testing.assert_array_equal(std, regressor.model_.predict_uncertainty(FORMULAS)[1][:, 0])
@@ -62,10 +74,14 @@ def test_folds_calibrate_and_predict_each_formula_by_a_model_without_it() -> Non
         PolySRLRegressor(n_folds=2).fit(FORMULAS[:9], SIGNAL[:9])
 
 
-def test_groups_stay_in_one_part() -> None:
-    few = PolySRLRegressor(n_folds=2).fit(FORMULAS, SIGNAL, groups=["a"] * 20 + ["b"] * 16)
-    other = PolySRLRegressor().fit(FORMULAS[:20], SIGNAL[:20])
-    np.testing.assert_array_equal(few.cv_predictions_[20:], other.predict(FORMULAS[20:]))
+@pytest.mark.parametrize("labels", [SIGNAL, np.stack([SIGNAL, 3 - SIGNAL], axis=1), SIGNAL > 0])
+def test_groups_stay_in_one_part(labels) -> None:
+    estimator = PolySRLClassifier() if labels.dtype == bool else PolySRLRegressor()
+    few = clone(estimator).set_params(n_folds=2)
+    few.fit(FORMULAS, labels, groups=["a"] * 20 + ["b"] * 16)
+    model = estimator.fit(FORMULAS[:20], labels[:20]).model_
+    expected = model.predict(FORMULAS[20:]).reshape(labels[20:].shape)
+    np.testing.assert_array_equal(few.cv_predictions_[20:], expected)
 
 
 def test_missing_values_and_weights_are_those_of_the_model() -> None:
@@ -92,6 +108,7 @@ def test_values_are_missing_in_any_type_and_rows_of_no_weight_are_not_learned() 
         np.testing.assert_array_equal(regressor.predict(["RbI"]), expected)
     assert regressor.model_.provenance["targets"] == ["gap", "size"]
     assert regressor.model_.provenance["recipe"] == "frozen"
+    assert len(Domain(regressor.model_).formulas) == len(FORMULAS)  # one label of two is enough
     one = PolySRLRegressor().fit(["NaCl", "KCl", "PuO2"], [1, 2, 3], sample_weight=[1, 1, 0])
     assert Domain(one.model_).outside(["PuO2", "KCl"]).tolist() == [True, False]
     other = PolySRLRegressor().fit(["NaCl", "KCl"], [1, 2])
@@ -128,6 +145,8 @@ def test_formulas_may_be_the_only_column_of_a_table() -> None:
     np.testing.assert_array_equal(regressor.predict(table[["formula"]]), expected)
     np.testing.assert_array_equal(regressor.predict(table[["formula"]].to_numpy()), expected)
     assert regressor.model_.provenance["targets"] == ["gap"]
+    found = PolySRLRegressor().fit(FORMULAS, SIGNAL[:, None]).predict(FORMULAS)
+    np.testing.assert_array_equal(found, expected[:, None])  # as y had it
 
 
 def test_chance_is_that_of_scikit_learn() -> None:
@@ -151,8 +170,10 @@ def test_a_fit_that_fails_leaves_what_was_learned_before() -> None:
 
 
 def test_classes_have_any_names() -> None:
-    names = np.where(SIGNAL > 0, "wide", "narrow")
-    classifier = PolySRLClassifier(n_folds=2).fit(FORMULAS, names)
+    names = pd.Series(np.where(SIGNAL > 0, "wide", "narrow"), name="gap")
+    heavy = np.where(np.arange(len(SIGNAL)) < 9, 5.0, 1.0)
+    classifier = PolySRLClassifier(n_folds=2).fit(FORMULAS, names, sample_weight=heavy)
+    assert classifier.model_.provenance["targets"] == ["gap"]
     probability = classifier.predict_proba(FORMULAS)
     np.testing.assert_allclose(probability.sum(1), 1)
     expected = np.where(probability[:, 1] > 0.5, "wide", "narrow")
@@ -161,7 +182,7 @@ def test_classes_have_any_names() -> None:
     assert ((classifier.cv_predictions_ > 0) & (classifier.cv_predictions_ < 1)).all()
     assert classifier.score(FORMULAS, expected) == 1
     model = PolySRLModel("classification", **RECIPES["frozen"].settings)
-    model.fit(data((SIGNAL > 0).astype(float)), nb_epoch=2)
+    model.fit(data((SIGNAL > 0).astype(float), heavy), nb_epoch=2)
     np.testing.assert_array_equal(probability[:, 1], model.predict(data())[:, 0])
 
 

@@ -4,9 +4,11 @@ from dataclasses import replace
 
 import numpy as np
 import pytest
+import representation
 import torch
-from models import make
+from models import fitted, make
 from representation import (
+    PAPER,
     HeadStack,
     predict_folds,
     predict_targets,
@@ -60,6 +62,11 @@ def test_members_equal_heads_trained_alone(n_train: int, scale: float) -> None:
         torch.testing.assert_close(outputs[member], expected, rtol=1e-5, atol=1e-5)
 
 
+def test_the_settings_are_those_of_the_paper() -> None:
+    settings = representation.EPOCHS, representation.LEARNING_RATE, PAPER.head_hidden
+    assert settings == (300, 1e-3, 128) and PAPER.grad_clip == 2
+
+
 def test_the_clipped_case_is_clipped() -> None:
     x, y = data(18, 30.0)
     clipped, free = (plain_head(x, y, 0, 8, 3, clip)(x) for clip in (2.0, 1e9))
@@ -102,6 +109,15 @@ def test_rows_in_no_test_part_have_no_prediction() -> None:
     assert np.isnan(predicted[0, 0]).tolist() == [True] * 6 + [False] * 5 + [True]
 
 
+def test_predictions_follow_the_unit_and_the_zero_of_the_labels() -> None:
+    x, y = data(10)
+    shifts = np.array([[0.0], [1000.0], [500.0]])
+    values = np.outer([1.0, 1e-3, 0.0], y.numpy()) + shifts
+    predicted = predict_folds(x.numpy(), values, five_folds(10), [0], 4, epochs=1)[:, 0]
+    np.testing.assert_allclose(predicted[1], 1000 + 1e-3 * predicted[0], rtol=0, atol=1e-6)
+    assert (np.abs(predicted[2] - 500) < 2).all()
+
+
 def test_each_seed_reads_its_own_embeddings() -> None:
     x = np.stack([data(15)[0].numpy(), 2 * data(15)[0].numpy()])
     values = data(15)[1].numpy()[None].astype(float)
@@ -125,9 +141,17 @@ def test_targets_on_the_same_formulas_are_embedded_once() -> None:
     targets = [
         Target("a", "1", formulas, values, 1.0, 8),
         Target("b", "1", formulas, 3 * values, 1.0, 8),
+        Target("other batches", "1", formulas, values, 1.0, 16),
+        Target("other formulas", "1", formulas[::-1], values, 1.0, 8),
     ]
     found = predict_targets(embed, targets, [0, 1], epochs=2)
-    assert len(calls) == 1 and found["a"].shape == (2, 30)
+    assert [names[0] for names in calls] == ["Na1Cl", "Na1Cl", "Na30Cl"]
+    assert found["a"].shape == (2, 30)
+    for target in targets[2:]:
+        alone = predict_targets(embed, [target], [0, 1], epochs=2)[target.name]
+        np.testing.assert_array_equal(found[target.name], alone)
+    one_part = predict_targets(embed, targets[:1], [0], lambda target: five_folds(30)[:1], 2)["a"]
+    assert np.flatnonzero(~np.isnan(one_part[0])).tolist() == five_folds(30)[0][1].tolist()
     np.testing.assert_allclose(found["b"], 3 * found["a"], rtol=1e-4)
     assert not np.allclose(found["a"][0], found["a"][1])
 
@@ -143,6 +167,8 @@ def test_the_digest_is_that_of_what_makes_the_means(tmp_path):
         for parameter in model.model.encoder.variance_parameters():
             parameter += 1
     assert digest_of(model, "other variance") == first
+    trained = fitted(pretrained=tmp_path / "first", freeze_encoder=True)
+    assert digest_of(trained, "with a head") == first
     with torch.no_grad():
         model.model.encoder.mean_output.bias += 1
     assert digest_of(model, "other mean") != first

@@ -123,6 +123,20 @@ def test_a_simple_rule_is_learned(rule, fitted):
     assert np.abs(mean[:, 0] - rule.y).mean() < 0.25 * rule.y.std()
 
 
+def test_predictions_are_the_outputs_in_label_units_of_any_number_of_batches(
+    rule, fitted, monkeypatch
+):
+    formulas = roost.asked(rule)
+    (batch,) = fitted._loader(formulas, torch.zeros(len(rule)), rule, len(rule), shuffle=False)
+    with torch.no_grad():
+        (outputs,) = fitted.network.eval()(*batch[0])
+    value, log_std = outputs.double().numpy().T
+    monkeypatch.setattr(roost, "BATCH_SIZE", 1)  # of which 16 are predicted at once
+    mean, std = fitted.predict_uncertainty(rule)
+    np.testing.assert_allclose(mean[:, 0], value * rule.y.std() + rule.y.mean(), rtol=1e-3)
+    np.testing.assert_allclose(std[:, 0], np.exp(log_std) * rule.y.std(), rtol=1e-3)
+
+
 def test_units_of_the_labels_scale_the_predictions(rule):
     other = dc.data.NumpyDataset(rule.X, 1000 * rule.y - 7, ids=rule.ids)
     one, two = (small(epochs=2).fit(part).predict_uncertainty(rule) for part in (rule, other))
@@ -166,6 +180,8 @@ def test_an_interrupted_training_goes_on(at, rule, tmp_path, monkeypatch):
         torch.testing.assert_close(one, other, rtol=0, atol=0)
     small(epochs=4).fit(rule, unfinished=tmp_path)  # another training
     assert len(calls) == 8
+    small(epochs=3).fit(dataset(FORMULAS, -rule.y), unfinished=tmp_path)  # of other labels
+    assert len(calls) == 11
 
 
 def test_an_interruption_is_not_taken_for_the_end_of_training(rule, monkeypatch):
