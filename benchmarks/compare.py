@@ -2,7 +2,8 @@
 
     python benchmarks/compare.py --data-dir DATA --seeds 3              # wet lab, Table 8
     python benchmarks/compare.py --data-dir DATA --seeds 3 --matbench   # Matbench's small tasks
-    python benchmarks/compare.py --speed                                # see --speed --help
+    python benchmarks/compare.py --speed     # formulas per second; see --speed --help
+    python benchmarks/compare.py --cost      # seconds of a fold of the tables; see --cost --help
 
 Folds, records, scores and further options are those of ``run_wetlab.py`` (with ``--matbench`` of
 ``run_matbench.py --paper``): what is there is not run again. It ends with the mean errors, the
@@ -15,6 +16,7 @@ import argparse
 import sys
 from pathlib import Path
 
+import compare_cost
 import compare_speed
 import paper_protocol
 from paired import read_paper
@@ -29,10 +31,11 @@ PROTOCOL = {name: "representation" if "magpie" in name else "transfer" for name 
 
 
 def main(argv: list[str] | None = None) -> int:
-    """Run what is missing, or with ``--speed`` measure; print the comparison."""
+    """Run what is missing, or with ``--speed`` or ``--cost`` measure; print the comparison."""
     argv = sys.argv[1:] if argv is None else argv
-    if argv[:1] == ["--speed"]:
-        return compare_speed.main(argv[1:])
+    measured = {"--speed": compare_speed, "--cost": compare_cost}
+    if argv and argv[0] in measured:
+        return measured[argv[0]].main(argv[1:])
     parser = argparse.ArgumentParser(
         description=__doc__,
         formatter_class=argparse.RawDescriptionHelpFormatter,

@@ -12,8 +12,8 @@ from command_line import chosen_targets, runner_parser
 from files import write_csv
 
 RUNNERS = (
-    *("calibration", "compare", "compare_speed", "crabnet_matbench", "domain", "ensembles"),
-    *("fit_variance", "known", "pretrain", "publications", "recipe_sizes", "recipes"),
+    *("calibration", "compare", "compare_cost", "compare_speed", "crabnet_matbench", "domain"),
+    *("ensembles", "fit_variance", "known", "pretrain", "publications", "recipe_sizes", "recipes"),
     *("retrieval", "run_matbench", "run_wetlab", "search", "speed", "summarize", "thermoelectrics"),
     "uncertainty",
 )
@@ -42,7 +42,7 @@ def test_results_lie_beside_the_runners_wherever_they_are_started_from(tmp_path,
 
 @pytest.mark.parametrize("name", RUNNERS)
 def test_a_data_folder_that_is_not_there_ends_a_runner_in_one_line(name, tmp_path, capsys):
-    if name in ("compare_speed", "crabnet_matbench"):
+    if name in ("compare_cost", "compare_speed", "crabnet_matbench"):
         pytest.importorskip("aviary", reason="the extra peers is not installed")
     nowhere = tmp_path / "nowhere"
     code = ended(name, "--data-dir", str(nowhere), "--output-dir", str(tmp_path / "made"))

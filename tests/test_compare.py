@@ -1,14 +1,18 @@
 """Peers on the folds of the transfer protocol, the comparison printed of them, and its timing."""
 
 import json
+from dataclasses import replace
+from types import SimpleNamespace
 
 import compare
+import compare_cost
 import compare_speed
 import numpy as np
 import pandas as pd
 import paper_protocol
 import peers
 import pytest
+import recipes
 import torch
 import transfer
 from check_submission import check_records
@@ -260,6 +264,45 @@ def test_speed_of_polysrl_and_roost_is_written(monkeypatch, tmp_path, capsys):
     assert (table[["training", "prediction", "from_formulas"]] > 0).all(axis=None)
     assert table["parameters"][1] == model("roost", 0).n_parameters
     assert "polysrl is faster than roost by the factors training" in capsys.readouterr().out
+
+
+def test_cost_is_the_time_of_the_first_fold(monkeypatch, tmp_path, capsys):
+    clock, seen = iter([0.0, 3.0, 10.0, 17.0, 20.0, 25.0, 30.0, 39.0]), []
+    monkeypatch.setattr(compare_cost.time, "process_time", lambda: next(clock))
+    found = [replace(small_target(n), name=name) for n, name in ((24, "b"), (40, "c"), (20, "a"))]
+    monkeypatch.setattr(compare_cost, "wetlab_targets", lambda data_dir: found)
+
+    def way(target, split, seed):
+        seen.append((target.name, split[1].tolist() == target.splits()[0][1].tolist(), seed))
+
+    monkeypatch.setattr(compare_cost, "WAYS", {"one": way, "two": way})
+    assert main(["--cost", "--seed", "4", "--output-dir", str(tmp_path)]) == 0
+    assert seen == [("a", True, 4), ("a", True, 4), ("c", True, 4), ("c", True, 4)]
+    table = pd.read_csv(tmp_path / "compare_cost.csv")
+    rows = [["one", "a", 16, 3], ["two", "a", 16, 7], ["one", "c", 32, 5], ["two", "c", 32, 9]]
+    assert table[compare_cost.COLUMNS].to_numpy().tolist() == rows
+    shown = [line.split() for line in capsys.readouterr().out.splitlines()]
+    assert shown[1:5] == [["target", "a", "c"], ["model"], ["one", "3.0", "5.0"], ["two", "7.0", "9.0"]]
+
+
+def test_cost_is_that_of_whole_trainings(monkeypatch):
+    target, epochs = small_target(40), []
+
+    def trained(model, dataset, n, name, unfinished):
+        epochs.append(n)
+        return SimpleNamespace(
+            predict=lambda dataset: dataset.y, predict_uncertainty=lambda dataset: [dataset.y] * 2
+        )
+
+    for module in (transfer, recipes):
+        monkeypatch.setattr(module, "trained", trained)
+    cost = {}
+    for name in ("polysrl, rate chosen", "polysrl, rate given", "three encoders"):
+        compare_cost.WAYS[name](target, target.splits()[0], seed=0)
+        cost[name] = [epochs.pop() for _ in range(len(epochs))]
+    assert list(cost.values()) == [[500] * 5, [500], [300]]
+    assert set(compare_cost.WAYS) > {*PEERS, "magpie_forest"}
+    assert compare_cost.forest(target, target.splits()[0], 0).shape == (8,)
 
 
 @pytest.mark.parametrize("name", PEERS)
