@@ -29,11 +29,10 @@ from itertools import pairwise
 from pathlib import Path
 from typing import Any
 
-import numpy as np
 import torch
 from graph_data import Dataset
 from linear import Linear, linear
-from peers import asked, labeled, seeded
+from peer_base import PeerModel, asked, labeled, seeded
 from pytorch_optimizer import Lamb, Lookahead
 from torch import Tensor, nn
 from torch.optim.lr_scheduler import CyclicLR
@@ -250,10 +249,9 @@ class WeightAverage:
         self.started_at, self.best = state["started_at"], state["best"]
 
 
-class CrabNetModel:
-    """Fit and predict as ``PolySRLModel`` does, for one regression task.
+class CrabNetModel(PeerModel):
+    """CrabNet, trained as its authors do.
 
-    It is no ``TorchModel``: of that loop, which has no validation data, nothing would be left.
     After :meth:`fit`, ``history`` lists epoch and validation MAE (label units) by cycle.
 
     Parameters
@@ -262,14 +260,14 @@ class CrabNetModel:
         Fixes weights, validation part, orders, jitter and dropout; exactly repeatable on a CPU.
     epochs : int
         At most; a multiple of the 20 of a cycle.
-    device : str or torch.device, optional
-        Default: CUDA if there is any.
+    device, model_dir : optional
+        As of :class:`peer_base.PeerModel`.
     config : CrabNetConfig, optional
 
     Examples
     --------
     >>> from graph_data import graph_dataset
-    >>> dataset = graph_dataset(["NaCl", "KCl", "MgO", "CaO"], np.array([8.5, 8.4, 7.8, 7.1]))
+    >>> dataset = graph_dataset(["NaCl", "KCl", "MgO", "CaO"], [8.5, 8.4, 7.8, 7.1])
     >>> small = CrabNetConfig(width=8, layers=1, heads=2, feed_forward=8, head=(4,))
     >>> CrabNetModel(epochs=20, config=small).fit(dataset).predict(dataset).shape
     (4, 1)
@@ -280,26 +278,21 @@ class CrabNetModel:
         seed: int = 0,
         epochs: int = EPOCHS,
         device: str | torch.device | None = None,
+        model_dir: str | None = None,
         config: CrabNetConfig | None = None,
     ) -> None:
         self.config = config or CrabNetConfig()
         self.cycle = 2 * self.config.half_cycle
         if epochs < self.cycle or epochs % self.cycle:
             raise ValueError(f"epochs is {epochs}: must be a positive multiple of {self.cycle}")
-        self.seed, self.epochs = seed, epochs
-        self.device = torch.device(device or ("cuda" if torch.cuda.is_available() else "cpu"))
         self.history: list[tuple[int, float]] = []
-        self._scale: tuple[Tensor, Tensor] | None = None
-        with seeded(self.seed, self.device):
-            self.network = CrabNet(self.config).to(self.device)
+        super().__init__(seed, epochs, device, model_dir)
 
-    @property
-    def n_parameters(self) -> int:
-        """Trainable weights."""
-        return sum(parameter.numel() for parameter in self.network.parameters())
+    def _untrained(self) -> CrabNet:
+        return CrabNet(self.config).to(self.device)
 
     def fit(
-        self, dataset: Dataset, valid: Dataset | None = None, unfinished: Path | None = None
+        self, dataset: Dataset, unfinished: Path | None = None, valid: Dataset | None = None
     ) -> CrabNetModel:
         """Train from the initial weights, chosen among by validation data; returns itself.
 
@@ -307,10 +300,10 @@ class CrabNetModel:
         ----------
         dataset : dc.data.Dataset
             X holds stoichiometry graphs, y one column.
-        valid : dc.data.Dataset, optional
-            Default: a quarter of ``dataset``, drawn by the seed, which is then not learned from.
         unfinished : path, optional
             Folder from which the same training, if it was interrupted, goes on.
+        valid : dc.data.Dataset, optional
+            Default: a quarter of ``dataset``, drawn by the seed, which is then not learned from.
 
         Raises
         ------
@@ -322,7 +315,7 @@ class CrabNetModel:
         data = labeled(dataset).to(self.device)
         held_out = None if valid is None else labeled(valid).to(self.device)
         with seeded(self.seed, self.device):
-            self.network = CrabNet(self.config).to(self.device)
+            self.model = self._untrained()
             if held_out is None:
                 order = torch.randperm(len(data))
                 n = max(1, round(self.config.valid_fraction * len(data)))
@@ -336,7 +329,7 @@ class CrabNetModel:
         return self
 
     def _train(self, data: LabeledData, held_out: LabeledData, unfinished: Path | None) -> None:
-        network, config, size = self.network, self.config, batch_size(len(data))
+        network, config, size = self.model, self.config, batch_size(len(data))
         optimizer, average = crabnet_optimizer(network), WeightAverage(network)
         rise = config.half_cycle * math.ceil(len(data) / size)
         rates = CyclicLR(optimizer.optimizer, *config.learning_rates, rise, cycle_momentum=False)
@@ -377,16 +370,5 @@ class CrabNetModel:
         network.load_state_dict(average.model.module.state_dict())
         self._scale = center, scale
 
-    def predict(self, dataset: Dataset) -> np.ndarray:
-        """Predicted labels, (n, 1), in label units."""
-        return self.predict_uncertainty(dataset)[0]
-
-    def predict_uncertainty(self, dataset: Dataset) -> tuple[np.ndarray, np.ndarray]:
-        """Predicted labels and the standard deviations of their noise, each (n, 1)."""
-        if self._scale is None:
-            raise ValueError("the model is not fitted; call fit first")
-        formulas = asked(dataset).to(self.device)
-        value, log_std = outputs(self.network, formulas)
-        center, scale = self._scale
-        mean, std = value * scale + center, log_std.exp() * scale
-        return mean.unsqueeze(1).cpu().numpy(), std.unsqueeze(1).cpu().numpy()
+    def _outputs(self, dataset: Dataset) -> tuple[Tensor, Tensor]:
+        return outputs(self.model, asked(dataset).to(self.device))

@@ -15,11 +15,13 @@ from polysrl_dc import StoichiometryGraphFeaturizer
 
 # isort: split
 from deepchem.data import Dataset, NumpyDataset
+from deepchem.models.models import Model
+from deepchem.trans import undo_transforms
 
 if TYPE_CHECKING:
     from targets import Target
 
-__all__ = ["Dataset", "NumpyDataset", "dataset_of", "graph_dataset"]
+__all__ = ["Dataset", "Model", "NumpyDataset", "dataset_of", "graph_dataset", "undo_transforms"]
 
 
 def graph_dataset(
@@ -32,7 +34,7 @@ def graph_dataset(
     Parameters
     ----------
     formulas : sequence of str, (n,)
-    values : numpy.ndarray, (n,) or (n, n_tasks), optional
+    values : array-like, (n,) or (n, n_tasks), optional
         Labels; without them the data set is one to predict.
     ids : sequence, (n,), optional
         The formulas by default.

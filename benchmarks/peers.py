@@ -7,22 +7,16 @@ that is true of these few steps only, it is trained for as many epochs as our ow
 
 from __future__ import annotations
 
-from collections.abc import Iterator
-from contextlib import contextmanager
 from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import torch
-from graph_data import Dataset, dataset_of
+from graph_data import dataset_of
 from targets import Target
 from tasks import PAPER_TASKS
 from transfer import EPOCHS
-
-from polysrl_dc.batches import LabeledData, stoichiometries
-from polysrl_dc.errors import InvalidInputError
-from polysrl_dc.graphs import StoichiometryBatch
 
 #: What each peer needs to be imported; the extra ``peers`` has both.
 PEERS = {"roost": "aviary", "roost_500_epochs": "aviary", "crabnet": "pytorch_optimizer"}
@@ -142,38 +136,3 @@ def predict_peer_fold(
     model = peer_model(name, seed).fit(dataset_of(target, train), unfinished=unfinished)
     predictions, std = model.predict_uncertainty(dataset_of(target, test))
     return np.ravel(predictions), np.ravel(std), {}
-
-
-def labeled(dataset: Dataset) -> LabeledData:
-    """A dataset with every row checked; the losses of both peers have no weights.
-
-    Raises
-    ------
-    InvalidInputError
-        A row that is no graph or has no finite label (names row and id), weights that differ.
-    """
-    data = LabeledData.from_dataset(dataset, 1, False)
-    if len(data.weights.unique()) > 1:
-        raise InvalidInputError("the weights differ, which the losses of Roost and CrabNet lack")
-    return data
-
-
-def asked(dataset: Dataset) -> StoichiometryBatch:
-    """The formulas of a dataset to predict.
-
-    Raises
-    ------
-    InvalidInputError
-        It has no row, or a row that is no graph (names row and id).
-    """
-    if len(dataset) == 0:
-        raise InvalidInputError("the dataset has no row")
-    return stoichiometries(dataset.X, dataset.ids)
-
-
-@contextmanager
-def seeded(seed: int, device: torch.device) -> Iterator[None]:
-    """Draw from the seed within, and leave torch's global generators as they were."""
-    with torch.random.fork_rng([device] if device.type == "cuda" else []):
-        torch.manual_seed(seed)
-        yield

@@ -20,14 +20,13 @@ from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
-import numpy as np
 import torch
 from aviary.data import Normalizer
 from aviary.roost.data import collate_batch
 from aviary.roost.model import Roost
 from aviary.utils import initialize_losses, initialize_optim
 from graph_data import Dataset
-from peers import asked, labeled, seeded
+from peer_base import PeerModel, asked, labeled, seeded
 from pymatgen.core import Element
 from torch import Tensor
 from torch.utils.data import DataLoader
@@ -43,23 +42,23 @@ VERSION = f"aviary-models {version('aviary-models')}"
 TASK = "target"
 
 
-class RoostModel:
-    """Fit and predict as ``PolySRLModel`` does, for one regression task.
+class RoostModel(PeerModel):
+    """Roost, trained by the loop of its package.
 
     Parameters
     ----------
     seed : int
         Fixes weights and orders; exactly repeatable on a CPU.
     epochs : int
-    device : str or torch.device, optional
-        Default: CUDA if there is any.
+    device, model_dir : optional
+        As of :class:`peer_base.PeerModel`.
     **sizes
         Keyword arguments of ``aviary.roost.model.Roost``, to make it smaller.
 
     Examples
     --------
     >>> from graph_data import graph_dataset
-    >>> dataset = graph_dataset(["NaCl", "KCl", "MgO", "CaO"], np.array([8.5, 8.4, 7.8, 7.1]))
+    >>> dataset = graph_dataset(["NaCl", "KCl", "MgO", "CaO"], [8.5, 8.4, 7.8, 7.1])
     >>> model = RoostModel(epochs=1, n_graph=1, trunk_hidden=(8,)).fit(dataset)
     >>> model.predict(dataset).shape
     (4, 1)
@@ -70,24 +69,17 @@ class RoostModel:
         seed: int = 0,
         epochs: int = EPOCHS,
         device: str | torch.device | None = None,
+        model_dir: str | None = None,
         **sizes: Any,
     ) -> None:
         if epochs < 1:
             raise ValueError(f"epochs is {epochs}: must be at least 1")
-        self.seed, self.epochs, self.sizes = seed, epochs, sizes
-        self.device = torch.device(device or ("cuda" if torch.cuda.is_available() else "cpu"))
-        self._normalizer: Normalizer | None = None
-        with seeded(seed, self.device):
-            self.network = self._untrained()
+        self.sizes = sizes
+        super().__init__(seed, epochs, device, model_dir)
 
     def _untrained(self) -> Roost:
         settings = {"robust": True, "n_targets": [1], "task_dict": {TASK: "regression"}}
         return Roost(**settings, device=str(self.device), **self.sizes).to(self.device)
-
-    @property
-    def n_parameters(self) -> int:
-        """Trainable weights."""
-        return self.network.num_params
 
     def fit(self, dataset: Dataset, unfinished: Path | None = None) -> RoostModel:
         """Train from the initial weights by the package's own loop; returns itself.
@@ -145,25 +137,17 @@ class RoostModel:
                 state.keep()
         if not all(bool(weight.isfinite().all()) for weight in network.parameters()):
             raise FloatingPointError("a weight is not finite after training")
-        self.network, self._normalizer = network, normalizer
+        self.model, self._scale = network, (normalizer.mean, normalizer.std)
         return self
 
-    def predict(self, dataset: Dataset) -> np.ndarray:
-        """Predicted labels, (n, 1), in label units."""
-        return self.predict_uncertainty(dataset)[0]
-
-    def predict_uncertainty(self, dataset: Dataset) -> tuple[np.ndarray, np.ndarray]:
-        """Predicted labels and the standard deviations of their noise, each (n, 1)."""
-        if self._normalizer is None:
-            raise ValueError("the model is not fitted; call fit first")
+    def _outputs(self, dataset: Dataset) -> tuple[Tensor, Tensor]:
         formulas = asked(dataset)
         no_targets, size = torch.zeros(len(formulas)), 16 * BATCH_SIZE  # of the authors' script
         loader = self._loader(formulas, no_targets, dataset, size, shuffle=False)
         with seeded(self.seed, self.device):  # even a loader that does not shuffle draws a number
-            _, (outputs,), _ = self.network.predict(loader)
-        value, log_std = outputs.cpu().unbind(1)
-        mean, std = self._normalizer.denorm(value), log_std.exp() * self._normalizer.std
-        return mean.unsqueeze(1).numpy(), std.unsqueeze(1).numpy()
+            _, (outputs,), _ = self.model.predict(loader)
+        value, log_std = outputs.unbind(1)
+        return value, log_std
 
     def _loader(
         self,
@@ -178,7 +162,7 @@ class RoostModel:
         Its own ``CompositionData`` makes the same samples from strings, but keeps each of them for
         as long as the process lives, in a cache of the class.
         """
-        weight = self.network.elem_embedding.weight.detach().cpu()
+        weight = self.model.elem_embedding.weight.detach().cpu()
         known = torch.zeros(formulas.fractions.shape[1], dtype=torch.bool)
         known[: len(weight)] = weight.any(1)
         for row, z in ((formulas.fractions > 0) & ~known).nonzero().tolist():

@@ -248,7 +248,7 @@ def test_given_validation_data_are_not_learned_from(rule):
     train, valid = rule.select(range(40)), rule.select(range(40, 60))
     shifted = dc.data.NumpyDataset(valid.X, valid.y + 7.0, ids=valid.ids)
     models = [
-        CrabNetModel(epochs=20, device="cpu", config=SMALL).fit(train, part)
+        CrabNetModel(epochs=20, device="cpu", config=SMALL).fit(train, valid=part)
         for part in (valid, shifted)
     ]
     np.testing.assert_array_equal(*(model.predict(valid) for model in models))

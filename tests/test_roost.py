@@ -80,8 +80,8 @@ def test_the_package_gets_what_it_would_make_of_the_strings():
     loader = model._loader(formulas, torch.full((len(DOPED),), 0.5), given, 8, shuffle=False)
     (ours,) = list(loader)
     torch.testing.assert_close(ours[1], batch[1])
-    model.network.eval()
-    torch.testing.assert_close(*(model.network(*part[0]) for part in (ours, batch)))
+    model.model.eval()
+    torch.testing.assert_close(*(model.model(*part[0]) for part in (ours, batch)))
     sizes = [len(graph.numbers) for graph in given.X]
     assert sizes == [3, 1, 3, 4, 4] and len(ours[0][2]) == sum(n * n for n in sizes)
 
@@ -129,7 +129,7 @@ def test_predictions_are_the_outputs_in_label_units_of_any_number_of_batches(
     formulas = roost.asked(rule)
     (batch,) = fitted._loader(formulas, torch.zeros(len(rule)), rule, len(rule), shuffle=False)
     with torch.no_grad():
-        (outputs,) = fitted.network.eval()(*batch[0])
+        (outputs,) = fitted.model.eval()(*batch[0])
     value, log_std = outputs.double().numpy().T
     monkeypatch.setattr(roost, "BATCH_SIZE", 1)  # of which 16 are predicted at once
     mean, std = fitted.predict_uncertainty(rule)
@@ -176,7 +176,7 @@ def test_an_interrupted_training_goes_on(at, rule, tmp_path, monkeypatch):
         small(epochs=3).fit(rule, unfinished=tmp_path)
     again = small(epochs=3).fit(rule, unfinished=tmp_path)
     assert calls == ["train"] * 4  # three epochs, one of them begun twice
-    for one, other in zip(again.network.parameters(), whole.network.parameters(), strict=True):
+    for one, other in zip(again.model.parameters(), whole.model.parameters(), strict=True):
         torch.testing.assert_close(one, other, rtol=0, atol=0)
     small(epochs=4).fit(rule, unfinished=tmp_path)  # another training
     assert len(calls) == 8
