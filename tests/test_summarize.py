@@ -6,7 +6,7 @@ import pytest
 from claims import CLAIMS, MATBENCH, PAPER_MODELS, SUPERVISED, WETLAB, ZT, Claim, better, verdict
 from crabnet_matbench import PROTOCOL, TASKS
 from labels import MP_PROPERTIES
-from paired import read_paper
+from paired import holm, read_paper
 from paper_models import MODELS
 from paper_records import save_predictions
 from rates import chosen_rates
@@ -31,7 +31,7 @@ from results import (
 )
 from scipy import stats
 from scores import COLUMNS, LEADERBOARD
-from summarize import LEAK, main
+from summarize import LEAK, difference_lines, main
 from targets import Target
 
 #: Errors relative to the random start.
@@ -211,6 +211,33 @@ def test_only_seeds_and_folds_of_both_models_are_paired():
     assert np.isnan(one_fold.p) and np.isnan(one_fold.half)
 
 
+@pytest.mark.parametrize(
+    ("p", "corrected"),
+    [
+        ([0.01, 0.04, 0.03, 0.005], [0.03, 0.06, 0.06, 0.02]),  # 0.04 alone is below 0.03 x 2
+        ([0.02, 0.02, 0.02], [0.06, 0.06, 0.06]),
+        ([0.6, np.nan, 0.02, 0.7], [1.0, np.nan, 0.06, 1.0]),
+        ([np.nan], [np.nan]),
+        ([], []),
+    ],
+)
+def test_holms_correction_steps_down_and_never_falls(p, corrected):
+    assert holm(p) == pytest.approx(corrected, nan_ok=True)
+
+
+def test_the_last_columns_count_before_and_after_the_correction():
+    table = BY_NAME["Table 2"]
+    changes = [(-0.1, 0.001), (-0.1, 0.006), (-0.1, 0.02), (-0.1, 0.3), (-0.1, np.nan)]
+    changes += [(0.1, 0.004), (0.1, 0.04), (0.0, 0.9), (np.nan, np.nan)]
+    cells = {
+        ("wetlab", "transfer", "mae", task, "polysrl"): Cell(1.0, 0.1, 3, 5, change, 0.1, p)
+        for task, (change, p) in zip(table.tasks, changes, strict=True)
+    }
+    # seven tests: 0.001 x 7, 0.004 x 6, 0.006 x 5, 0.02 x 4
+    (row,) = [line for line in difference_lines(cells, table, "rand_init") if "polysrl" in line]
+    assert row.endswith("| 5 (3; 2) | 2 (2; 1) |")
+
+
 def test_a_complete_page_shows_ours_and_the_papers_and_names_nothing_as_missing(complete):
     folder, page = complete
     assert "not run" not in page and "Not run" not in page
@@ -224,7 +251,7 @@ def test_a_complete_page_shows_ours_and_the_papers_and_names_nothing_as_missing(
         in table
     )
     assert f"**{cell.difference:+.3f} ± {cell.difference_half:.3f}**<br>p < 0.001" in table
-    assert "| 11 (11) | 0 (0) |" in table and table.count("**0.") == 11
+    assert "| 11 (11; 11) | 0 (0; 0) |" in table and table.count("**0.") == 11
     r2 = part_of(page, "Table 4")
     assert (
         f"**{1 - cell.mean:.3f}** ± {cell.half:.3f}<br>0.840 (0.012), {0.16 - cell.mean:+.3f}" in r2
@@ -289,7 +316,7 @@ def test_our_record_stands_beside_those_of_models_that_see_compositions_only(com
     means, differences = part.split("| minus CrabNet |")
     models = [line.split(" | ")[0][2:] for line in means.splitlines() if line.startswith("| ")]
     assert models[2:] == ["CrabNet", "PolySRL"] and "| expt_gap |" in means
-    assert "| PolySRL | **-0.0" in differences and "| 8 (8) | 0 (0) |" in differences
+    assert "| PolySRL | **-0.0" in differences and "| 8 (8; 8) | 0 (0; 0) |" in differences
     write_scores(folder / "out")
     path = folder / "out" / "scores.csv"
     table = pd.read_csv(path).query("task != 'matbench_jdft2d'")
@@ -307,10 +334,10 @@ def test_recipes_are_compared_with_three_of_them_and_other_models(complete):
     means, _, rest = part.partition("| minus single |")
     assert f"| {RECOMMENDED} | **0." in means and "| roost | " in means
     first, _, recommended = rest.partition(f"| minus {RECOMMENDED} |")
-    assert "| single, frozen | **-0.0" in first and "| 9 (9) | 0 (0) |" in first
+    assert "| single, frozen | **-0.0" in first and "| 9 (9; 9) | 0 (0; 0) |" in first
     assert "| single, frozen | **+0.0" in recommended and "| roost | **+" in recommended
     recommended, _, fixed = recommended.partition(f"| minus {FIXED_RATE} |")
-    assert "| magpie_forest | " in recommended and "| 0 (0) | 9 (9) |" in recommended
+    assert "| magpie_forest | " in recommended and "| 0 (0; 0) | 9 (9; 9) |" in recommended
     assert "| single | **+0.0" in fixed and f"| {RECOMMENDED} | **-0.0" in fixed
 
 
@@ -531,7 +558,7 @@ def test_a_model_that_has_learned_the_labels_is_neither_best_nor_compared(folder
     means, differences = rows["mp_formation_energy"]
     assert "†" in means[learned] and "**" not in means[learned] and "**" in means[learned - 1]
     assert "**" in rows["polysrl"][0][learned]
-    assert differences[learned] == "†" and differences[-2:] == ["6 (6)", "0 (0)"]
+    assert differences[learned] == "†" and differences[-2:] == ["6 (6; 6)", "0 (0; 0)"]
 
 
 def test_what_cannot_be_read_ends_with_a_line(folder, capsys):
