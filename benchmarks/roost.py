@@ -5,8 +5,9 @@ Goodall, Lee, Nature Communications 11, 6280 (2020), doi:10.1038/s41467-020-1996
 package's own; nothing of them is written here. The settings:
 
 * sizes of the network, and Matscholar elements that are trained along: the defaults of its class;
-* the robust L1 loss, AdamW at 3e-4 with weight decay 1e-6, batches of 128, 100 epochs: the defaults
-  of the authors' script ``roost-example.py`` as their README calls it, and of their notebook;
+* the robust L1 loss, AdamW at 3e-4 with weight decay 1e-6, batches of 128, 100 epochs: those of the
+  authors' notebook, whose network is smaller, and the defaults of their ``roost-example.py``, which
+  their README calls with ``--robust`` and, as a demonstration, for 10 epochs;
 * no validation data, no early stopping, the weights of the last epoch: the script's default too,
   which calls this "the only valid model to use".
 """
