@@ -1,4 +1,4 @@
-"""Whether our CrabNet reproduces CrabNet's published scores, on Matbench's official folds.
+"""Whether CrabNet, as written here, reproduces its published scores on Matbench's official folds.
 
     python benchmarks/crabnet_matbench.py --data-dir DATA               # 15 folds, hours
     python benchmarks/crabnet_matbench.py --tasks expt_gap --folds 0    # the shortest part of it

@@ -71,14 +71,14 @@ rule). Encoders differ only in their pretraining: none (rand_init), contrasting 
 (graphcl), DFT labels (mp_band_gap, mp_formation_energy), structures (infomax3d), and structures of
 all polymorphs (polysrl, and without_sampling, for which the paper's values are those of its Table
 7). The Magpie models fit tabulated features without an encoder. Roost (package aviary-models) and
-CrabNet (written anew, `benchmarks/crabnet.py`; how far it reproduces its published scores stands
-below) are trained on each training fold by their own recipes, untuned; roost_500_epochs is Roost
-trained for the 500 epochs of the transfer protocol, not for its own 100. Rows beneath them are
-further encoders of ours. What is called a recipe is a way to train a model of this package on a
-whole training fold, within which it chooses nothing (batches, epochs and encoders of the recipes
-were taken after a look at test errors, those of the peers were not); where its standard deviation
-is calibrated and not cross-validated, on four fifths of it. *Mean of three seeds*: the predictions
-of three models of the transfer protocol, averaged. The other models there are those of Table 8.
+CrabNet (written anew, `benchmarks/crabnet.py`; beside its published scores below) are trained on
+each training fold by their own recipes, untuned; roost_500_epochs is Roost trained for the 500
+epochs of the transfer protocol, not for its own 100. Rows beneath them are further encoders of
+ours. What is called a recipe is a way to train a model of this package on a whole training fold,
+within which it chooses nothing (batches, epochs and encoders of the recipes were taken after a
+look at test errors, those of the peers were not); where its standard deviation is calibrated and
+not cross-validated, on four fifths of it. *Mean of three seeds*: the predictions of three models
+of the transfer protocol, averaged. The other models there are those of Table 8.
 
 Columns: gap (eV), form. (formation enthalpy, eV/atom {x} 10), glass (T_rg {x} 10); {sigma} (ln
 S/m), {kappa} (ln W/mK) and S (min-max scaled {x} 10) are electrical conductivity, thermal
