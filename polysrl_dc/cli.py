@@ -28,7 +28,7 @@ from polysrl_dc.domain import Domain, OutsideDomainWarning, keep_formulas
 from polysrl_dc.errors import InvalidInputError
 from polysrl_dc.inputs import read_formulas, read_labels, read_reference, read_structures
 from polysrl_dc.model import PolySRLModel
-from polysrl_dc.options import check, follow_recipe, parser
+from polysrl_dc.options import at_most, check, follow_recipe, number_of, parser
 from polysrl_dc.recalibration import LEAST, UncalibratedWarning
 from polysrl_dc.resumption import UNFINISHED, fit_in
 from polysrl_dc.tables import (
@@ -205,7 +205,7 @@ def retrieve(options: argparse.Namespace) -> None:
     candidates = read_structures(options.structures, options.on_error)
     if not isinstance(candidates, PolymorphDataset):
         candidates = PolymorphDataset.from_graphs(candidates.X, candidates.ids)
-    k = min(options.k, len(candidates))
+    k = at_most(options.k, len(candidates), "structure")
     indices, probabilities = model.retrieve(dataset, candidates, k)
     rows = indices.ravel()
     ranks = np.tile(np.arange(1, k + 1), len(frame))
@@ -232,7 +232,7 @@ def domain(options: argparse.Namespace) -> None:
             "--structures"
         )
     known = Domain(model, reference)
-    k = min(options.k, len(known.formulas))
+    k = at_most(options.k, len(known.formulas), "formula")
     with warnings.catch_warnings():
         warnings.simplefilter("ignore", OutsideDomainWarning)  # said below, in one line
         found = known.query(dataset, k)[names].reset_index(drop=True)
@@ -265,13 +265,13 @@ def _facts(name: str, model: PolySRLModel) -> dict[str, str]:
     if kind == "pretraining":
         facts["predicts"] = "embeddings of formulas, and which structures they have"
     elif model.model.fitted:
-        targets = ", ".join(known.get("targets", [_number_of(n_tasks, "target") + ", unnamed"]))
+        targets = ", ".join(known.get("targets", [number_of(n_tasks, "target") + ", unnamed"]))
         facts["predicts"] = f"{targets} ({kind})"
     else:
         facts["predicts"] = "embeddings of formulas"
     if known.get("formulas"):
         facts["learned from"] = (
-            f"{_number_of(len(known['formulas']), 'reduced formula')}, kept in it"
+            f"{number_of(len(known['formulas']), 'reduced formula')}, kept in it"
         )
     elif isinstance(data, dict) and "rows" in data:
         source = data.get("structures") or data.get("labels")
@@ -282,13 +282,13 @@ def _facts(name: str, model: PolySRLModel) -> dict[str, str]:
     told: dict[str, Any] = {"epochs": model.epochs_trained, "learning_rate": "not recorded"}
     told |= {**model.training, **known}
     facts["trained for"] = (
-        f"{_number_of(told['epochs'], 'epoch')} of {told['batch_size']} rows a step, learning rate "
+        f"{number_of(told['epochs'], 'epoch')} of {told['batch_size']} rows a step, learning rate "
         f"{told['learning_rate']}" + (f", recipe {told['recipe']}" if "recipe" in told else "")
     )
-    encoders = _number_of(settings["n_encoders"], "encoder")
+    encoders = number_of(settings["n_encoders"], "encoder")
     frozen = " that stay as they are" if settings["freeze_encoder"] else ""
     size = sum(parameter.numel() for parameter in model.model.parameters())
-    members = "" if kind == "pretraining" else f"{_number_of(settings['n_ensemble'], 'head')} on "
+    members = "" if kind == "pretraining" else f"{number_of(settings['n_ensemble'], 'head')} on "
     facts["network"] = f"{members}{encoders} of formulas{frozen}, {size:,} parameters"
     facts["polymorphism"] = f"variance trained in {sum(model.variance_trained)} of {encoders}"
     if kind == "regression" and model.model.fitted:
@@ -298,10 +298,6 @@ def _facts(name: str, model: PolySRLModel) -> dict[str, str]:
         if model.calibration and model.calibration.needs_distance:
             facts["std"] += ", grows with the distance to what was learned from"
     return facts
-
-
-def _number_of(n: int, what: str) -> str:
-    return f"{n:,} {what}{'' if n == 1 else 's'}"
 
 
 def pretrain(options: argparse.Namespace) -> None:

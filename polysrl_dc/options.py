@@ -180,7 +180,9 @@ def parser(commands: Sequence[Command]) -> argparse.ArgumentParser:
     add_table(sub)
     several: dict[str, Any] = {"nargs": "+", "action": "extend", "help": STRUCTURES}
     sub.add_argument("--structures", required=True, **several)
-    sub.add_argument("-k", type=_positive, default=10, help=f"candidates of each{_DEFAULT}")
+    sub.add_argument(
+        "-k", type=_positive, default=10, help=f"candidates of each, at most{_DEFAULT}"
+    )
     add_encoder(sub, "folder of polysrl pretrain")
     add_output(sub)
 
@@ -200,7 +202,9 @@ def parser(commands: Sequence[Command]) -> argparse.ArgumentParser:
         help="columns of --reference; rows without a label in any of them are left out. Default: "
         "the targets of the model, where it has them",
     )
-    sub.add_argument("-k", type=_positive, default=5, help=f"formulas to name for each{_DEFAULT}")
+    sub.add_argument(
+        "-k", type=_positive, default=5, help=f"formulas to name for each, at most{_DEFAULT}"
+    )
     add_encoder(sub, "folder of a model")
     add_output(sub)
 
@@ -324,6 +328,18 @@ def follow_recipe(options: argparse.Namespace, n_rows: int) -> None:
 
 
 def _output(path: str) -> str:
+def at_most(k: int, n: int, what: str) -> int:
+    """``-k``, or the number there is if that is less, which is said."""
+    if n < k:
+        print(f"only {number_of(n, what)}: fewer than -k {k}", file=sys.stderr)
+    return min(k, n)
+
+
+def number_of(n: int, what: str) -> str:
+    """A number and what is counted, as text."""
+    return f"{n:,} {what}{'' if n == 1 else 's'}"
+
+
     if not path.endswith(tuple(WRITERS)):
         raise argparse.ArgumentTypeError(f"{path} does not end in one of {', '.join(WRITERS)}")
     if not Path(path).absolute().parent.is_dir():

@@ -1049,3 +1049,9 @@ def test_retrieve_ranks_structures(tmp_path: Path, capsys: pytest.CaptureFixture
     assert len(capsys.readouterr().out.splitlines()) == 2
     line = error_of(["retrieve", "NaCl", "--structures", f"{tmp_path}/none.parquet"], capsys)
     assert "none.parquet" in line
+    assert "only 3 structures: fewer than -k 10" in capsys.readouterr().err.splitlines()
+    assert main(["retrieve", "NaCl", "--structures", *files, "-k", "3"]) == 0
+    found = capsys.readouterr()
+    assert len(found.out.splitlines()) == 4 and "fewer than" not in found.err
+    assert main(["domain", "NaCl", "--structures", *files, "-k", "1000"]) == 0
+    assert "only 3 formulas: fewer than -k 1000" in capsys.readouterr().err.splitlines()
