@@ -52,7 +52,8 @@ COLUMNS = {
   With several targets each but the last has the target in its name.
 """,
     "retrieve": """
-  rank               1: the likeliest
+  rank               1: the likeliest, by what the database of the pretraining
+                     holds, not by energy: metastable as high as stable ones
   structure          id or file of the candidate
   structure_formula  its own formula, which may be another one
   probability        that the formula has such a structure, for each candidate

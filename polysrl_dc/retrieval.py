@@ -67,6 +67,9 @@ class RetrievingModel(PredictingModel):
     ) -> tuple[np.ndarray, np.ndarray]:
         """Structures that a formula is most likely to have, by the match probability of eq. 4.
 
+        Ranks say what the database of the pretraining holds for such a formula, not energy:
+        metastable entries rank as high as the ground state.
+
         Parameters
         ----------
         formulas : dc.data.Dataset of n stoichiometry graphs, or iterable of n formulas

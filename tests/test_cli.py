@@ -1013,6 +1013,12 @@ def test_help_says_what_each_column_means(
 def test_several_tables_of_structures_are_refused(
     tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
+def test_help_says_that_ranks_are_not_of_energy(capsys: pytest.CaptureFixture[str]) -> None:
+    with pytest.raises(SystemExit):
+        main(["retrieve", "--help"])
+    assert "not by energy: metastable as high as stable ones" in capsys.readouterr().out
+
+
     command = ["pretrain", "--output-dir", str(tmp_path / "m")]
     for paths in (["a.parquet", "b.parquet"], [str(tmp_path), "a.cif"]):
         message = error_of([*command, *paths], capsys)
