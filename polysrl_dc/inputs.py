@@ -1,6 +1,7 @@
 """What the commands of ``polysrl`` read: formulas, their labels, references and structures."""
 
 import argparse
+import json
 import re
 import sys
 from collections.abc import Hashable, Iterator, Sequence
@@ -20,7 +21,7 @@ from polysrl_dc.datasets import PolymorphDataset, drop_skipped
 from polysrl_dc.errors import InvalidInputError
 from polysrl_dc.featurizers import StoichiometryGraphFeaturizer, StructureGraphFeaturizer
 from polysrl_dc.model import PolySRLModel
-from polysrl_dc.sources import read_structure
+from polysrl_dc.sources import read_structure, unpacked
 from polysrl_dc.tables import read_table
 
 #: What pandas takes for a missing value.
@@ -29,6 +30,7 @@ MISSING = (
     *("NaN", "nan", "-NaN", "-nan", "1.#IND", "-1.#IND", "1.#QNAN", "-1.#QNAN"),
 )
 _TRUTH = {"True": 1, "TRUE": 1, "true": 1, "False": 0, "FALSE": 0, "false": 0}
+_LARGEST_LIST = 2**28  # bytes of a JSON list of structures, unpacked; 60,000 of 20 sites
 _SHOWN = 10  # of many that are skipped for the same reason
 _WIDE = 1000  # times the 5th percentile of labels is their 95th, if they are better learned as logs
 
@@ -276,8 +278,42 @@ def _number(value: Any) -> float:
         return np.nan
 
 
+def listed_structures(path: str, name: str) -> dict[str, Any]:
+    """The entries of a JSON file that is a list: dicts of structures, if it is what it should be.
+
+    Parameters
+    ----------
+    path : str
+    name : str
+        Of the file; its entries are NAME:0, NAME:1, ...
+
+    Returns
+    -------
+    dict
+        Empty for any other file, which :func:`~polysrl_dc.sources.read_structure` reads or refuses.
+
+    Raises
+    ------
+    InvalidInputError
+        A JSON file of more than 256 MiB, unpacked.
+
+    Examples
+    --------
+    >>> listed_structures("salt.cif", "salt.cif")
+    {}
+    """
+    if not (Path(path).is_file() and {".json", ".mson"} & set(Path(path.lower()).suffixes)):
+        return {}
+    content = unpacked(path, _LARGEST_LIST)
+    try:
+        given = json.loads(content)
+    except (ValueError, RecursionError):
+        return {}
+    return {f"{name}:{i}": each for i, each in enumerate(given)} if isinstance(given, list) else {}
+
+
 def read_structures(paths: Sequence[str], on_error: str) -> dc.data.Dataset:
-    """Structure graphs of one source of PolymorphDataset, or of files of one structure each.
+    """Structure graphs of one source of PolymorphDataset, or of files of structures.
 
     Parameters
     ----------
@@ -297,19 +333,22 @@ def read_structures(paths: Sequence[str], on_error: str) -> dc.data.Dataset:
     skipped: list[tuple[str, str]] = []
     dataset: dc.data.Dataset
     if len(paths) == 1:
-        dataset = PolymorphDataset(paths[0], on_error=on_error)
+        listed = listed_structures(paths[0], Path(paths[0]).name)
+        source = pd.Series(listed, dtype=object) if listed else paths[0]
+        dataset = PolymorphDataset(source, on_error=on_error)
         skipped = dataset.skipped
     else:
         for path in paths:
             if Path(path).is_dir() or path.lower().endswith(".parquet"):
                 raise InvalidInputError(
                     f"{path} is one of {len(paths)} sources: give one table or one folder alone, "
-                    "or files of one structure each"
+                    "or files of one structure, or a JSON list, each"
                 )
-        structures = {}
+        structures: dict[str, Any] = {}
         for path in tqdm(paths, unit="file", disable=None):
             try:
-                structures[path] = read_structure(path)
+                listed = listed_structures(path, path)
+                structures |= listed or {path: read_structure(path)}
             except InvalidInputError as error:
                 if on_error == "raise":
                     raise InvalidInputError(f"{path}: {error}") from error

@@ -71,7 +71,7 @@ COLUMNS = {
                  their ids
 """,
 }
-STRUCTURES = "a .parquet table, a folder of them or of CIF files, aflow, or files pymatgen reads"
+STRUCTURES = "a .parquet, a folder of them or of CIFs, aflow, files pymatgen reads, or JSON lists"
 _DEFAULT = "; default: %(default)s"
 Command = Callable[[argparse.Namespace], None]
 
@@ -328,7 +328,6 @@ def follow_recipe(options: argparse.Namespace, n_rows: int) -> None:
     )
 
 
-def _output(path: str) -> str:
 def at_most(k: int, n: int, what: str) -> int:
     """``-k``, or the number there is if that is less, which is said."""
     if n < k:
@@ -341,6 +340,7 @@ def number_of(n: int, what: str) -> str:
     return f"{n:,} {what}{'' if n == 1 else 's'}"
 
 
+def _output(path: str) -> str:
     if not path.endswith(tuple(WRITERS)):
         raise argparse.ArgumentTypeError(f"{path} does not end in one of {', '.join(WRITERS)}")
     if not Path(path).absolute().parent.is_dir():

@@ -143,8 +143,8 @@ def read_structure(path: str | Path) -> Structure:
     Raises
     ------
     InvalidInputError
-        The file cannot be read, is a POSCAR that does not name its elements, or a CIF file of
-        several structures, or whose sites do not add up to its own formula or are more than 10,000.
+        The file cannot be read, holds several structures, is a POSCAR that names no elements, or a
+        CIF file whose sites do not add up to its own formula or are more than 10,000.
 
     Examples
     --------
@@ -163,7 +163,10 @@ def read_structure(path: str | Path) -> Structure:
         if ".cif" in name or ".mcif" in name:
             return _read_cif(text)
         if ".json" in name or ".mson" in name:
-            return structure_of_dict(json.loads(text))
+            given = json.loads(text)
+            if isinstance(given, list):
+                raise ValueError(f"{len(given)} structures in one file")
+            return structure_of_dict(given)
         if ".yaml" in name or ".yml" in name:
             raise ValueError("YAML is not read; write CIF or JSON")
         with warnings.catch_warnings():  # else they are taken for H, He, Li, ...

@@ -1,5 +1,6 @@
 """The console command, run in this process on small tables."""
 
+import json
 import re
 import subprocess
 import sys
@@ -16,6 +17,7 @@ import torch
 from pymatgen.core import Lattice, Structure
 
 from polysrl_dc import (
+    PolymorphDataset,
     PolySRLModel,
     StoichiometryGraphFeaturizer,
     StoichiometrySplitter,
@@ -26,6 +28,7 @@ from polysrl_dc import (
 )
 from polysrl_dc.checkpoints import load_checkpoint
 from polysrl_dc.cli import main
+from polysrl_dc.errors import InvalidInputError
 from polysrl_dc.inputs import remarks
 from polysrl_dc.recipes import LEAST_ROWS, RECIPES, suitable_recipe
 
@@ -1010,19 +1013,63 @@ def test_help_says_what_each_column_means(
         assert set(names) - heads <= {f"embedding_{n}" for n in range(200)}
 
 
-def test_several_tables_of_structures_are_refused(
-    tmp_path: Path, capsys: pytest.CaptureFixture[str]
-) -> None:
 def test_help_says_that_ranks_are_not_of_energy(capsys: pytest.CaptureFixture[str]) -> None:
     with pytest.raises(SystemExit):
         main(["retrieve", "--help"])
     assert "not by energy: metastable as high as stable ones" in capsys.readouterr().out
 
 
+def test_several_tables_of_structures_are_refused(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
     command = ["pretrain", "--output-dir", str(tmp_path / "m")]
     for paths in (["a.parquet", "b.parquet"], [str(tmp_path), "a.cif"]):
         message = error_of([*command, *paths], capsys)
         assert f"{paths[0]} is one of 2 sources: give one table or one folder alone" in message
+
+
+def test_a_json_list_is_several_structures(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    Path("more").mkdir()
+    salts: list[Any] = [
+        Structure(Lattice.cubic(a), ["Cs", anion], [[0, 0, 0], [0.5, 0.5, 0.5]]).as_dict()
+        for anion, a in (("Cl", 4.12), ("Br", 4.29), ("I", 4.56))
+    ]
+    lists = ["more/salts.json", "one.json"]
+    for path, content in zip(lists, (salts, salts[:1]), strict=True):
+        Path(path).write_text(json.dumps(content))
+    names = [f"salts.json:{i}" for i in range(3)]
+    for command in (["retrieve", "CsCl"], ["domain", "CsCl"]):
+        column = "structure" if command[0] == "retrieve" else "structures"
+        for files in (lists[:1], lists):
+            alone = len(files) == 1
+            options = ["--structures", *files, "--output", "found.csv"]
+            assert main([*command, *options]) == 0
+            found = ";".join(pd.read_csv("found.csv")[column]).split(";")
+            beside = [f"more/{name}" for name in names] + ["one.json:0"]
+            assert sorted(found) == (names if alone else beside)
+    with pytest.raises(InvalidInputError, match="3 structures in one file"):
+        PolymorphDataset(lists[0], progress=False)
+    dataset = PolymorphDataset(json.loads(Path(lists[0]).read_text()), progress=False)
+    assert dataset.formulas.tolist() == ["CsCl", "CsBr", "CsI"]
+    train = ["--epochs", "1", "--batch-size", "3", "--output-dir", "encoder"]
+    assert main(["pretrain", lists[0], *train]) == 0
+    salts[1] = {"sites": []}
+    Path("bad.json").write_text(json.dumps(salts))
+    for files in (["bad.json"], ["bad.json", "one.json"]):
+        options = ["--structures", *files]
+        capsys.readouterr()
+        assert "bad.json:1: not the dict of a structure" in error_of(
+            ["retrieve", "CsCl", *options], capsys
+        )
+        assert main(["retrieve", "CsCl", *options, "--on-error", "skip"]) == 0
+        found = capsys.readouterr()
+        assert "bad.json:2" in found.out and "bad.json:1" not in found.out
+    Path("none.json").write_text("[]")
+    message = error_of(["retrieve", "CsCl", "--structures", "none.json"], capsys)
+    assert "none.json cannot be read: ValueError('0 structures in one file')" in message
 
 
 def test_retrieve_ranks_structures(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
@@ -1051,13 +1098,13 @@ def test_retrieve_ranks_structures(tmp_path: Path, capsys: pytest.CaptureFixture
     alone, beside = pd.read_csv(other), frame[frame["formula"] == "NaF"].reset_index()
     assert alone["structure"].tolist() == beside["structure"].tolist()
     np.testing.assert_allclose(alone["probability"], beside["probability"], rtol=1e-5)
-    assert main(["retrieve", "NaCl", "--structures", *files, "-k", "1"]) == 0
-    assert len(capsys.readouterr().out.splitlines()) == 2
-    line = error_of(["retrieve", "NaCl", "--structures", f"{tmp_path}/none.parquet"], capsys)
-    assert "none.parquet" in line
     assert "only 3 structures: fewer than -k 10" in capsys.readouterr().err.splitlines()
     assert main(["retrieve", "NaCl", "--structures", *files, "-k", "3"]) == 0
     found = capsys.readouterr()
     assert len(found.out.splitlines()) == 4 and "fewer than" not in found.err
     assert main(["domain", "NaCl", "--structures", *files, "-k", "1000"]) == 0
     assert "only 3 formulas: fewer than -k 1000" in capsys.readouterr().err.splitlines()
+    assert main(["retrieve", "NaCl", "--structures", *files, "-k", "1"]) == 0
+    assert len(capsys.readouterr().out.splitlines()) == 2
+    line = error_of(["retrieve", "NaCl", "--structures", f"{tmp_path}/none.parquet"], capsys)
+    assert "none.parquet" in line

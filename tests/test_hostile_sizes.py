@@ -21,9 +21,10 @@ from pymatgen.core import Lattice, Structure
 from safetensors.torch import save_file
 
 import polysrl_dc
-from polysrl_dc import sources
+from polysrl_dc import inputs, sources
 from polysrl_dc.checkpoints import CheckpointError, load_checkpoint, save_checkpoint
 from polysrl_dc.errors import InvalidInputError
+from polysrl_dc.inputs import listed_structures
 from polysrl_dc.packing import pack, read_cache
 from polysrl_dc.sources import read_structure
 
@@ -235,7 +236,7 @@ def test_structure_files_of_absurd_size_are_refused(tmp_path, little_memory):
         "two.cif": (text + text.replace("data_", "data_other"), "2 structures"),
         "none.cif": ("data_x\n", "0 structures"),
         "deep.json": ("[" * DEEP, "Recursion"),
-        "list.json": ("[1, 2]", "list indices"),
+        "list.json": ("[1, 2]", "2 structures in one file"),
         "numbers.json": (json.dumps({"lattice": {"matrix": 1e999}, "sites": []}), "shape"),
     }
     for name, (content, words) in files.items():
@@ -245,6 +246,18 @@ def test_structure_files_of_absurd_size_are_refused(tmp_path, little_memory):
     (tmp_path / "bomb.cif.gz").write_bytes(gzip.compress(bytes(2**30)))
     with pytest.raises(InvalidInputError, match=r"bomb\.cif\.gz.*16,777,216"):
         read_structure(tmp_path / "bomb.cif.gz")
+
+
+def test_a_list_of_structures_has_a_limit_of_its_own(tmp_path, monkeypatch):
+    path = tmp_path / "s.json"
+    path.write_text(json.dumps([{}, [], 3]))
+    monkeypatch.setattr(sources, "_LARGEST_FILE", 5)
+    assert listed_structures(str(path), "s.json") == {"s.json:0": {}, "s.json:1": [], "s.json:2": 3}
+    path.write_text("[" * DEEP)
+    assert listed_structures(str(path), "s.json") == {}
+    monkeypatch.setattr(inputs, "_LARGEST_LIST", 5)
+    with pytest.raises(InvalidInputError, match=r"s\.json holds more than 5 bytes"):
+        listed_structures(str(path), "s.json")
 
 
 def test_a_cif_file_must_add_up(tmp_path):
