@@ -5,6 +5,17 @@
 The stoichiometries are those that ``pretrain.py`` held out (same seed); the candidates are all
 their structures, filled up with random others. A formula counts as found at k if one of its
 polymorphs is among the k likeliest candidates. Scores go to ``<output-dir>/retrieval.csv``.
+
+The encoder of structures sees sites and distances: neither elements nor their proportions. Beside
+it stand four ways to rank that need no encoder:
+
+- *chance*: in random order;
+- *distances*: by how far the mean and the shortest distance between neighbors are from those that a
+  linear map of the atomic fractions expects, learned from structures of pretraining;
+- *proportions*: told those of each candidate (AB2), the same ones first, in random order;
+- *proportions and distances*: the same ones first, by their distances.
+
+With *proportions and encoder* the encoder is told them as well: the same ones first, by its order.
 """
 
 from __future__ import annotations
@@ -18,9 +29,14 @@ from command_line import refusing, runner_parser
 from files import write_csv
 from graph_data import graph_dataset
 from pretrain import split
+from pymatgen.core import Composition
+from scipy.spatial.distance import cdist
+from scipy.stats import hypergeom
+from sklearn.linear_model import Ridge
 from tasks import structures_path
 
 from polysrl_dc import PolymorphDataset, PolySRLModel
+from polysrl_dc.graphs import StoichiometryBatch
 
 RANKS = (1, 10, 100)
 
@@ -30,7 +46,7 @@ def recall(indices: np.ndarray, groups: np.ndarray, wanted: np.ndarray) -> dict[
 
     Parameters
     ----------
-    indices : numpy.ndarray, shape (n, 100)
+    indices : numpy.ndarray, shape (n, 100) or more
         Candidates of each formula, the likeliest first.
     groups : numpy.ndarray, shape (m,)
         Formula of each candidate.
@@ -42,8 +58,72 @@ def recall(indices: np.ndarray, groups: np.ndarray, wanted: np.ndarray) -> dict[
     >>> recall(np.array([[0, 1], [1, 0]]), np.array([7, 8]), np.array([7, 7]))[1]
     0.5
     """
-    hits = groups[indices] == wanted[:, None]
+    hits = groups[indices[:, : max(RANKS)]] == wanted[:, None]
     return {k: float(hits[:, :k].any(axis=1).mean()) for k in RANKS}
+
+
+def chance(hits: np.ndarray, candidates: np.ndarray | int) -> dict[int, float]:
+    """Expected recall of candidates in random order, by k.
+
+    Parameters
+    ----------
+    hits : numpy.ndarray, shape (n,)
+        Structures of each formula among its candidates.
+    candidates : numpy.ndarray, shape (n,), or int
+
+    Examples
+    --------
+    >>> chance(np.array([1, 2]), 4)[1]
+    0.375
+    """
+    drawn = {k: np.minimum(k, candidates) for k in RANKS}
+    return {k: float(hypergeom.sf(0, candidates, hits, drawn[k]).mean()) for k in RANKS}
+
+
+def same_proportions(candidates: PolymorphDataset, asked: np.ndarray) -> np.ndarray:
+    """Whether formulas are alike but for their elements, as NaCl and GaN: (n, m), bool."""
+    names, of_name = np.unique(candidates.formulas, return_inverse=True)
+    kinds = np.array([Composition(name).anonymized_formula for name in names])[of_name]
+    return kinds[asked, None] == kinds
+
+
+def features(structures: PolymorphDataset) -> tuple[np.ndarray, np.ndarray]:
+    """Atomic fractions, (n, 119), and the mean and shortest distance between neighbors, (n, 2)."""
+    graphs = structures.X
+    fractions = StoichiometryBatch.from_graphs([graph.stoichiometry for graph in graphs]).fractions
+    found = [graph.distances if len(graph.distances) else [0.0] for graph in graphs]
+    return fractions.numpy(), np.array([(np.mean(each), np.min(each)) for each in found])
+
+
+def baselines(
+    candidates: PolymorphDataset, asked: np.ndarray, others: PolymorphDataset
+) -> dict[str, dict[int, float]]:
+    """Recall without an encoder, by way to rank and k.
+
+    Parameters
+    ----------
+    candidates : PolymorphDataset of m structures
+    asked : numpy.ndarray, shape (n,)
+        A candidate of each formula that is asked for.
+    others : PolymorphDataset
+        Structures to learn distances from.
+    """
+    groups, alike = candidates.groups, same_proportions(candidates, asked)
+    fractions, distances = features(candidates)
+    expected = Ridge(alpha=1e-3).fit(*features(others)).predict(fractions[asked])
+    apart = cdist(expected, distances)
+    first = np.where(alike, apart, apart + apart.max() + 1)
+    by_distance, by_both = (
+        recall(np.argsort(by, axis=1, kind="stable"), groups, groups[asked])
+        for by in (apart, first)
+    )
+    hits = (groups == groups[asked, None]).sum(1)
+    return {
+        "chance": chance(hits, len(candidates)),
+        "distances": by_distance,
+        "proportions": chance(hits, alike.sum(1)),
+        "proportions and distances": by_both,
+    }
 
 
 def main(argv: list[str] | None = None) -> None:
@@ -78,11 +158,23 @@ def main(argv: list[str] | None = None) -> None:
     indices, _ = model.retrieve(queries, candidates, k=max(RANKS))
     seconds = time.perf_counter() - start
     found = recall(indices, candidates.groups, wanted)
+    ranked, _ = model.retrieve(queries, candidates, k=len(candidates))  # ties may fall otherwise
+    told = np.take_along_axis(same_proportions(candidates, first), ranked, axis=1)
+    alike_first = np.argsort(~told, axis=1, kind="stable")
+    told_too = recall(np.take_along_axis(ranked, alike_first, axis=1), candidates.groups, wanted)
     sizes = np.bincount(np.searchsorted(wanted, held_out.groups))
     alone = recall(indices[sizes == 1], candidates.groups, wanted[sizes == 1])
     many = recall(indices[sizes > 1], candidates.groups, wanted[sizes > 1])
+    random = np.random.default_rng(arguments.seed)
+    learned = rest.select(random.permutation(len(rest))[: arguments.candidates])
     table = pd.DataFrame(
-        {"all": found, "one structure": alone, "several polymorphs": many}
+        {
+            "all": found,
+            "one structure": alone,
+            "several polymorphs": many,
+            **baselines(candidates, first, learned),
+            "proportions and encoder": told_too,
+        }
     ).rename_axis("k")
     print(table.round(3).to_markdown())
     print(f"{seconds:.0f} s, structures embedded included")

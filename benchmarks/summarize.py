@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import sys
 from collections.abc import Sequence
+from pathlib import Path
 
 import numpy as np
 import pandas as pd
@@ -55,6 +56,7 @@ from tasks import DataNotFoundError, find_data_dir
 from polysrl_dc.checkpoints import write_atomic
 
 PAGE = "RESULTS.md"
+RETRIEVAL = "retrieval.csv"
 METRICS = {"mae": "MAE", "r2": "R²", "precision": "precision", "recall": "recall", "f1": "F1"}
 #: Of encoders that ``pretrain.py`` trains on the labels of a whole table.
 DAGGER = "\N{DAGGER}"
@@ -272,6 +274,40 @@ def reproduction_lines(scores: pd.DataFrame) -> list[str]:
     ]
 
 
+def read_retrieval(output_dir: Path) -> pd.DataFrame:
+    """What ``retrieval.py`` has written, by k; empty if it has not.
+
+    Raises
+    ------
+    ValueError
+        The file is no such table.
+    """
+    path = output_dir / RETRIEVAL
+    return pd.read_csv(path, index_col="k") if path.exists() else pd.DataFrame()
+
+
+def retrieval_lines(recall: pd.DataFrame) -> list[str]:
+    """Recall of structures beside that of ways to rank without an encoder; nothing if not run."""
+    if recall.empty:
+        return []
+    lines = [
+        "## Not in the paper: structures found for formulas held out of pretraining",
+        "",
+        "Formulas with one of their structures among the k likeliest candidates, %: all of them, "
+        "those with one known structure and those with several. The encoder of structures sees "
+        "sites and distances, neither elements nor their proportions. The other columns, over all "
+        "formulas, are ways to rank that need no encoder, see `retrieval.py`. Who is told the "
+        "proportions (AB2) of each candidate knows what the encoder has to find out; in the last "
+        "column it is told them too.",
+        "",
+    ]
+    rows = [
+        [str(k), *(f"{100 * x:.3g}" for x in row)]
+        for k, row in zip(recall.index, recall.to_numpy(), strict=True)
+    ]
+    return lines + markdown(["k", *recall.columns], rows)
+
+
 def curve_lines(cells: Cells, baseline: str) -> list[str]:
     """MAE by part of the training rows, and its mean change from the baseline."""
     rows = {part: table.rows(cells) for part, table in CURVES.items()}
@@ -395,6 +431,7 @@ def page(
     paper: pd.DataFrame,
     published: pd.DataFrame,
     chosen: pd.DataFrame,
+    recall: pd.DataFrame,
     baseline: str,
 ) -> tuple[str, str]:
     """The whole page, and its tally.
@@ -409,6 +446,8 @@ def page(
         Of :func:`scores.leaderboard`.
     chosen : pandas.DataFrame
         Of :func:`rates.chosen_rates`.
+    recall : pandas.DataFrame
+        Of :func:`read_retrieval`.
     baseline : str
         Model of the paired differences.
     """
@@ -444,6 +483,7 @@ def page(
     lines += curve_lines(cells, baseline)
     for table in ZT_TABLES.values():
         lines += screening_lines(cells, table)
+    lines += retrieval_lines(recall)
     return "\n".join([*lines, *claims]).rstrip() + "\n", "\n".join(summary)
 
 
@@ -467,6 +507,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         data_dir = find_data_dir(arguments.data_dir)
         paper, published = read_paper(data_dir), leaderboard(data_dir)
         chosen = chosen_rates(arguments.output_dir)
+        recall = read_retrieval(arguments.output_dir)
     except (ValueError, DataNotFoundError) as error:
         print(f"error: {error}", file=sys.stderr)
         return 2
@@ -474,7 +515,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         where = f"none of {', '.join(FILES)} in {arguments.output_dir} has a score"
         print(f"error: {where}; run_wetlab.py makes the first", file=sys.stderr)
         return 2
-    text, tally = page(scores, paper, published, chosen, arguments.baseline)
+    text, tally = page(scores, paper, published, chosen, recall, arguments.baseline)
     if arguments.dry_run:
         print("DRY RUN: nothing is written")
     else:

@@ -1,13 +1,15 @@
 """Structures found for formulas by the match probability of eq. 4."""
 
 from dataclasses import replace
+from math import comb
 
 import deepchem as dc
 import numpy as np
 import pytest
 import torch
 from crystals import CONFIG
-from pymatgen.core import Structure
+from pymatgen.core import Composition, Structure
+from retrieval import RANKS, baselines, chance
 
 from polysrl_dc import PolymorphDataset, PolySRLModel, StoichiometryGraphFeaturizer
 from polysrl_dc.errors import InvalidInputError
@@ -132,3 +134,31 @@ def test_structures_alone_are_no_dataset():
         model.retrieve(["NaCl"], structures)
     with pytest.raises(TypeError, match=told):
         model.predict_structure_embedding(structures)
+
+
+def test_recall_by_chance_is_that_of_all_draws():
+    hits, candidates = np.array([1, 2, 5, 1]), np.array([4, 300, 150, 1])
+    for k, found in chance(hits, candidates).items():
+        missed = [
+            comb(n - m, min(k, n)) / comb(n, min(k, n))
+            for m, n in zip(hits.tolist(), candidates.tolist(), strict=True)
+        ]
+        assert found == pytest.approx(1 - np.mean(missed))
+    expected = 1 - comb(9997, 100) / comb(10_000, 100)
+    assert chance(np.array([3]), 10_000)[100] == pytest.approx(expected)
+
+
+def test_baselines_know_distances_and_proportions_and_no_more(prototypes):
+    kinds = [Composition(formula).anonymized_formula for formula in prototypes.formulas]
+    alone = prototypes.select(np.unique(kinds, return_index=True)[1])  # each of its own proportions
+    asked = np.arange(len(alone))
+    found = baselines(alone, asked, alone)
+    assert found["chance"] == pytest.approx({k: min(k / len(alone), 1) for k in RANKS})
+    assert found["proportions"] == found["proportions and distances"] == dict.fromkeys(RANKS, 1.0)
+    assert found["distances"][1] > 0.8  # learned from these very structures
+    same = np.flatnonzero(np.array(kinds) == "AB")
+    alike = prototypes.select(same[np.unique(prototypes.groups[same], return_index=True)[1]])
+    found = baselines(alike, np.arange(len(alike)), prototypes)
+    assert found["proportions"] == found["chance"]  # which do not tell them apart
+    assert found["proportions and distances"] == found["distances"]
+    assert found["distances"][10] > found["chance"][10]

@@ -393,6 +393,21 @@ def test_learning_curves_and_screening(complete):
     assert "**0.600** | 9 / 12" in screening and "0.500 | 9 / 12" in screening
 
 
+def test_recall_of_structures_stands_beside_other_ways_to_rank(folder, capsys):
+    write_scores(folder / "out")
+    title = "Not in the paper: structures found"
+    assert title not in run(folder)
+    path = folder / "out" / "retrieval.csv"
+    path.write_text("k,all,chance\n1,0.331,0.000141\n100,0.953,0.014\n")
+    found = part_of(run(folder), title)
+    assert "| k | all | chance |" in found
+    assert "| 1 | 33.1 | 0.0141 |" in found and "| 100 | 95.3 | 1.4 |" in found
+    path.write_text("rank,all\n1,0.3\n")
+    options = ["--data-dir", str(folder / "data"), "--output-dir", str(folder / "out")]
+    assert main(options) == 2
+    assert "Index k invalid" in capsys.readouterr().err
+
+
 def test_missing_and_shortened_parts_are_named(folder):
     out = folder / "out"
     out.mkdir()
