@@ -15,7 +15,8 @@ it stand four ways to rank that need no encoder:
 - *proportions*: told those of each candidate (AB2), the same ones first, in random order;
 - *proportions and distances*: the same ones first, by their distances.
 
-With *proportions and encoder* the encoder is told them as well: the same ones first, by its order.
+With *proportions and encoder* the encoder is told them as well: the same ones first, by its order
+(``retrieve(..., same_proportions=True)``).
 """
 
 from __future__ import annotations
@@ -158,10 +159,7 @@ def main(argv: list[str] | None = None) -> None:
     indices, _ = model.retrieve(queries, candidates, k=max(RANKS))
     seconds = time.perf_counter() - start
     found = recall(indices, candidates.groups, wanted)
-    ranked, _ = model.retrieve(queries, candidates, k=len(candidates))  # ties may fall otherwise
-    told = np.take_along_axis(same_proportions(candidates, first), ranked, axis=1)
-    alike_first = np.argsort(~told, axis=1, kind="stable")
-    told_too = recall(np.take_along_axis(ranked, alike_first, axis=1), candidates.groups, wanted)
+    told, _ = model.retrieve(queries, candidates, k=max(RANKS), same_proportions=True)
     sizes = np.bincount(np.searchsorted(wanted, held_out.groups))
     alone = recall(indices[sizes == 1], candidates.groups, wanted[sizes == 1])
     many = recall(indices[sizes > 1], candidates.groups, wanted[sizes > 1])
@@ -173,7 +171,7 @@ def main(argv: list[str] | None = None) -> None:
             "one structure": alone,
             "several polymorphs": many,
             **baselines(candidates, first, learned),
-            "proportions and encoder": told_too,
+            "proportions and encoder": recall(told, candidates.groups, wanted),
         }
     ).rename_axis("k")
     print(table.round(3).to_markdown())

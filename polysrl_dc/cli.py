@@ -26,9 +26,16 @@ from polysrl_dc.cross_validation import (
 from polysrl_dc.datasets import PolymorphDataset
 from polysrl_dc.domain import Domain, OutsideDomainWarning, keep_formulas
 from polysrl_dc.errors import InvalidInputError
-from polysrl_dc.inputs import read_formulas, read_labels, read_reference, read_structures
+from polysrl_dc.inputs import (
+    at_most,
+    number_of,
+    read_formulas,
+    read_labels,
+    read_reference,
+    read_structures,
+)
 from polysrl_dc.model import PolySRLModel
-from polysrl_dc.options import at_most, check, follow_recipe, number_of, parser
+from polysrl_dc.options import check, follow_recipe, parser
 from polysrl_dc.recalibration import LEAST, UncalibratedWarning
 from polysrl_dc.resumption import UNFINISHED, fit_in
 from polysrl_dc.tables import (
@@ -206,9 +213,9 @@ def retrieve(options: argparse.Namespace) -> None:
     if not isinstance(candidates, PolymorphDataset):
         candidates = PolymorphDataset.from_graphs(candidates.X, candidates.ids)
     k = at_most(options.k, len(candidates), "structure")
-    indices, probabilities = model.retrieve(dataset, candidates, k)
-    rows = indices.ravel()
-    ranks = np.tile(np.arange(1, k + 1), len(frame))
+    same = options.same_proportions
+    indices, probabilities = model.retrieve(dataset, candidates, k, same_proportions=same)
+    rows, ranks = indices.ravel(), np.tile(np.arange(1, k + 1), len(frame))
     columns = (ranks, candidates.ids[rows], candidates.formulas[rows], probabilities.ravel())
     found = pd.DataFrame(dict(zip(names, columns, strict=True)))
     write_table(frame.loc[frame.index.repeat(k)], found, options.output)

@@ -372,3 +372,15 @@ def _ungrouped(column: pd.Series) -> dict[Hashable, str]:
         elif pd.isna(value) or value in MISSING:
             wrong[row] = f"row {row}: {column.name} is {value!r}, which means that it is missing"
     return wrong
+
+
+def at_most(k: int, n: int, what: str) -> int:
+    """``-k``, or the number there is if that is less, which is said."""
+    if n < k:
+        print(f"only {number_of(n, what)}: fewer than -k {k}", file=sys.stderr)
+    return min(k, n)
+
+
+def number_of(n: int, what: str) -> str:
+    """A number and what is counted, as text."""
+    return f"{n:,} {what}{'' if n == 1 else 's'}"

@@ -184,6 +184,12 @@ def parser(commands: Sequence[Command]) -> argparse.ArgumentParser:
     sub.add_argument(
         "-k", type=_positive, default=10, help=f"candidates of each, at most{_DEFAULT}"
     )
+    sub.add_argument(
+        "--same-proportions",
+        action="store_true",
+        help="those of the formula's proportions first, as GaN for NaCl: finds far more, where the "
+        "formulas of the candidates are to be believed",
+    )
     add_encoder(sub, "folder of polysrl pretrain")
     add_output(sub)
 
@@ -326,18 +332,6 @@ def follow_recipe(options: argparse.Namespace, n_rows: int) -> None:
         f"{options.batch_size} rows a step, learning rate {options.learning_rate:g}",
         file=sys.stderr,
     )
-
-
-def at_most(k: int, n: int, what: str) -> int:
-    """``-k``, or the number there is if that is less, which is said."""
-    if n < k:
-        print(f"only {number_of(n, what)}: fewer than -k {k}", file=sys.stderr)
-    return min(k, n)
-
-
-def number_of(n: int, what: str) -> str:
-    """A number and what is counted, as text."""
-    return f"{n:,} {what}{'' if n == 1 else 's'}"
 
 
 def _output(path: str) -> str:

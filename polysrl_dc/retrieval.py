@@ -16,6 +16,22 @@ from polysrl_dc.prediction import PredictingModel
 
 _STRUCTURES = 256  # structures embedded at once
 _PAIRS = 5_000_000  # pairs of a sample and a structure compared at once: 20 MB
+_ROUNDING = 1e-5  # by which equal proportions differ
+
+
+def proportions(formulas: StoichiometryBatch) -> Tensor:
+    """Atomic fractions without their elements, the largest first, (n, n_elements).
+
+    Parameters
+    ----------
+    formulas : StoichiometryBatch of n formulas
+
+    Examples
+    --------
+    >>> proportions(StoichiometryBatch(torch.tensor([[0.2, 0.0, 0.8], [0.8, 0.2, 0.0]]))).tolist()
+    [[0.800000011920929, 0.20000000298023224, 0.0], [0.800000011920929, 0.20000000298023224, 0.0]]
+    """
+    return formulas.fractions.sort(dim=1, descending=True).values
 
 
 class RetrievingModel(PredictingModel):
@@ -51,6 +67,10 @@ class RetrievingModel(PredictingModel):
         >>> model.predict_structure_embedding(structures.select([0, 1])).shape
         (2, 200)
         """
+        return self._embedded(structures)[0].cpu().numpy()
+
+    def _embedded(self, structures: Dataset) -> tuple[Tensor, Tensor]:
+        """Representation, (m, F), and :func:`proportions`, (m, n_elements), of each structure."""
         network = self._matching_network()
         check_lengths(structures)
         rows = PolymorphData.from_dataset(structures, self.config, least=1).dataset
@@ -59,16 +79,28 @@ class RetrievingModel(PredictingModel):
         with self._evaluating():
             for start in tqdm(range(0, len(rows), _STRUCTURES), disable=quiet):
                 chosen = np.arange(start, min(start + _STRUCTURES, len(rows)))
-                parts.append(network.structure_encoder(rows.batch(chosen)[1].to(self.device)))
-        return torch.cat(parts).cpu().numpy()
+                formulas, crystals, _ = rows.batch(chosen)
+                crystals = network.structure_encoder(crystals.to(self.device))
+                parts.append((crystals, proportions(formulas.to(self.device))))
+        embeddings, amounts = zip(*parts, strict=True)
+        return torch.cat(embeddings), torch.cat(amounts)
 
     def retrieve(
-        self, formulas: Formulas, structures: Dataset, k: int = 10, n_samples: int = 64
+        self,
+        formulas: Formulas,
+        structures: Dataset,
+        k: int = 10,
+        n_samples: int = 64,
+        same_proportions: bool = False,
     ) -> tuple[np.ndarray, np.ndarray]:
         """Structures that a formula is most likely to have, by the match probability of eq. 4.
 
         Ranks say what the database of the pretraining holds for such a formula, not energy:
         metastable entries rank as high as the ground state.
+
+        The encoder of structures sees no elements, so any candidate may be the likeliest. Where
+        their own formulas are to be believed, ``same_proportions`` finds far more
+        (``benchmarks/retrieval.py``).
 
         Parameters
         ----------
@@ -78,11 +110,14 @@ class RetrievingModel(PredictingModel):
             Candidates to return, at most m.
         n_samples : int
             J, samples of each Gaussian, the same noise for all: none depends on the other rows.
+        same_proportions : bool
+            Candidates with the proportions of the formula come first, as GaN for NaCl.
 
         Returns
         -------
         indices : numpy.ndarray, shape (n, k), int64
-            Rows of ``structures``, the likeliest first.
+            Rows of ``structures``, the likeliest first (of those of the same proportions, and then
+            of the others).
         probabilities : numpy.ndarray, shape (n, k)
             That formula and structure match.
 
@@ -112,19 +147,27 @@ class RetrievingModel(PredictingModel):
             raise ValueError(f"k is {k}: must be between 1 and {len(structures)}, the candidates")
         if n_samples < 1:
             raise ValueError(f"n_samples is {n_samples}: must be at least 1")
-        crystals = torch.from_numpy(self.predict_structure_embedding(structures)).to(self.device)
+        crystals, amounts = self._embedded(structures)
         generator = torch.Generator(self.device).manual_seed(0)
         noise = torch.randn(n_samples, crystals.shape[1], generator=generator, device=self.device)
         together = max(1, _PAIRS // (n_samples * len(crystals)))
 
         def likeliest(batch: StoichiometryBatch) -> tuple[Tensor, Tensor]:
-            found = []
+            found: list[tuple[Tensor, Tensor]] = []
             means, log_sigmas = (part.split(together) for part in network.encoder(batch))
-            for mean, log_sigma in zip(means, log_sigmas, strict=True):
+            asked = proportions(batch).split(together)
+            for mean, log_sigma, wanted in zip(means, log_sigmas, asked, strict=True):
                 samples = mean.unsqueeze(1) + log_sigma.exp().unsqueeze(1) * noise
                 logits = losses.match_logits(samples, crystals, network.c, network.d)
                 matches = losses.log_match_probability(logits, network.config.match_form)
-                found.append(torch.topk(matches, k, dim=1))
+                if not same_proportions:
+                    found.append(torch.topk(matches, k, dim=1))
+                    continue
+                order = matches.argsort(dim=1, descending=True)
+                others = torch.cdist(wanted, amounts, p=torch.inf) > _ROUNDING
+                last = others.gather(1, order).long().argsort(dim=1, stable=True)
+                order = order.gather(1, last)[:, :k]
+                found.append((matches.gather(1, order), order))
             logs, indices = zip(*found, strict=True)
             return torch.cat(logs), torch.cat(indices)
 

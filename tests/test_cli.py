@@ -1106,5 +1106,11 @@ def test_retrieve_ranks_structures(tmp_path: Path, capsys: pytest.CaptureFixture
     assert "only 3 formulas: fewer than -k 1000" in capsys.readouterr().err.splitlines()
     assert main(["retrieve", "NaCl", "--structures", *files, "-k", "1"]) == 0
     assert len(capsys.readouterr().out.splitlines()) == 2
+    silica = Structure(Lattice.cubic(4), ["Si", "O", "O"], [[0, 0, 0], [0.2] * 3, [0.8] * 3])
+    silica.to(tmp_path / "silica.cif")
+    for formula, place in (("MgF2", 0), ("MgO", -1)):
+        given = [formula, "--structures", f"{tmp_path}/silica.cif", *files, "--output", other]
+        assert main(["retrieve", *given, "--same-proportions"]) == 0
+        assert pd.read_csv(other)["structure_formula"].iloc[place] == "SiO2"
     line = error_of(["retrieve", "NaCl", "--structures", f"{tmp_path}/none.parquet"], capsys)
     assert "none.parquet" in line

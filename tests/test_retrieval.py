@@ -162,3 +162,23 @@ def test_baselines_know_distances_and_proportions_and_no_more(prototypes):
     assert found["proportions"] == found["chance"]  # which do not tell them apart
     assert found["proportions and distances"] == found["distances"]
     assert found["distances"][10] > found["chance"][10]
+
+
+def test_candidates_of_the_same_proportions_come_first(prototypes):
+    model = PolySRLModel.from_pretrained("polysrl-mp")
+    asked, n = ["NaCl", "Mg2SiO4", "Fe4O4", "La0.7Sr0.3MnO3"], len(prototypes)
+    plain, likelihood = model.retrieve(asked, prototypes, k=n)
+    indices, probabilities = model.retrieve(asked, prototypes, k=n, same_proportions=True)
+    kinds = np.array([Composition(name).anonymized_formula for name in prototypes.formulas])
+    for row, formula in enumerate(asked):
+        alike = kinds[plain[row]] == Composition(formula).anonymized_formula
+        order = np.r_[np.flatnonzero(alike), np.flatnonzero(~alike)]
+        np.testing.assert_allclose(probabilities[row], likelihood[row][order], rtol=1e-5)
+        assert (kinds[indices[row]] == kinds[plain[row]][order]).mean() > 0.99  # but for ties
+        assert sorted(indices[row]) == list(range(n))
+    assert [sum(kinds == Composition(name).anonymized_formula) > 1 for name in asked] == [
+        *(True, True, True, False)
+    ]
+    few = model.retrieve(asked, prototypes, k=3, same_proportions=True)
+    np.testing.assert_array_equal(few[0], indices[:, :3])
+    np.testing.assert_array_equal(few[1], probabilities[:, :3])
