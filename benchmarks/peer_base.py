@@ -62,15 +62,7 @@ class PeerModel(Model):
         raise NotImplementedError
 
     def fit(self, dataset: Dataset, unfinished: Path | None = None) -> Self:
-        """Train from the initial weights; returns itself.
-
-        Parameters
-        ----------
-        dataset : dc.data.Dataset
-            X holds stoichiometry graphs, y one column.
-        unfinished : path, optional
-            Folder from which the same training, if it was interrupted, goes on.
-        """
+        """Train from the initial weights, or on from ``unfinished``; returns itself."""
         raise NotImplementedError
 
     @property
