@@ -23,7 +23,7 @@ import torch
 import transfer
 from command_line import chosen_targets, refusing, runner_parser
 from files import write_csv
-from magpie import magpie_features, regressor
+from magpie import predict_baseline
 from peers import PEERS, lacking, peer_model, predict_peer_fold
 from targets import Target, wetlab_targets
 from tasks import find_data_dir
@@ -37,8 +37,8 @@ COLUMNS = ["model", "target", "formulas", "seconds"]
 
 def forest(target: Target, split: Split, seed: int) -> np.ndarray:
     """Train a random forest on Magpie features, and predict."""
-    train, test = (magpie_features([target.formulas[row] for row in rows]) for rows in split)
-    return regressor("magpie_forest", seed).fit(train, target.values[split[0]]).predict(test)
+    found = predict_baseline("magpie_forest", [target], [seed], lambda _: [split])
+    return found[target.name][0, split[1]]
 
 
 _transfer = partial(transfer.predict_fold, encoder=DEFAULT_ENCODER)

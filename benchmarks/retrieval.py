@@ -30,7 +30,6 @@ from command_line import refusing, runner_parser
 from files import write_csv
 from graph_data import graph_dataset
 from pretrain import split
-from pymatgen.core import Composition
 from scipy.spatial.distance import cdist
 from scipy.stats import hypergeom
 from sklearn.linear_model import Ridge
@@ -38,6 +37,7 @@ from tasks import structures_path
 
 from polysrl_dc import PolymorphDataset, PolySRLModel
 from polysrl_dc.graphs import StoichiometryBatch
+from polysrl_dc.retrieval import ROUNDING, proportions
 
 RANKS = (1, 10, 100)
 
@@ -81,19 +81,12 @@ def chance(hits: np.ndarray, candidates: np.ndarray | int) -> dict[int, float]:
     return {k: float(hypergeom.sf(0, candidates, hits, drawn[k]).mean()) for k in RANKS}
 
 
-def same_proportions(candidates: PolymorphDataset, asked: np.ndarray) -> np.ndarray:
-    """Whether formulas are alike but for their elements, as NaCl and GaN: (n, m), bool."""
-    names, of_name = np.unique(candidates.formulas, return_inverse=True)
-    kinds = np.array([Composition(name).anonymized_formula for name in names])[of_name]
-    return kinds[asked, None] == kinds
-
-
-def features(structures: PolymorphDataset) -> tuple[np.ndarray, np.ndarray]:
-    """Atomic fractions, (n, 119), and the mean and shortest distance between neighbors, (n, 2)."""
+def features(structures: PolymorphDataset) -> tuple[StoichiometryBatch, np.ndarray]:
+    """The n formulas, and the mean and shortest distance between neighbors, (n, 2)."""
     graphs = structures.X
-    fractions = StoichiometryBatch.from_graphs([graph.stoichiometry for graph in graphs]).fractions
+    formulas = StoichiometryBatch.from_graphs([graph.stoichiometry for graph in graphs])
     found = [graph.distances if len(graph.distances) else [0.0] for graph in graphs]
-    return fractions.numpy(), np.array([(np.mean(each), np.min(each)) for each in found])
+    return formulas, np.array([(np.mean(each), np.min(each)) for each in found])
 
 
 def baselines(
@@ -109,9 +102,11 @@ def baselines(
     others : PolymorphDataset
         Structures to learn distances from.
     """
-    groups, alike = candidates.groups, same_proportions(candidates, asked)
-    fractions, distances = features(candidates)
-    expected = Ridge(alpha=1e-3).fit(*features(others)).predict(fractions[asked])
+    groups, (formulas, distances) = candidates.groups, features(candidates)
+    amounts = proportions(formulas).numpy()
+    alike = cdist(amounts[asked], amounts, "chebyshev") < ROUNDING
+    known, learned = features(others)
+    expected = Ridge(alpha=1e-3).fit(known.fractions, learned).predict(formulas.fractions[asked])
     apart = cdist(expected, distances)
     first = np.where(alike, apart, apart + apart.max() + 1)
     by_distance, by_both = (

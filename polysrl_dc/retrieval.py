@@ -16,7 +16,7 @@ from polysrl_dc.prediction import PredictingModel
 
 _STRUCTURES = 256  # structures embedded at once
 _PAIRS = 5_000_000  # pairs of a sample and a structure compared at once: 20 MB
-_ROUNDING = 1e-5  # by which equal proportions differ
+ROUNDING = 1e-5  # by less than which equal proportions differ
 
 
 def proportions(formulas: StoichiometryBatch) -> Tensor:
@@ -164,7 +164,7 @@ class RetrievingModel(PredictingModel):
                     found.append(torch.topk(matches, k, dim=1))
                     continue
                 order = matches.argsort(dim=1, descending=True)
-                others = torch.cdist(wanted, amounts, p=torch.inf) > _ROUNDING
+                others = torch.cdist(wanted, amounts, p=torch.inf) > ROUNDING
                 last = others.gather(1, order).long().argsort(dim=1, stable=True)
                 order = order.gather(1, last)[:, :k]
                 found.append((matches.gather(1, order), order))
