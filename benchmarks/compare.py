@@ -14,16 +14,14 @@ from __future__ import annotations
 
 import argparse
 import sys
-from pathlib import Path
 
 import compare_cost
 import compare_speed
 import paper_protocol
 from paired import read_paper
-from peers import SMALL_TASKS
 from results import COMPARED, MATBENCH_8, TABLE_8, cells_of, compared
 from summarize import section
-from targets import Target, matbench_target, wetlab_targets
+from targets import small_targets, wetlab_targets
 from tasks import find_data_dir
 
 #: The protocol under which each model trains all that it has; Magpie has no encoder to freeze.
@@ -61,11 +59,6 @@ def main(argv: list[str] | None = None) -> int:
         paper = read_paper(find_data_dir(arguments.data_dir))
         print("\n".join(section(cells, paper, table, "polysrl")))
     return 0
-
-
-def small_targets(data_dir: Path | None) -> list[Target]:
-    """The tasks of Matbench that a peer is trained on, as the paper uses them."""
-    return [matbench_target(name, data_dir) for name in SMALL_TASKS]
 
 
 if __name__ == "__main__":

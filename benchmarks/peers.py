@@ -15,15 +15,12 @@ import numpy as np
 import torch
 from graph_data import dataset_of
 from targets import Target
-from tasks import PAPER_TASKS
 from transfer import EPOCHS
 
 #: What each peer needs to be imported; the extra ``peers`` has both.
 PEERS = {"roost": "aviary", "roost_500_epochs": "aviary", "crabnet": "pytorch_optimizer"}
 #: Peers whose epochs are not those of their recipe, but those of the transfer protocol.
 LONGER = {"roost_500_epochs": EPOCHS}
-#: The tasks of Matbench on which a peer can be trained in hours: at most 18,928 rows.
-SMALL_TASKS = tuple(name for name in PAPER_TASKS if not name.startswith("matbench_mp_"))
 #: What ``info.json`` says of their records.
 ABOUT: dict[str, dict[str, Any]] = {
     "roost": {

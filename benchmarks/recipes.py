@@ -1,16 +1,20 @@
-"""Ways to train ``PolySRLModel`` on a small data set, on the nine wet-lab targets.
+"""Ways to train ``PolySRLModel``, on the nine wet-lab targets or on Matbench's small tasks.
 
     python benchmarks/recipes.py --data-dir DATA
+    python benchmarks/recipes.py --data-dir DATA --matbench    # as polysrl train would
 
 Each recipe learns from a whole training fold and chooses nothing on a part of it. *single*,
 *fine-tuned* and *frozen* are those of the package (``polysrl train --recipe``), the others differ
 from one of them in what their names add. Those with a calibrated standard deviation learn from four
 fifths and calibrate on the rest (``--hold-out 0.2``) or, cross-validated, learn from all rows and
 calibrate by models of four fifths each (``--folds 5``); with the distance in them as ``polysrl
-train`` does both, or without. The folds are those of ``run_wetlab.py``.
-Predictions go to records as those of ``run_wetlab.py`` do, scores to ``recipes.csv``, which
-``summarize.py`` reads, and for the first seed those of the uncertainty that the models predict
-along to ``calibration.csv``. What is there is not trained again.
+train`` does both, or without. *polysrl train* is the one that the command takes for so many rows:
+*frozen*, *fine-tuned* or *large*, uncalibrated.
+
+The folds are those of ``run_wetlab.py`` and, of Matbench, of ``run_matbench.py --paper``.
+Predictions go to records as theirs do, scores to ``recipes.csv``, which ``summarize.py`` reads, and
+for the first seed of the wet lab those of the uncertainty that the models predict along to
+``calibration.csv``. What is there is not trained again.
 """
 
 from __future__ import annotations
@@ -33,12 +37,12 @@ from paper_protocol import train_folds
 from paper_records import Run
 from representation import start_of
 from scores import read_scores
-from targets import N_FOLDS, Target, wetlab_targets
+from targets import N_FOLDS, Target, small_targets, wetlab_targets
 from tasks import find_data_dir
 from training_state import trained
 
 import polysrl_dc
-from polysrl_dc import PolySRLModel, cross_val_predict, keep_formulas
+from polysrl_dc import PolySRLModel, cross_val_predict, keep_formulas, suitable_recipe
 from polysrl_dc.checkpoints import DEFAULT_ENCODER
 from polysrl_dc.cross_validation import HeldOut
 from polysrl_dc.domain import distances_to
@@ -99,6 +103,8 @@ RECIPES = {
     "frozen, std cross-validated": _like("frozen", folds=5),
     "frozen, std cross-validated, distance": _like("frozen", folds=5, distance=True),
 }
+#: The recipe of the package that suits the rows of a fold.
+AS_COMMAND = "polysrl train"
 SCORES = "recipes.csv"
 #: What :func:`held_out` has found of the folds trained last.
 _LATEST: dict[Hashable, tuple[PolySRLModel, Dataset, HeldOut]] = {}
@@ -128,7 +134,7 @@ def predict_fold(
     """
     torch.set_num_threads(1)
     train, test = split
-    way = RECIPES[recipe]
+    way = way_of(recipe, len(train))
     if way.held_out or way.folds:
         model, rows, predicted = held_out(target, train, way, seed, unfinished)
         model.calibrate(rows, predicted=predicted if way.distance else predicted[:2])
@@ -136,6 +142,11 @@ def predict_fold(
         model = fitted(way, seed, unfinished, dataset_of(target, train))
     mean, std = model.predict_uncertainty(dataset_of(target, test))
     return mean[:, 0], std[:, 0], {}
+
+
+def way_of(recipe: str, n_rows: int) -> Recipe:
+    """The recipe of that name, for so many training rows."""
+    return _like(suitable_recipe(n_rows)) if recipe == AS_COMMAND else RECIPES[recipe]
 
 
 def fitted(way: Recipe, seed: int, unfinished: Path | None, dataset: Dataset) -> PolySRLModel:
@@ -177,7 +188,10 @@ def main(argv: list[str] | None = None) -> None:
     """Train what is missing, score and print."""
     parser = runner_parser(__doc__)
     add = parser.add_argument
-    add("--recipes", nargs="+", choices=RECIPES, default=list(RECIPES), metavar="RECIPE")
+    every = [*RECIPES, AS_COMMAND]
+    said = f"default: all, with --matbench {AS_COMMAND!r}; {'; '.join(every)}"
+    add("--recipes", nargs="+", choices=every, metavar="RECIPE", help=said)
+    add("--matbench", action="store_true", help="the small tasks of Matbench, not the wet lab")
     add("--targets", nargs="+", metavar="TARGET", help="names; default: all")
     add("--seeds", type=int, default=1, help="number of seeds")
     add("--jobs", type=int, default=1, help="folds trained at once, a process each")
@@ -185,8 +199,10 @@ def main(argv: list[str] | None = None) -> None:
     arguments = parser.parse_args(argv)
     if min(arguments.seeds, arguments.jobs) < 1:
         parser.error("--seeds and --jobs must be at least 1")
+    arguments.recipes = arguments.recipes or ([AS_COMMAND] if arguments.matbench else [*RECIPES])
+    targets_of = small_targets if arguments.matbench else wetlab_targets
     with refusing(parser):
-        found = wetlab_targets(find_data_dir(arguments.data_dir))
+        found = targets_of(find_data_dir(arguments.data_dir))
     chosen = chosen_targets(parser, found, arguments.targets)
     print(f"{', '.join(arguments.recipes)}; {len(chosen)} targets, {arguments.seeds} seeds")
     if arguments.dry_run:
@@ -197,8 +213,11 @@ def main(argv: list[str] | None = None) -> None:
                 for recipe in arguments.recipes:
                     train_missing(target, recipe, seed, arguments)
     scores = read_scores(arguments.output_dir / SCORES)
-    errors = scores[scores["metric"] == "mae"].pivot_table("value", "task", "model", sort=False)
-    print(errors[[recipe for recipe in RECIPES if recipe in errors]].round(3).to_markdown())
+    scores = scores[(scores["metric"] == "mae") & (scores["suite"] == chosen[0].suite)]
+    errors = scores.pivot_table("value", "task", "model", sort=False)
+    print(errors[[recipe for recipe in every if recipe in errors]].round(3).to_markdown())
+    if arguments.matbench:
+        return
     said = uncertainties(pd.read_csv(arguments.output_dir / "calibration.csv"))
     print(f"\nWhat they say of their errors, seed 0:\n\n{said.to_markdown(floatfmt='.3f')}")
 
@@ -206,14 +225,16 @@ def main(argv: list[str] | None = None) -> None:
 def train_missing(target: Target, recipe: str, seed: int, arguments: argparse.Namespace) -> None:
     """Train a recipe on the folds of a target, unless that is done; write record and scores."""
     command = ["--recipes", recipe, "--seeds", str(seed + 1)]
-    settings = {**settings_of(recipe, seed), "protocol": "recipe", "arguments": command}
+    command += ["--matbench"] * (target.suite == "paper")
+    n_rows = len(target.splits()[0][0])
+    settings = {**settings_of(recipe, seed, n_rows), "protocol": "recipe", "arguments": command}
     run = Run(settings, seed, arguments.output_dir, SCORES, "recipes.py")
     if run.is_done(target, target.suite):
         return
     calls = [(recipe, seed)] * N_FOLDS
     key = {**run.made_by, "seed": seed}
     predictions, std, params = train_folds(target, predict_fold, calls, key, arguments)
-    if seed == 0 and std is not None:
+    if seed == 0 and std is not None and target.suite == "wetlab":
         keep(arguments.output_dir, score_own(target, recipe, "recipe", predictions, std))
     run.save(target, predictions, params, std)
     run.score(target, predictions, target.suite, target.splits())
@@ -249,13 +270,13 @@ def encoders_of(settings: Mapping[str, Any]) -> Sequence[str]:
     return settings.get("pretrained", (DEFAULT_ENCODER,)) or ()
 
 
-def settings_of(recipe: str, seed: int) -> dict[str, Any]:
-    """Everything that changes the predictions, and the recipe's name.
+def settings_of(recipe: str, seed: int, n_rows: int) -> dict[str, Any]:
+    """Everything that changes the predictions of so many training rows, and the recipe's name.
 
     Not how ``calibrate`` works: records of calibrated recipes must be removed when that
     changes.
     """
-    way = RECIPES[recipe]
+    way = way_of(recipe, n_rows)
     model = PolySRLModel(seed=seed, **way.settings)
     starts: Sequence[str | None] = encoders_of(way.settings) or [None]
     start = ", ".join(start_of(one, model.config) for one in starts)

@@ -14,9 +14,9 @@ from magpie import BASELINES
 from paired import PLACE, over_folds
 from paper_models import MODELS
 from paper_protocol import PROTOCOLS, suite_name
-from peers import LONGER, PEERS, SMALL_TASKS
+from peers import LONGER, PEERS
 from scores import COLUMNS, COMPOSITION_MODELS
-from targets import N_FOLDS, PARTS
+from targets import N_FOLDS, PARTS, SMALL_TASKS
 
 FILES = (
     *("wetlab_scores.csv", "thermoelectrics.csv", "paper_scores.csv"),
@@ -185,6 +185,7 @@ PUBLICATIONS = tuple(
     for metric in ("mae", "r2")
 )
 RECIPES = _extra("wet lab, ways to train", "wetlab", "recipe", NINE)
+MATBENCH_RECIPES = _extra("Matbench, ways to train", "paper", "recipe", SMALL_TASKS)
 #: Learning curves, by part of the training rows, ascending.
 CURVES = {
     part.replace("%", " %"): _extra(

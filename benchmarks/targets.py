@@ -30,6 +30,8 @@ from tasks import (
 from polysrl_dc.errors import InvalidInputError
 
 N_FOLDS = 5
+#: The tasks of Matbench on which a peer can be trained in hours: at most 18,928 rows.
+SMALL_TASKS = tuple(name for name in PAPER_TASKS if not name.startswith("matbench_mp_"))
 #: Part of a training fold that 72/8/20 keeps for validation.
 HELD_BACK = 0.1
 #: Parts of the training folds of learning curves.
@@ -287,6 +289,11 @@ def matbench_target(name: str, data_dir: str | Path | None) -> Target:
 def matbench_targets(data_dir: str | Path | None) -> list[Target]:
     """The seven tasks of Table 6."""
     return [matbench_target(name, data_dir) for name in PAPER_TASKS]
+
+
+def small_targets(data_dir: str | Path | None) -> list[Target]:
+    """Those of :data:`SMALL_TASKS`."""
+    return [matbench_target(name, data_dir) for name in SMALL_TASKS]
 
 
 @functools.lru_cache(maxsize=1)

@@ -20,7 +20,7 @@ from compare import main
 from compare_speed import WARM_UP, Contender, measure, step_seconds
 from paper_records import load_record, record_path
 from peers import PEERS, lacking, peer_settings
-from targets import Target
+from targets import SMALL_TASKS, Target
 from tasks import PAPER_TASKS
 from transfer import dataset_of
 
@@ -192,8 +192,8 @@ def test_dry_runs_write_nothing(quick, capsys, monkeypatch):
 
 
 def test_small_tasks_are_those_of_the_paper_without_its_two_large_ones():
-    assert len(peers.SMALL_TASKS) == 5 and set(peers.SMALL_TASKS) < set(PAPER_TASKS)
-    assert not any("mp_" in name for name in peers.SMALL_TASKS)
+    assert len(SMALL_TASKS) == 5 and set(SMALL_TASKS) < set(PAPER_TASKS)
+    assert not any("mp_" in name for name in SMALL_TASKS)
 
 
 def training(n, inner=torch.optim.SGD, wrap=lambda optimizer: optimizer):

@@ -10,15 +10,17 @@ import numpy as np
 import pandas as pd
 import pytest
 import recipes
+import summarize
 from check_submission import check_records
 from folds import split_validation
 from paper_records import load_record
 from sklearn.metrics import mean_absolute_error
 from submission import run_file
-from targets import Target
+from targets import HELD_BACK, SMALL_TASKS, Target, small_targets
 from transfer import dataset_of
 
-from polysrl_dc import RECIPES, PolySRLModel, cross_val_predict, keep_formulas
+import polysrl_dc
+from polysrl_dc import RECIPES, PolySRLModel, cross_val_predict, keep_formulas, suitable_recipe
 
 FOLDER = "single_frozen_std_calibrated_recipe_seed1"
 
@@ -139,7 +141,7 @@ def test_what_is_finished_is_kept_and_belongs_to_one_recipe(target, tmp_path, mo
     recipes.main([*command, "single, random start"])
     errors = pd.read_csv(tmp_path / "recipes.csv").pivot_table("value", "metric", "model")
     assert errors.loc["mae"].nunique() == 2
-    keys = [frozenset(recipes.settings_of(name, 0).items()) for name in recipes.RECIPES]
+    keys = [frozenset(recipes.settings_of(name, 0, 100).items()) for name in recipes.RECIPES]
     assert len(set(keys)) == len(keys)
 
 
@@ -172,6 +174,36 @@ def test_predictions_are_a_record_which_is_enough(target, tmp_path, monkeypatch)
     changed = pd.read_csv(tmp_path / "recipes.csv")
     assert set(changed["seed"]) == {0}  # the other seed is of the earlier way
     assert (changed["value"].to_numpy() != scores.query("seed == 0")["value"].to_numpy()).all()
+
+
+def test_matbench_is_trained_as_the_command_would(target, tmp_path, monkeypatch, capsys):
+    small = replace(target, suite="paper", held_back=HELD_BACK)
+    monkeypatch.setattr(recipes, "small_targets", lambda _: [small])
+    ways = {name: replace(recipe, epochs=1) for name, recipe in RECIPES.items()}
+    monkeypatch.setattr(polysrl_dc, "RECIPES", ways)
+    recipes.main(["--output-dir", str(tmp_path), "--matbench"])
+    assert "| metallic |" in capsys.readouterr().out
+    assert [path.name for path in tmp_path.glob("*.csv")] == ["recipes.csv"]
+    table = pd.read_csv(tmp_path / "recipes.csv")
+    assert set(table["suite"]) == {"paper"} and set(table["model"]) == {recipes.AS_COMMAND}
+    record = load_record(tmp_path, "paper", recipes.AS_COMMAND, "recipe", 0)["metallic"]
+    train, test = small.splits()[2]
+    assert len(train) == 108
+    model = PolySRLModel(**ways["frozen"].settings)
+    model.fit(dataset_of(small, train), nb_epoch=1)
+    expected = model.predict(dataset_of(small, test))[:, 0]
+    np.testing.assert_allclose(record.predictions[test], expected, rtol=1e-6)
+    assert record.settings["freeze_encoder"] and record.settings["epochs"] == 1
+    large = recipes.settings_of(recipes.AS_COMMAND, 0, 5000)
+    assert (large["batch_size"], large["freeze_encoder"]) == (512, False)
+
+
+def test_the_page_names_the_recipes_of_the_small_tasks(data_dir):
+    taken = {t.name: suitable_recipe(len(t.splits()[0][0])) for t in small_targets(data_dir)}
+    others = {"matbench_jdft2d": "frozen", "matbench_dielectric": "fine-tuned"}
+    assert taken == dict.fromkeys(SMALL_TASKS, "large") | others
+    said = "*frozen* for jdft2d, *fine-tuned* for dielectric, else *large*"
+    assert said in " ".join(summarize.INTRODUCTION.split())
 
 
 def test_nothing_is_written_in_a_dry_run_or_for_an_unknown_target(target, tmp_path, capsys):
