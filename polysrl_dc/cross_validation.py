@@ -3,6 +3,7 @@
 import hashlib
 from collections.abc import Callable, Hashable, Iterator, Sequence
 from itertools import repeat
+from numbers import Integral
 from typing import Any, NamedTuple
 
 import numpy as np
@@ -133,7 +134,7 @@ class StoichiometrySplitter(Splitter):
         InvalidInputError
             A row is no graph, or has no group, naming row and id.
         TypeError
-            An argument is unknown.
+            An argument is unknown, or ``k`` no whole number.
         ValueError
             ``k`` is less than 2 or more than there are formulas, or groups; or the number of
             ``groups`` or ``directories`` is another one.
@@ -141,6 +142,8 @@ class StoichiometrySplitter(Splitter):
         if kwargs:
             raise TypeError(f"unknown arguments {sorted(kwargs)}")
         groups = row_groups(dataset, self.groups)
+        if not isinstance(k, Integral):
+            raise TypeError(f"k is {k!r}: must be a whole number")
         if not 2 <= k <= groups.max() + 1:
             what = "formulas" if self.groups is None else "groups"
             raise ValueError(f"k is {k}: must be between 2 and the {groups.max() + 1} {what}")

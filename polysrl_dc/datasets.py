@@ -52,8 +52,8 @@ class PolymorphDataset(Dataset):
     Raises
     ------
     InvalidInputError, ValueError
-        There is no such source, it is damaged or holds no usable structure, all cells have too many
-        sites, or, under ``on_error="raise"``, one is bad, which is named; ``on_error`` is neither.
+        An argument is wrong, there is no such source, it is damaged or holds no usable structure,
+        all cells have too many sites or, under ``on_error="raise"``, one is bad, which is named.
 
     Examples
     --------
@@ -86,6 +86,8 @@ class PolymorphDataset(Dataset):
     ) -> None:
         if on_error not in ("raise", "skip"):
             raise ValueError(f"on_error is {on_error!r}: raise or skip")
+        if max_structures is not None and max_structures < 1:
+            raise ValueError(f"max_structures is {max_structures}: must be at least 1")
         folder = pack(source, cache_dir, settings, processes=processes, progress=progress)
         arrays, manifest = read_cache(folder, verify)
         bad = zip(arrays["skipped_ids"], arrays["skipped_messages"], strict=True)
@@ -96,14 +98,12 @@ class PolymorphDataset(Dataset):
             first = ": ".join(skipped[0])
             raise InvalidInputError(f"none of the {len(skipped)} structures is usable: {first}")
         self._open(arrays, PackSettings(**manifest["settings"]), skipped)
-        rows = np.arange(len(arrays["ids"]))
-        if max_sites is not None:
-            rows = rows[arrays["site_counts"] <= max_sites]
-            if not len(rows):
-                raise InvalidInputError(f"no structure has at most {max_sites} sites")
+        most = np.inf if max_sites is None else max_sites
+        rows = np.flatnonzero(arrays["site_counts"] <= most)
+        if not len(rows):
+            raise InvalidInputError(f"no structure has at most {max_sites} sites")
         if max_structures is not None and max_structures < len(rows):
-            chosen = np.random.default_rng(seed).choice(rows, max_structures, replace=False)
-            rows = np.sort(chosen)
+            rows = np.sort(np.random.default_rng(seed).choice(rows, max_structures, replace=False))
         self._rows = rows
 
     @classmethod

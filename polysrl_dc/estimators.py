@@ -61,6 +61,8 @@ class _FormulaEstimator(BaseEstimator):
         dataset = _labeled(X, y, weights)
         if groups is not None and len(groups) != len(dataset):
             raise ValueError(f"{len(dataset)} formulas, {len(groups)} groups")
+        if groups is not None and self.n_folds is None:
+            raise ValueError("groups are kept together in the parts of n_folds, which is None")
         if self.recipe is not None and self.recipe not in RECIPES:
             raise ValueError(f"recipe is {self.recipe!r}: must be one of {sorted(RECIPES)}")
         n_tasks = dataset.y.shape[1]
@@ -153,7 +155,7 @@ class PolySRLRegressor(RegressorMixin, _FormulaEstimator):
         sample_weight : array-like, shape (n,), (n, 1) or (n, n_tasks), optional
             Values of weight 0 are not learned from.
         groups : sequence, shape (n,), optional
-            Rows of one group, such as a publication, stay in one part of ``n_folds``.
+            Rows of one group, such as a publication, stay in one part of ``n_folds``; not without.
 
         Returns
         -------
@@ -165,8 +167,11 @@ class PolySRLRegressor(RegressorMixin, _FormulaEstimator):
         InvalidInputError
             A bad formula, value, weight or group, or a row without a value; names the row.
         ValueError
-            Lengths differ, ``y`` has more than two dimensions, ``recipe`` is unknown, or
-            ``n_folds`` (k, in the message) not between 2 and the number of different formulas.
+            Lengths differ, ``y`` has more than two dimensions, ``recipe`` is unknown, ``n_folds``
+            (k, in the message) not between 2 and the number of different formulas, or None, but
+            there are ``groups``.
+        TypeError
+            ``n_folds`` is no whole number.
         """
         self._fit(X, _values(y), sample_weight, groups, _names(y))
         self._one_column = np.ndim(y) == 1
@@ -268,7 +273,10 @@ class PolySRLClassifier(ClassifierMixin, _FormulaEstimator):
             A row has no class, or a formula, weight or group is bad; names the row.
         ValueError
             There are not two classes, y has not one dimension, lengths differ, ``recipe`` is
-            unknown, or ``n_folds`` (k, in the message) not between 2 and the number of formulas.
+            unknown, ``n_folds`` (k, in the message) not between 2 and the number of formulas, or
+            None, but there are ``groups``.
+        TypeError
+            ``n_folds`` is no whole number.
         """
         labels = _values(y)
         missing = pd.isna(labels).ravel()
@@ -305,6 +313,27 @@ class PolySRLClassifier(ClassifierMixin, _FormulaEstimator):
         check_is_fitted(self)
         second = self.model_.predict(_column(X))[:, 0]
         return np.column_stack([1 - second, second])
+
+    def predict_log_proba(self, X: Any) -> np.ndarray:
+        """Natural logarithms of :meth:`predict_proba`, of the same shape.
+
+        Parameters
+        ----------
+        X : as in :meth:`fit`
+
+        Returns
+        -------
+        numpy.ndarray, shape (n, 2)
+            Negative infinity, with NumPy's warning, where a probability is 0.
+
+        Raises
+        ------
+        InvalidInputError
+            A bad formula, which is named.
+        sklearn.exceptions.NotFittedError
+            :meth:`fit` comes first.
+        """
+        return np.log(self.predict_proba(X))
 
     def predict(self, X: Any) -> np.ndarray:
         """Predict the likelier class.

@@ -471,6 +471,9 @@ def test_samples_and_limits_of_size(polymorphs, tmp_path):
     assert len(open_polymorphs(path, max_structures=1000)) == 20
     with pytest.raises(InvalidInputError, match="at most 1 sites"):
         open_polymorphs(path, max_sites=1)
+    for none in (0, -1):
+        with pytest.raises(ValueError, match=f"max_structures is {none}"):
+            open_polymorphs(path, max_structures=none)
     with pytest.raises(ValueError, match="on_error"):
         open_polymorphs(path, on_error="ignore")
 

@@ -176,6 +176,7 @@ def test_classes_have_any_names() -> None:
     assert classifier.model_.provenance["targets"] == ["gap"]
     probability = classifier.predict_proba(FORMULAS)
     np.testing.assert_allclose(probability.sum(1), 1)
+    np.testing.assert_array_equal(classifier.predict_log_proba(FORMULAS), np.log(probability))
     expected = np.where(probability[:, 1] > 0.5, "wide", "narrow")
     assert classifier.classes_.tolist() == ["narrow", "wide"]
     assert classifier.predict(FORMULAS).tolist() == expected.tolist()
@@ -265,6 +266,9 @@ def test_what_it_has_trained_is_saved_and_read(tmp_path) -> None:
         (lambda r: r.set_params(n_folds=0).fit(["NaCl"], [1]), ValueError, "k is 0"),
         (lambda r: r.set_params(recipe="x").fit(["NaCl"], [1]), ValueError, "recipe is 'x'"),
         (lambda r: r.set_params(n_folds=5).fit(["NaCl"], [1]), ValueError, "k is 5"),
+        (lambda r: r.set_params(n_folds="5").fit(["NaCl"], [1]), TypeError, "k is '5'"),
+        (lambda r: r.set_params(n_folds=2.5).fit(["NaCl"], [1]), TypeError, "k is 2.5"),
+        (lambda r: r.fit(["NaCl"], [1], groups=["a"]), ValueError, "n_folds, which is None"),
         (lambda r: r.predict(["NaCl"]), NotFittedError, "not fitted"),
         (lambda r: r.predict(["NaCl"], return_std=True), NotFittedError, "not fitted"),
     ],
