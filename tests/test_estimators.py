@@ -74,6 +74,15 @@ def test_folds_calibrate_and_predict_each_formula_by_a_model_without_it() -> Non
         PolySRLRegressor(n_folds=2).fit(FORMULAS[:9], SIGNAL[:9])
 
 
+def test_the_calibrated_std_grows_with_the_distance_to_what_was_learned() -> None:
+    odd = ["U", "Xe", "WC", "OsO4", "IrF6", "CBr4", "BN", "Tc", "P", "Hg", "S8", "H2"]
+    wild = np.where(np.arange(len(odd)) % 2, -9.0, 9.0)  # which none of the others tells
+    regressor = PolySRLRegressor(n_folds=3).fit([*FORMULAS, *odd], [*RISING, *wild])
+    assert regressor.model_.calibration.needs_distance
+    near, far = regressor.predict([FORMULAS[0], "PuO2"], return_std=True)[1]
+    assert far > 1.5 * near
+
+
 @pytest.mark.parametrize("labels", [SIGNAL, np.stack([SIGNAL, 3 - SIGNAL], axis=1), SIGNAL > 0])
 def test_groups_stay_in_one_part(labels) -> None:
     estimator = PolySRLClassifier() if labels.dtype == bool else PolySRLRegressor()
