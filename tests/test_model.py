@@ -765,3 +765,15 @@ def test_evaluation_names_the_row_of_a_bad_label(bad):
     labels[3] = bad
     with pytest.raises(InvalidInputError, match=r"row 3 .*label"):
         fitted().evaluate(data(labels), [MAE])
+
+
+def test_deepchem_searches_its_hyperparameters(tmp_path):
+    train, valid = (data(SIGNAL[i::2], formulas=FORMULAS[i::2]) for i in range(2))
+    search = dc.hyper.GridHyperparamOpt(make)
+    grid = {"learning_rate": [1e-6, 1e-2], "weight_decay": [0.0]}
+    settings = {"use_max": False, "nb_epoch": 5, "logdir": str(tmp_path)}
+    best, chosen, scores = search.hyperparam_search(grid, train, valid, MAE, **settings)
+    assert chosen == {"learning_rate": 1e-2, "weight_decay": 0.0} and len(scores) == 2
+    assert best.evaluate(valid, [MAE])["mae_score"] == min(scores.values()) < max(scores.values())
+    kept = polysrl_dc.PolySRLModel.from_pretrained(best.model_dir)
+    np.testing.assert_array_equal(kept.predict(valid), best.predict(valid))
