@@ -84,6 +84,7 @@ FROZEN: dict[str, Any] = {"epochs": polysrl_dc.RECIPES["frozen"].epochs, "freeze
 RECIPES = {
     "single": _like("single"),
     "single, batches of 128": _like("single", batch_size=128),
+    "single, batches of 128, random start": _like("single", batch_size=128, pretrained=None),
     "single, three members": _like("single", n_ensemble=3),
     "single, random start": _like("single", pretrained=None),
     "single, std calibrated": _like("single", held_out=0.2),
