@@ -113,6 +113,8 @@ _LATEST: dict[Hashable, tuple[PolySRLModel, Dataset, HeldOut]] = {}
 #: what tells whether the encoder helps where no rate is chosen.
 FIRST, RECOMMENDED = "single", "frozen"
 FIXED_RATE = "single, 500 epochs at 1e-4"
+#: As many epochs and rows in a batch as Roost's authors take.
+AS_ROOST = "single, batches of 128"
 
 
 def predict_fold(

@@ -32,6 +32,13 @@ from polysrl_dc.errors import InvalidInputError
 RESULTS_FILE, INFO_FILE = "results.json.gz", "info.json"
 OWN_BENCHMARKS = tuple(FOLD_RULE_KEYS.values())
 REQUIREMENTS = ("torch", "deepchem", "matbench", "matminer", "pymatgen", "scikit-learn")
+#: What ``info.json`` says of the encoder, by protocol; the last: one or the other.
+BY_TASK = "by task"
+TRAINED = {
+    "frozen": "The encoder is frozen.",
+    "finetune": "Encoder and head are trained together.",
+    BY_TASK: "The encoder is frozen on some tasks; on the others it is trained with the head.",
+}
 #: What ``info.json`` says of the settings of ``run_matbench.py``.
 CHOSEN = (
     "Predictions are the mean of the ensemble. Of several learning rates and epochs in "
@@ -193,7 +200,8 @@ def write_record(
     descriptions : dict
         For each task what made it: ``arguments`` (of the runner), settings, seed.
     protocol : str
-        ``frozen`` (the paper: representation) or ``finetune`` (transfer).
+        ``frozen`` (the paper: representation) or ``finetune`` (transfer), unless the tasks of the
+        record differ in their setting ``freeze_encoder``.
     notes, variant : str
         Go into ``info.json``; the variant names one of several records of this project.
     runner : str
@@ -222,6 +230,8 @@ def write_record(
             earlier = read_benchmark(folder)
             complete = {**earlier.tasks_map, **complete}
             described = {**earlier.user_metadata.get("tasks", {}), **described}
+        if len({entry.get("freeze_encoder") for entry in described.values()}) > 1:
+            protocol = BY_TASK
         benchmark = _benchmark(name, complete, described)
         content = json.dumps(benchmark.as_dict(), allow_nan=False).encode()
         write_atomic(path, gzip.compress(content, mtime=0))
@@ -267,8 +277,7 @@ def submission_info(
     protocol: str, notes: str, variant: str, about: dict[str, Any] | None, chosen: str
 ) -> dict[str, Any]:
     """The content of ``info.json`` with every key that Matbench asks for."""
-    frozen = protocol == "frozen"
-    marks = ", ".join(filter(None, ["frozen encoder" if frozen else "", variant]))
+    marks = ", ".join(filter(None, ["frozen encoder" if protocol == "frozen" else "", variant]))
     name = about["algorithm"] if about else "PolySRL-DC"
     info = {
         "authors": "PolySRL-DC developers",
@@ -276,10 +285,8 @@ def submission_info(
         "algorithm_long": (
             "PolySRL in DeepChem: a graph network over the elements of a formula, which represents "
             "a stoichiometry by a Gaussian, and a small regression or classification head. Only "
-            "compositions enter. "
-            + ("The encoder is frozen." if frozen else "Encoder and head are trained together.")
-            + f" {chosen} The settings of each task, and the encoder it starts from, stand in "
-            "user_metadata."
+            f"compositions enter. {TRAINED[protocol]} {chosen} The settings of each task, and "
+            "the encoder it starts from, stand in user_metadata."
         ),
         "bibtex_refs": [
             "@misc{polysrl, title={Stoichiometry Representation Learning with Polymorphic Crystal "

@@ -197,6 +197,16 @@ def test_matbench_is_trained_as_the_command_would(target, tmp_path, monkeypatch,
     large = recipes.settings_of(recipes.AS_COMMAND, 0, 5000)
     assert (large["batch_size"], large["freeze_encoder"]) == (512, False)
 
+    folder = tmp_path / "paper_v0.1" / "polysrl_train_recipe_seed0"
+    said = [json.loads((folder / "info.json").read_text())]
+    monkeypatch.setattr(recipes, "suitable_recipe", lambda n_rows: "single")
+    monkeypatch.setattr(recipes, "small_targets", lambda _: [replace(small, name="other")])
+    recipes.main(["--output-dir", str(tmp_path), "--matbench"])
+    said.append(json.loads((folder / "info.json").read_text()))
+    assert ["frozen encoder" in info["algorithm"] for info in said] == [True, False]
+    assert "frozen on some tasks; on the others" in said[1]["algorithm_long"]
+    assert check_records([folder]) == []
+
 
 def test_the_page_names_the_recipes_of_the_small_tasks(data_dir):
     taken = {t.name: suitable_recipe(len(t.splits()[0][0])) for t in small_targets(data_dir)}
@@ -204,6 +214,14 @@ def test_the_page_names_the_recipes_of_the_small_tasks(data_dir):
     assert taken == dict.fromkeys(SMALL_TASKS, "large") | others
     said = "*frozen* for jdft2d, *fine-tuned* for dielectric, else *large*"
     assert said in " ".join(summarize.INTRODUCTION.split())
+
+
+def test_a_recipe_has_the_epochs_and_batches_of_roost():
+    pytest.importorskip("aviary")
+    import roost
+
+    way = recipes.RECIPES[recipes.AS_ROOST]
+    assert (way.epochs, way.settings["batch_size"]) == (roost.EPOCHS, roost.BATCH_SIZE)
 
 
 def test_nothing_is_written_in_a_dry_run_or_for_an_unknown_target(target, tmp_path, capsys):
