@@ -126,10 +126,17 @@ def predict_peer_fold(
     std : numpy.ndarray, shape (n_test,)
         Standard deviations that the peer itself predicts, in the same units.
     params : dict
-        What was chosen: nothing.
+        The GPU and the version of torch, if one trained it: its random numbers are others. Nothing
+        was chosen.
     """
     torch.set_num_threads(1)
     train, test = split
     model = peer_model(name, seed).fit(dataset_of(target, train), unfinished=unfinished)
     predictions, std = model.predict_uncertainty(dataset_of(target, test))
-    return np.ravel(predictions), np.ravel(std), {}
+    return np.ravel(predictions), np.ravel(std), _trained_on(model.device)
+
+
+def _trained_on(device: torch.device) -> dict[str, str]:
+    if device.type != "cuda":
+        return {}
+    return {"device": torch.cuda.get_device_name(device), "torch": torch.__version__}

@@ -41,6 +41,8 @@ def small_target(n: int = 20) -> Target:
 class MeanModel:
     """Predicts the mean of what it was fitted to, plus a hundredth of its seed."""
 
+    device = torch.device("cpu")
+
     def __init__(self, calls, name, seed):
         self.calls, self.name, self.seed = calls, name, seed
 
@@ -304,6 +306,18 @@ def test_cost_is_that_of_whole_trainings(monkeypatch):
     assert list(cost.values()) == [[500] * 5, [500], [300]]
     assert set(compare_cost.WAYS) > {*PEERS, "magpie_forest"}
     assert compare_cost.forest(target, target.splits()[0], 0).shape == (8,)
+
+
+def test_the_record_names_the_gpu_that_trained_a_fold(quick, monkeypatch):
+    quick("--models", "roost", "crabnet")
+    monkeypatch.setattr(MeanModel, "device", torch.device("cuda"))
+    monkeypatch.setattr(torch.cuda, "get_device_name", lambda device: f"the GPU {device}")
+    quick("--models", "crabnet", "--seed", "1")
+    chosen = [
+        load_record(quick.folder, "wetlab", "crabnet", "transfer", seed)["metallic"].params
+        for seed in (0, 1)
+    ]
+    assert chosen == [[{}] * 5, [{"device": "the GPU cuda", "torch": torch.__version__}] * 5]
 
 
 @pytest.mark.parametrize("name", PEERS)
