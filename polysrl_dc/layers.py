@@ -194,7 +194,7 @@ class FeatureNorm(nn.BatchNorm1d):
 
     def _over_processes(self, features: Tensor) -> Tensor:
         """The same with the mean and variance of the batch of all processes."""
-        n = sum_over_processes(features.new_tensor(len(features)))
+        n = sum_over_processes(features.new_full((), len(features)))
         mean = sum_over_processes(features.sum(0)) / n
         variance = sum_over_processes(((features - mean) ** 2).sum(0)) / n
         with torch.no_grad():
@@ -207,7 +207,7 @@ class FeatureNorm(nn.BatchNorm1d):
     def _adapt(self, normalized: Tensor) -> None:
         """Follow the covariance, and set the matrix that decorrelates."""
         normalized = normalized.to(self.covariance.dtype)
-        n = sum_over_processes(normalized.new_tensor(len(normalized)))
+        n = sum_over_processes(normalized.new_full((), len(normalized)))
         covariance = sum_over_processes(normalized.T @ normalized) / n
         finite = torch.isfinite(covariance).all()  # else the loss ends the training
         covariance = torch.where(finite, covariance, self.covariance)
