@@ -34,8 +34,9 @@ from polysrl_dc.inputs import (
     read_reference,
     read_structures,
 )
+from polysrl_dc.metrics import relative_error, score_lines
 from polysrl_dc.model import PolySRLModel
-from polysrl_dc.options import check, follow_recipe, parser
+from polysrl_dc.options import check, follow_recipes, parser
 from polysrl_dc.recalibration import LEAST, UncalibratedWarning
 from polysrl_dc.resumption import UNFINISHED, fit_in
 from polysrl_dc.tables import (
@@ -109,7 +110,7 @@ def train(options: argparse.Namespace) -> None:
     frame, dataset = read_formulas(options, [*options.target, *group])
     dataset = read_labels(options, frame, dataset)
     frame = frame.loc[dataset.ids]
-    follow_recipe(options, len(dataset))
+    options, *others = follow_recipes(options, len(dataset))
     held_out, predicted = None, None
     groups = frame[options.group].tolist() if group else None
     if options.folds:
@@ -136,14 +137,10 @@ def train(options: argparse.Namespace) -> None:
                     f"--hold-out {options.hold_out} leaves no label of {name!r} to train on"
                 )
     if held_out is not None and options.predictions:
-        names = prediction_names(options.target)
-        check_table(frame.loc[held_out.ids], names, options.predictions)
+        check_table(frame.loc[held_out.ids], prediction_names(options.target), options.predictions)
     with _naming(options.target):
         if options.folds:
-            chosen = {"seed": options.seed, "groups": groups}
-            folds = (f"without fold {fold + 1} of {options.folds}" for fold in range(options.folds))
-            each = partial(_trained, options, folds)
-            predicted = cross_val_predict(each, dataset, options.folds, **chosen)
+            options, predicted = _best_by_folds([options, *others], dataset, groups)
         model = _trained(options, iter(["the model"]), dataset)
     keep_formulas(model, dataset)
     if options.task == "regression":
@@ -160,12 +157,31 @@ def train(options: argparse.Namespace) -> None:
         else:
             mean, std, distance = predicted
             std = model.calibration.apply(std, distance) if model.calibration else std
-        for task, name in enumerate(options.target):
-            _print_score(options.task, name, held_out, mean, task)
+        for line in score_lines(options.target, held_out.y, mean, held_out.w, options.task):
+            print(line, file=sys.stderr)
         if options.predictions:
             found = predictions(mean, std, options.target)
             write_table(frame.loc[held_out.ids], found, options.predictions)
     shutil.rmtree(_unfinished(options), ignore_errors=True)
+
+
+def _best_by_folds(
+    ways: list[argparse.Namespace], dataset: dc.data.Dataset, groups: list[Any] | None
+) -> tuple[argparse.Namespace, HeldOut]:
+    """The options whose models have the lowest error on formulas not learned from, and theirs."""
+    found, errors = [], []
+    for way in ways:
+        folds = (f"{way.recipe}, without fold {k + 1} of {way.folds}" for k in range(way.folds))
+        each = partial(_trained, way, folds)
+        found.append(cross_val_predict(each, dataset, way.folds, seed=way.seed, groups=groups))
+        scored = dataset.y, found[-1].mean, dataset.w, way.task
+        errors.append(relative_error(*scored))
+        for line in score_lines(way.target, *scored) if len(ways) > 1 else ():
+            print(f"{way.recipe}, {line}", file=sys.stderr)
+    best = int(np.argmin(errors))
+    if len(ways) > 1:
+        print(f"recipe {ways[best].recipe} is kept: its error is the lowest", file=sys.stderr)
+    return ways[best], found[best]
 
 
 def predict(options: argparse.Namespace) -> None:
@@ -382,19 +398,3 @@ def _naming(targets: Sequence[str]) -> Iterator[None]:
 
 def _by_name(text: str, targets: Sequence[str]) -> str:
     return re.sub(r"\btask (\d+)", lambda match: targets[int(match[1])], text)
-
-
-def _print_score(
-    kind: str, name: str, held_out: dc.data.Dataset, mean: np.ndarray, task: int
-) -> None:
-    """The score of one target, on the rows that have its label."""
-    known = held_out.w[:, task] > 0
-    labels, found = held_out.y[known, task], mean[known, task]
-    if kind == "classification" and len(np.unique(labels)) < 2:
-        print(f"roc_auc_score of {name}: needs held-out labels of both classes", file=sys.stderr)
-    elif known.any():
-        score = dc.metrics.mae_score if kind == "regression" else dc.metrics.roc_auc_score
-        value = f"{score(labels, found):.4g} on {known.sum()} held-out labels"
-        if kind == "regression":
-            value += f"; {np.abs(labels - np.median(labels)).mean():.4g} with their median for all"
-        print(f"{score.__name__} of {name}: {value}", file=sys.stderr)

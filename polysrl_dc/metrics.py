@@ -1,11 +1,11 @@
-"""DeepChem's metrics where labels are missing, and its transformers undone on a single row."""
+"""Scores where labels are missing, and DeepChem's transformers undone on a single row."""
 
 from collections.abc import Sequence
 from copy import copy
 from typing import Any
 
 import numpy as np
-from deepchem.metrics import Metric
+from deepchem.metrics import Metric, mae_score, roc_auc_score
 from deepchem.trans import Transformer, undo_transforms
 
 from polysrl_dc.errors import InvalidInputError
@@ -75,6 +75,82 @@ def masked_scores(
     if len(tasks) == 1:
         return scores, {name: found[0] for name, found in per_task.items()}
     return scores, per_task
+
+
+def relative_error(
+    labels: np.ndarray, predictions: np.ndarray, weights: np.ndarray, kind: str
+) -> float:
+    """Mean over the tasks of the error beside that of one value for all rows.
+
+    Regression: absolute errors, beside those of the median. Classification: squared errors of the
+    probabilities (Brier score), beside those of the part of class 1.
+
+    Parameters
+    ----------
+    labels, predictions, weights : numpy.ndarray, each of shape (n, n_tasks)
+        As in :func:`masked_scores`; a task without labels, or with a single one, does not count.
+    kind : {"regression", "classification"}
+
+    Returns
+    -------
+    float
+        1 where the predictions are as good as one value; NaN where no task counts.
+
+    Examples
+    --------
+    >>> y, p, w = np.array([[1.0], [3.0]]), np.array([[1.5], [2.5]]), np.ones((2, 1))
+    >>> relative_error(y, p, w, "regression")
+    0.5
+    """
+    found = []
+    for truth, guess, weight in zip(labels.T, predictions.T, weights.T, strict=True):
+        truth, guess = truth[weight != 0], guess[weight != 0]
+        if len(np.unique(truth)) < 2:
+            continue
+        one, power = (truth.mean(), 2) if kind == "classification" else (np.median(truth), 1)
+        error, spread = (np.abs(truth - value) ** power for value in (guess, one))
+        found.append(error.mean() / spread.mean())
+    return float(np.mean(found)) if found else float("nan")
+
+
+def score_lines(
+    targets: Sequence[str],
+    labels: np.ndarray,
+    predictions: np.ndarray,
+    weights: np.ndarray,
+    kind: str,
+) -> list[str]:
+    """The score of each target that has labels, in words.
+
+    Parameters
+    ----------
+    targets : sequence of str, (n_tasks,)
+    labels, predictions, weights : numpy.ndarray, each of shape (n, n_tasks)
+        As in :func:`masked_scores`.
+    kind : {"regression", "classification"}
+
+    Examples
+    --------
+    >>> y, p, w = np.array([[1.0], [3.0]]), np.array([[1.5], [2.5]]), np.ones((2, 1))
+    >>> score_lines(["gap"], y, p, w, "regression")
+    ['mae_score of gap: 0.5 on 2 held-out labels; 1 with their median for all']
+    """
+    classes, lines = kind == "classification", []
+    score = roc_auc_score if classes else mae_score
+    for name, truth, found, weight in zip(targets, labels.T, predictions.T, weights.T, strict=True):
+        truth, found = truth[weight != 0], found[weight != 0]
+        line = f"{score.__name__} of {name}: "
+        if classes and len(np.unique(truth)) < 2:
+            line += "needs held-out labels of both classes"
+        elif len(truth):
+            line += f"{score(truth, found):.4g} on {len(truth)} held-out labels"
+            if not classes:
+                baseline = np.abs(truth - np.median(truth)).mean()
+                line += f"; {baseline:.4g} with their median for all"
+        else:
+            continue
+        lines.append(line)
+    return lines
 
 
 def undone(values: np.ndarray, transformers: Sequence[Transformer]) -> np.ndarray:

@@ -5,6 +5,7 @@ import math
 import os
 import sys
 from collections.abc import Callable, Sequence
+from copy import copy
 from importlib.metadata import version
 from pathlib import Path
 from tempfile import TemporaryFile
@@ -237,10 +238,11 @@ def parser(commands: Sequence[Command]) -> argparse.ArgumentParser:
     sizes = ", ".join(f"{name} from {least:,}" for name, least in LEAST_ROWS.items())
     sub.add_argument(
         "--recipe",
+        nargs="+",
         choices=RECIPES,
         help=f"how to train, where the options below do not say it. {ways}. Default: by the number "
         f"of rows ({sizes} on); where one of the next three options is given, one encoder in the "
-        "batches that suit",
+        "batches that suit. Of several, the one with the lowest error by --folds is kept",
     )
     sub.add_argument(
         "--pretrained",
@@ -287,6 +289,8 @@ def check(options: argparse.Namespace) -> None:
     for name in ("predictions", "group"):
         if getattr(options, name, None) is not None and not (options.folds or options.hold_out):
             raise InvalidInputError(f"--{name} needs --folds or --hold-out")
+    if len(getattr(options, "recipe", None) or []) > 1 and not options.folds:
+        raise InvalidInputError("--recipe with several names needs --folds, which choose")
     if options.name == "domain" and options.target and not options.reference:
         raise InvalidInputError("--target needs --reference")
     read = [getattr(options, name, None) for name in ("input", "reference")]
@@ -313,25 +317,25 @@ def _holds(source: str, path: str) -> bool:
     return file == folder or (file.suffix == ".parquet" and folder in file.parents)
 
 
-def follow_recipe(options: argparse.Namespace, n_rows: int) -> None:
-    """Set what no option says, by the recipe that is named or suits the number of rows."""
-    name = options.recipe or suitable_recipe(n_rows)
-    told = options.pretrained or options.freeze_encoder or options.ensemble
-    if told and not options.recipe:  # how, but not in what batches
-        name = name if name == "large" else "single"
+def follow_recipes(options: argparse.Namespace, n_rows: int) -> list[argparse.Namespace]:
+    """Options by each recipe that is named, or the one that suits the rows, where none is given."""
+    suitable, ways = suitable_recipe(n_rows), []
+    if not options.recipe and (options.pretrained or options.freeze_encoder or options.ensemble):
+        suitable = suitable if suitable == "large" else "single"  # how, but not in what batches
         options.pretrained = options.pretrained or [DEFAULT_ENCODER]
-    recipe, options.recipe = RECIPES[name], name
-    for setting, value in {"epochs": recipe.epochs, **recipe.settings}.items():
-        given = getattr(options, setting)
-        if given is None or given is False:
-            setattr(options, setting, value)
-    options.pretrained = list(options.pretrained or [DEFAULT_ENCODER])
-    what = "heads" if options.freeze_encoder else "encoders and heads"
-    print(
-        f"recipe {name}: {what} on {', '.join(options.pretrained)}, {options.epochs} epochs, "
-        f"{options.batch_size} rows a step, learning rate {options.learning_rate:g}",
-        file=sys.stderr,
-    )
+    for name in dict.fromkeys(options.recipe or [suitable]):
+        ways.append(way := copy(options))
+        recipe, way.recipe = RECIPES[name], name
+        for setting, value in {"epochs": recipe.epochs, **recipe.settings}.items():
+            setattr(way, setting, getattr(way, setting) or value)
+        way.pretrained = list(way.pretrained or [DEFAULT_ENCODER])
+        what = "heads" if way.freeze_encoder else "encoders and heads"
+        print(
+            f"recipe {name}: {what} on {', '.join(way.pretrained)}, {way.epochs} epochs, "
+            f"{way.batch_size} rows a step, learning rate {way.learning_rate:g}",
+            file=sys.stderr,
+        )
+    return ways
 
 
 def _output(path: str) -> str:

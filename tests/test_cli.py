@@ -28,6 +28,7 @@ from polysrl_dc import (
 )
 from polysrl_dc.checkpoints import load_checkpoint
 from polysrl_dc.cli import main
+from polysrl_dc.cross_validation import HeldOut
 from polysrl_dc.errors import InvalidInputError
 from polysrl_dc.inputs import remarks
 from polysrl_dc.recipes import LEAST_ROWS, RECIPES, suitable_recipe
@@ -262,8 +263,10 @@ def test_info_tells_what_a_model_is(tmp_path: Path, capsys: pytest.CaptureFixtur
         model.save(folders[0])
         capsys.readouterr()
         assert main(["info", folders[0]]) == 0
-        assert capsys.readouterr().out.splitlines()[-1].endswith(
-            f"calibrated on held-out labels{ending}"
+        assert (
+            capsys.readouterr()
+            .out.splitlines()[-1]
+            .endswith(f"calibrated on held-out labels{ending}")
         )
     model = PolySRLModel("regression", 2, n_ensemble=2, pretrained=None, batch_size=8)
     model.save(folders[1])
@@ -347,6 +350,48 @@ def test_the_recipe_depends_on_the_number_of_rows(
     assert main(train_command(tmp_path, 12, "--epochs", "1", "--folds", "2")) == 0
     said = capsys.readouterr().err
     assert said.startswith("recipe fine-tuned: ") and said.count("rows a step") == 1
+
+
+def test_of_several_recipes_the_one_with_the_lowest_error_is_kept(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    off, trained = iter([0.5, 0.25, 1.0]), []
+
+    def predicted(train: Any, dataset: Any, n_folds: int, seed: int, groups: Any) -> HeldOut:
+        trained.append(train(dataset).provenance["recipe"])
+        n_rows = len(dataset)
+        return HeldOut(dataset.y + next(off), np.ones((n_rows, 1)), np.zeros(n_rows))
+
+    monkeypatch.setattr(cli, "cross_val_predict", predicted)
+    held_out, names = tmp_path / "held_out.csv", ["frozen", "fine-tuned", "single"]
+    command = train_command(tmp_path, 24, "--recipe", *names, "--epochs", "1", "--folds", "2")
+    assert main([*command, "--predictions", str(held_out)]) == 0
+    assert trained == names
+    said = capsys.readouterr().err.splitlines()
+    described = [line.partition(":")[0] for line in said if "rows a step" in line]
+    assert described == [f"recipe {name}" for name in names]
+    scores = [line.partition("; ")[0] for line in said if "mae_score" in line]
+    *compared, last = (
+        f"mae_score of gap: {error} on 24 held-out" for error in (0.5, 0.25, 1, 0.25)
+    )
+    expected = [f"{name}, {score}" for name, score in zip(names, compared, strict=True)]
+    assert scores == [f"{line} labels" for line in (*expected, last)]
+    assert "recipe fine-tuned is kept: its error is the lowest" in said
+    assert PolySRLModel.from_pretrained(tmp_path / "model").provenance["recipe"] == "fine-tuned"
+    table = pd.read_csv(held_out)
+    np.testing.assert_allclose(table["prediction"] - table["gap"], 0.25, atol=1e-6)
+
+
+def test_several_recipes_are_told_apart_by_folds_only(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    several = ["--recipe", "frozen", "single"]
+    for command in ([], ["--hold-out", "0.2"]):
+        error = error_of(train_command(tmp_path, 24, *several, *command), capsys)
+        assert error.endswith("--recipe with several names needs --folds, which choose")
+    twice = train_command(tmp_path, 24, "--recipe", "single", "single", "--folds", "2")
+    assert main([*twice, "--epochs", "1"]) == 0
+    assert capsys.readouterr().err.count("recipe single") == 1
 
 
 @pytest.mark.parametrize("rate", ["0", "-1e-3", "nan", "inf", "fast"])
