@@ -82,8 +82,7 @@ def relative_error(
 ) -> float:
     """Mean over the tasks of the error beside that of one value for all rows.
 
-    Regression: absolute errors, beside those of the median. Classification: squared errors of the
-    probabilities (Brier score), beside those of the part of class 1.
+    Regression: the MAE, beside that of the median. Classification: 1 - ROC-AUC, beside 1/2.
 
     Parameters
     ----------
@@ -103,13 +102,13 @@ def relative_error(
     0.5
     """
     found = []
-    for truth, guess, weight in zip(labels.T, predictions.T, weights.T, strict=True):
-        truth, guess = truth[weight != 0], guess[weight != 0]
+    for truth, guess in _labeled(labels, predictions, weights):
         if len(np.unique(truth)) < 2:
             continue
-        one, power = (truth.mean(), 2) if kind == "classification" else (np.median(truth), 1)
-        error, spread = (np.abs(truth - value) ** power for value in (guess, one))
-        found.append(error.mean() / spread.mean())
+        if kind == "classification":
+            found.append((1 - roc_auc_score(truth, guess)) / 0.5)
+        else:
+            found.append(mae_score(truth, guess) / _error_of_median(truth))
     return float(np.mean(found)) if found else float("nan")
 
 
@@ -129,6 +128,10 @@ def score_lines(
         As in :func:`masked_scores`.
     kind : {"regression", "classification"}
 
+    Returns
+    -------
+    list of str
+
     Examples
     --------
     >>> y, p, w = np.array([[1.0], [3.0]]), np.array([[1.5], [2.5]]), np.ones((2, 1))
@@ -137,20 +140,27 @@ def score_lines(
     """
     classes, lines = kind == "classification", []
     score = roc_auc_score if classes else mae_score
-    for name, truth, found, weight in zip(targets, labels.T, predictions.T, weights.T, strict=True):
-        truth, found = truth[weight != 0], found[weight != 0]
+    for name, (truth, found) in zip(targets, _labeled(labels, predictions, weights), strict=True):
         line = f"{score.__name__} of {name}: "
         if classes and len(np.unique(truth)) < 2:
-            line += "needs held-out labels of both classes"
+            lines.append(f"{line}needs held-out labels of both classes")
         elif len(truth):
             line += f"{score(truth, found):.4g} on {len(truth)} held-out labels"
-            if not classes:
-                baseline = np.abs(truth - np.median(truth)).mean()
-                line += f"; {baseline:.4g} with their median for all"
-        else:
-            continue
-        lines.append(line)
+            beside = "" if classes else f"; {_error_of_median(truth):.4g} with their median for all"
+            lines.append(line + beside)
     return lines
+
+
+def _labeled(
+    labels: np.ndarray, predictions: np.ndarray, weights: np.ndarray
+) -> list[tuple[np.ndarray, np.ndarray]]:
+    """Labels and predictions of each task on the rows that have its label."""
+    tasks = zip(labels.T, predictions.T, weights.T, strict=True)
+    return [(truth[weight != 0], found[weight != 0]) for truth, found, weight in tasks]
+
+
+def _error_of_median(labels: np.ndarray) -> float:
+    return float(np.abs(labels - np.median(labels)).mean())
 
 
 def undone(values: np.ndarray, transformers: Sequence[Transformer]) -> np.ndarray:

@@ -16,11 +16,10 @@ def test_an_error_is_beside_that_of_the_median() -> None:
     assert alone == pytest.approx(of_each[0])
 
 
-def test_an_error_of_classes_is_beside_that_of_their_part() -> None:
-    labels, found = np.array([[0.0], [0.0], [1.0]]), np.array([[0.1], [0.4], [0.7]])
-    expected = (0.01 + 0.16 + 0.09) / (2 * (1 / 3) ** 2 + (2 / 3) ** 2)
-    error = relative_error(labels, found, np.ones((3, 1)), "classification")
-    assert error == pytest.approx(expected)
+def test_an_error_of_classes_is_the_part_of_pairs_in_the_wrong_order() -> None:
+    labels, found = np.array([[0.0], [0.0], [0.0], [1.0]]), np.array([[0.1], [0.4], [0.9], [0.7]])
+    error = relative_error(labels, found, np.ones((4, 1)), "classification")
+    assert error == pytest.approx((1 / 3) / (1 / 2))
 
 
 @pytest.mark.parametrize("kind", ["regression", "classification"])
