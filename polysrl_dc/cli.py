@@ -110,7 +110,8 @@ def train(options: argparse.Namespace) -> None:
     frame, dataset = read_formulas(options, [*options.target, *group])
     dataset = read_labels(options, frame, dataset)
     frame = frame.loc[dataset.ids]
-    options, *others = follow_recipes(options, len(dataset))
+    ways = follow_recipes(options, len(dataset))
+    options = ways[0]  # what is not of a recipe is the same in all
     held_out, predicted = None, None
     groups = frame[options.group].tolist() if group else None
     if options.folds:
@@ -140,7 +141,7 @@ def train(options: argparse.Namespace) -> None:
         check_table(frame.loc[held_out.ids], prediction_names(options.target), options.predictions)
     with _naming(options.target):
         if options.folds:
-            options, predicted = _best_by_folds([options, *others], dataset, groups)
+            options, predicted = _best_by_folds(ways, dataset, groups)
         model = _trained(options, iter(["the model"]), dataset)
     keep_formulas(model, dataset)
     if options.task == "regression":
@@ -381,8 +382,7 @@ def _calibrate(
         print(f"std is not calibrated: {error}", file=sys.stderr)
         return
     counts = np.delete(np.count_nonzero(held_out.w, axis=0), left)
-    labels = " and ".join(map(str, counts))
-    print(f"std is calibrated on {labels} held-out labels", file=sys.stderr)
+    print(f"std is calibrated on {' and '.join(map(str, counts))} held-out labels", file=sys.stderr)
     for warning in caught:
         print(_by_name(str(warning.message), targets), file=sys.stderr)
 
